@@ -1,0 +1,1 @@
+"""What a version is, how it is captured, and its durable copies."""

@@ -1,0 +1,1 @@
+"""Messages, membership, telemetry and the driver; knows nothing of training."""

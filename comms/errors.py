@@ -1,0 +1,86 @@
+"""Every error ftrain raises on purpose.
+
+::
+
+    FtrainError                    exit code 1; one plain sentence: what, where, what to do
+     ├─ UsageError (ValueError)    2   the command line or the call is wrong
+     │   ├─ ConfigError            2   a configuration key or value is wrong
+     │   └─ SessionError           1   the training script uses Session wrongly
+     ├─ RunDirectoryError (OSError) 2  the run directory is unusable, locked or another run's
+     ├─ MemoryShortError (MemoryError) 2  the snapshot slots do not fit
+     ├─ ProtocolError              1   a message breaks the protocol
+     │   ├─ LocalProtocolError         our own fault: a bug in ftrain
+     │   └─ RemoteProtocolError        the peer's fault: garbage, too large, stale
+     ├─ AuthenticationError (PermissionError)  2  the job secret does not match
+     ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
+     ├─ StateError (ValueError)    1   training state can't be captured or does not fit
+     └─ CorruptionError (ValueError) 1 bytes do not match their digest
+
+A message says what is wrong, where, and what to do, in one sentence that a user can act on.
+"""
+
+from __future__ import annotations
+
+
+class FtrainError(Exception):
+    """Root of all deliberate errors; ``exit_code`` is what the command line returns."""
+
+    exit_code: int = 1
+
+
+class UsageError(FtrainError, ValueError):
+    """The command line, or a call of the public API, is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration key or value is wrong."""
+
+
+class SessionError(UsageError):
+    """The training script uses :class:`ftrain.Session` wrongly."""
+
+    exit_code = 1
+
+
+class RunDirectoryError(FtrainError, OSError):
+    """The run directory can't be used: read-only, locked, or of another run."""
+
+    exit_code = 2
+
+
+class MemoryShortError(FtrainError, MemoryError):
+    """The snapshot slots do not fit into the memory there is."""
+
+    exit_code = 2
+
+
+class ProtocolError(FtrainError):
+    """A message breaks the protocol."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This process tried to do what the protocol forbids: a bug in ftrain."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something that the protocol forbids."""
+
+
+class AuthenticationError(FtrainError, PermissionError):
+    """The peer does not hold the job secret, or belongs to another run."""
+
+    exit_code = 2
+
+
+class PeerLostError(FtrainError, ConnectionError):
+    """A peer closed the connection, or never answered."""
+
+
+class StateError(FtrainError, ValueError):
+    """Training state that can't be captured, or does not fit what is restored."""
+
+
+class CorruptionError(FtrainError, ValueError):
+    """Bytes do not match their digest."""

@@ -1,0 +1,1 @@
+"""Pure machines: membership, frames, handshake."""

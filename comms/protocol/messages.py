@@ -1,0 +1,213 @@
+"""What processes say to each other: frozen values, standard library only.
+
+Control is level-triggered: an agent always sends its whole :class:`NodeReport`, the coordinator
+always answers with the whole :class:`Directive` for that node.  So a lost, duplicated or late
+message costs nothing but time; ``sequence`` orders the reports of one incarnation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class NodeState(str, Enum):
+    """What a node's ranks are doing, as its agent reports it."""
+
+    IDLE = "idle"  # no rank was started in `epoch`, or all of an older epoch are gone
+    STARTING = "starting"  # ranks of `epoch` are being forked; their first step is not done
+    RUNNING = "running"  # every local rank completed a step of `epoch`
+    STOPPED = "stopped"  # no rank of `epoch` is alive, inventory `held` is final
+    DONE = "done"  # every local rank of `epoch` ended by itself with code 0
+
+
+class Order(str, Enum):
+    """What the coordinator wants of a node."""
+
+    WAIT = "wait"  # stay as you are
+    RUN = "run"  # run `formation`
+    STOP = "stop"  # finish captures, then end every rank of `epoch`
+    PAUSE = "pause"  # hold the ranks at their next boundary and report which one that is
+    STOP_AT = "stop_at"  # let the ranks run to boundary `stop_step`, save, and end
+    FLUSH = "flush"  # write version `flush` to the durable level, then say prepared
+    FINISH = "finish"  # the job is over: exit with `exit_code`
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class VersionId:
+    """A version's identity. A later epoch supersedes every version of an earlier one."""
+
+    epoch: int  # the membership epoch it was captured in
+    step: int  # boundary: number of completed steps
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of state that several ranks hold in common.
+
+    ``key`` names the set of ranks with identical bytes ("0-3", "2", "0,2"); on ``node`` those bytes
+    are split into ``parts``, of which this is number ``part``.
+    """
+
+    key: str
+    node: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One rank's share of one version, as a snapshot manager holds it."""
+
+    version: VersionId
+    rank: int
+    digest: str  # xxh3-128 hex of the sealed image header; of the small section when not `whole`
+    shares: tuple[Share, ...]
+    whole: bool  # False: only the small section (RNG, counters, user objects) is here
+    collectives: int  # collectives the rank had enqueued at that boundary; -1 unknown
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """A rank that ended, hung or broke."""
+
+    rank: int  # global rank
+    kind: str  # signal | exit | exception | oom | stopped | gil | desync | stall | smp | fork
+    cause: str  # plain words: "SIGKILL", "exit code 3", "ValueError: bad shape"
+    noticed_ns: int  # CLOCK_MONOTONIC on that node
+    traceback: str = ""  # of the user's script, for kind=exception
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """When the parts of one start of a group happened on a node, CLOCK_MONOTONIC ns; 0 unknown."""
+
+    noticed_ns: int = 0  # the failure that ended the epoch before was noticed
+    stopped_ns: int = 0  # the last rank of the epoch before was gone
+    forked_ns: int = 0  # the last rank of this epoch was forked
+    script_ns: int = 0  # the last script began to run
+    formed_ns: int = 0  # the last Session saw its process group formed
+    restored_ns: int = 0  # the last rank had its state back
+    stepped_ns: int = 0  # the last rank completed its first step
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """The whole of what an agent knows about its node."""
+
+    node: int
+    incarnation: int  # of the agent; unique for all time within a run
+    sequence: int
+    epoch: int  # epoch of the ranks that `state` speaks of; 0 before the first
+    state: NodeState
+    local_world: int
+    host: str  # address under which other nodes reach this one
+    smp_address: str  # "host:port" of the snapshot manager's data port; "" while it is down
+    held: tuple[Held, ...] = ()  # final only in IDLE and STOPPED
+    failures: tuple[RankFailure, ...] = ()  # in `epoch`
+    phases: Phases = Phases()
+    step: int = 0  # lowest boundary reached by a local rank in `epoch`
+    step_max: int = 0  # highest boundary reached by a local rank in `epoch`
+    committed: VersionId | None = None  # newest version committed in memory, as the SMP knows it
+    pausing: bool = False  # every local rank was told to hold before `boundaries` was read
+    boundaries: tuple[int, ...] = ()  # per local rank: the boundary it holds at, or will reach next
+    stopped_at: int = -1  # boundary at which all local ranks ended after STOP_AT
+    prepared: tuple[VersionId, ...] = ()  # versions whose durable files are written and synced
+    refused: str = ""  # why the node can't do what it was told (flush passed over, disk full, …)
+    loss: float = 0.0
+    step_s: float = 0.0  # median step time
+    signals: tuple[str, ...] = ()  # SIGTERM, SIGUSR1, … that this agent received
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """A node's place in a formation."""
+
+    node: int
+    incarnation: int
+    first_rank: int
+    local_world: int
+    host: str
+    smp_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Where the ranks of a formation get their state from, and why."""
+
+    level: str  # "fresh" | "memory" | "durable"
+    version: VersionId | None = None  # None for fresh
+    fence: int = 0  # of the durable version
+    path: str = ""  # durable: the manifest's path
+    sources: tuple[int, ...] = ()  # memory: nodes that hold parts of it
+    reason: str = ""  # the arithmetic, in words
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """One group's membership in one epoch."""
+
+    epoch: int
+    places: tuple[NodePlace, ...]
+    store_host: str
+    store_port: int
+    restore: RestorePlan
+    restarts: int  # formations of this job before this one
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
+        return sum(place.local_world for place in self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """The whole of what the coordinator wants of one node."""
+
+    epoch: int
+    order: Order
+    formation: Formation | None = None
+    stop_step: int = -1
+    flush: VersionId | None = None  # FLUSH: this version, or the first committed one after it
+    fence: int = 0
+    exit_code: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGone:
+    """The front saw a node's agent end, or a node's lease ran out."""
+
+    node: int
+    incarnation: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """Somebody asks for a graceful stop with a durable version."""
+
+    cause: str  # "SIGTERM", "Ctrl-C", "ftrain stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Gossip between snapshot managers of one group: my ranks sealed this version.
+
+    Carries the small sections of the node's ranks, so that they outlive the node.
+    """
+
+    version: VersionId
+    node: int
+    incarnation: int  # of the snapshot manager's memory (the agent's), not of its process
+    held: tuple[Held, ...]
+    smalls: tuple[bytes, ...]  # same order as `held`
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line of news for whoever watches the job (the front prints it)."""
+
+    kind: str  # incident | info | warning | error | progress | traceback | summary
+    text: str
+    data: dict[str, object]

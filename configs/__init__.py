@@ -1,0 +1,1 @@
+"""Hydra groups and the frozen dataclasses they fill; imports nothing of ftrain."""

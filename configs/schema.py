@@ -1,0 +1,119 @@
+"""The configuration as frozen values, resolved once by the launcher.
+
+Every group of ``configs/`` fills one class here.  Sizes are bytes, times are seconds, unless the
+name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """``launch``: what is started where. Torchrun's option names set the same fields."""
+
+    nnodes: int = 1
+    nproc_per_node: int = 1
+    node_rank: int = 0
+    local_nodes: int = 0  # > 0: this many nodes on this machine, each with its own agent
+    rdzv_endpoint: str = ""  # "host:port" of the coordinator, for nnodes > 1
+    bind: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # address under which other nodes reach this one
+    run_id: str = ""  # default: kept in the run directory
+    run_dir: str = ""  # default: ./ftrain-runs/<script name>
+    log_dir: str = ""  # default: <run_dir>/logs
+    tee: str = "3"  # torchrun's Std: 0 none, 1 stdout, 2 stderr, 3 both, or "0:1,1:3"
+    redirects: str = "0"
+    max_restarts: int = 3  # failures in a row with no newly committed version in between
+    preload: tuple[str, ...] = ()  # modules imported once by the worker server
+    stop_grace_s: float = 30.0  # from a stop signal to the durable version
+    threads_per_rank: int = 0  # 0: cores / local ranks, at least 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotConfig:
+    """``snapshot``: the in-memory level L1."""
+
+    enabled: bool = True
+    every_steps: int = 1
+    slots: int = 3  # newest committed, one in capture, one for a reader
+    chunk_bytes: int = 16 * 1024 * 1024
+    memory_share_max: float = 0.5  # of the memory available at start
+    finish_capture_s: float = 0.2  # survivors' time to finish a dead rank's capture
+    barrier_s_max: float = 10.0  # longest wait before optimizer.step; then the version is skipped
+    verify_restore: bool = True
+    rehash: bool = True  # look for writes outside optimizer.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """``checkpoint``: the durable level L3."""
+
+    enabled: bool = True
+    durable_every_s: float = 300.0
+    keep_last: int = 2
+    dir: str = ""  # default: <run_dir>/checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig:
+    """``detection``: what counts as hung, and when."""
+
+    enabled: bool = True
+    hang_s: float = 3.0  # limit is max(hang_s, hang_steps x median step)
+    hang_steps: float = 10.0
+    gil_busy_s: float = 60.0  # holding the GIL while burning CPU
+    user_stall_s: float = 600.0  # user code that merely takes long
+    user_warn_s: float = 30.0  # when to warn about it, with its stack
+    poll_s: float = 0.25
+    node_lease_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultConfig:
+    """One deliberate fault. Exactly one of ``at_step``, ``at_s``, ``mtbf_s`` is set."""
+
+    kind: str  # sigkill sigstop segfault exit exception gil_hang oom node smp worker_server agent
+    #            coordinator skip_collective
+    at_step: int = -1
+    at_s: float = -1.0
+    mtbf_s: float = -1.0
+    count_max: int = 1  # for mtbf_s
+    rank: int = -1  # -1: random
+    node: int = -1  # -1: random
+    phase: str = "any"  # any | forward_backward | optimizer | boundary | recovery
+    delay_s: float = 0.0  # after the step or phase was seen
+    resume_s: float = -1.0  # sigstop: SIGCONT after this long; < 0 never
+    down_s: float = 0.0  # coordinator: stays down this long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultsConfig:
+    """``faults``: the fault-injection test mode."""
+
+    schedule: tuple[FaultConfig, ...] = ()
+    seed: int = 0
+    replay: str = ""  # path of a faults.jsonl to replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsConfig:
+    """``events``: what is written about a run."""
+
+    bytes_max: int = 256 * 1024 * 1024
+    progress_every_s: float = 1.0
+    progress_piped_every_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FtrainConfig:
+    """Everything, as ranks and processes receive it."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    events: EventsConfig = field(default_factory=EventsConfig)
+    seed: int = 0

@@ -1,0 +1,1 @@
+"""Detection of faults, plans for recovery, and deliberate faults."""

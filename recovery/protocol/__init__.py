@@ -1,0 +1,1 @@
+"""Pure planning over faults and copies."""

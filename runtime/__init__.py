@@ -1,0 +1,1 @@
+"""The public API a training script sees: Session, adapters, data position."""

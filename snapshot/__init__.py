@@ -1,0 +1,1 @@
+"""In-memory copies owned by a process that outlives the ranks."""
