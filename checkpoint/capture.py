@@ -1,0 +1,419 @@
+"""Lazy capture of a version: copied behind forward and backward, complete before the optimizer.
+
+After DataStates-LLM (Maurya et al., HPDC 2024): parameters and moments do not change between one
+``optimizer.step`` and the next, so they are copied by a thread of their own while the step
+computes; only the barrier in front of the optimizer waits for what is left.
+
+A chunk is copied and hashed by two calls that release the GIL; chunks are large because every
+return to Python may wait for the interpreter's switch interval.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ftrain.checkpoint.image import (
+    ImageIdentity,
+    ImagePlan,
+    ImageReader,
+    ImageWriter,
+    Piece,
+    Segment,
+    held_of,
+    lay_out,
+    resume_writer,
+)
+from ftrain.comms.errors import FtrainError, PeerLostError
+from ftrain.comms.protocol.messages import Held, Share, VersionId
+
+_SMALL_COPY_BYTES = 128 * 1024  # below this, giving up the GIL costs more than the copy
+_COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
+_PART_ALIGNMENT_BYTES = 4096
+
+# The same memmove twice: one gives up the GIL while it copies, the other does not.
+_memmove_free = ctypes.memmove
+_memmove_held = ctypes.PYFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that changes only inside ``optimizer.step``.
+
+    ``tensor`` is the rank's local shard (any device); ``share`` names the ranks that hold the same
+    bytes (see :class:`~ftrain.comms.protocol.messages.Share`).
+    """
+
+    name: str
+    tensor: torch.Tensor
+    share: str
+
+
+class FinishRequest(Protocol):
+    """A dead rank's image that a survivor shall finish."""
+
+    @property
+    def version(self) -> VersionId: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def buffer(self) -> memoryview: ...
+
+
+class Slots(Protocol):
+    """Where images are written to: the snapshot manager's memory, or this process's own."""
+
+    denied: str
+
+    def reserve(self, image_bytes: int) -> None: ...
+    def begin(self, version: VersionId) -> memoryview | None: ...
+    def sealed(self, version: VersionId, held: Held) -> None: ...
+    def fileno(self) -> int: ...
+    def poll(self) -> FinishRequest | None: ...
+    def finished(self, version: VersionId, rank: int, held: Held | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureStatistics:
+    """What capturing cost this process so far; times in ns."""
+
+    captured: int = 0
+    bytes_copied: int = 0
+    copy_ns: int = 0
+    hash_ns: int = 0
+    barrier_ns: int = 0
+    skipped: int = 0
+    skip_reason: str = ""
+    finished_for_others: int = 0
+    eager: bool = False
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Size of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def plan_image(
+    tensors: Sequence[LazyTensor],
+    share_of: Callable[[str], Share],
+    small_bytes_max: int,
+    chunk_bytes: int,
+) -> ImagePlan:
+    """What this rank captures: of every share, its part of the concatenated bytes (REFT)."""
+    by_key: dict[str, list[LazyTensor]] = {}
+    for tensor in tensors:
+        by_key.setdefault(tensor.share, []).append(tensor)
+    segments: list[Segment] = []
+    shares = tuple(share_of(key) for key in by_key)
+    for share, members in zip(shares, by_key.values(), strict=True):
+        total = sum(tensor_bytes(member.tensor) for member in members)
+        first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
+        at = 0
+        for member in members:
+            size = tensor_bytes(member.tensor)
+            start, stop = max(first - at, 0), min(last - at, size)
+            if start < stop:
+                dtype = str(member.tensor.dtype).removeprefix("torch.")
+                shape = tuple(member.tensor.shape)
+                segments.append(Segment(member.name, dtype, shape, share.key, start, stop - start))
+            at += size
+    return ImagePlan(lay_out(segments), shares, small_bytes_max, chunk_bytes)
+
+
+def _bound(total: int, part: int, parts: int) -> int:
+    if part == parts:
+        return total
+    return total * part // parts // _PART_ALIGNMENT_BYTES * _PART_ALIGNMENT_BYTES
+
+
+@dataclass(slots=True)
+class _Job:
+    version: VersionId
+    tensors: tuple[LazyTensor, ...]
+    small: bytes
+    collectives: int
+    ready: torch.cuda.Event | None
+
+
+class CaptureEngine:
+    """Captures one version at a time, in a thread of its own.
+
+    ``start`` is called at a boundary, ``barrier`` before any write to the captured tensors; both
+    from the training thread.  A version that can't be captured is skipped and counted with its
+    reason; training never fails because of it.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        identity_of: Callable[[VersionId, int], ImageIdentity],
+        share_of: Callable[[str], Share],
+        *,
+        rank: int,
+        chunk_bytes: int,
+        compare: bool = True,
+        on_note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._slots = slots
+        self._identity_of = identity_of
+        self._share_of = share_of
+        self._rank = rank
+        self._chunk_bytes = chunk_bytes
+        self._compare = compare
+        self._note = on_note
+        self._lock = threading.Condition()
+        self._job: _Job | None = None  # being captured
+        self._live: _Job | None = None  # the live tensors still are this version
+        self._written: memoryview | None = None  # its sealed image, for the comparison
+        self._plan: ImagePlan | None = None
+        self._planned_for: tuple[LazyTensor, ...] = ()
+        self._offsets: list[int] = []  # of the plan's segments
+        self._cursor = 0
+        self._closing = False
+        self._statistics = _Counters()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="ftrain-capture", daemon=True)
+        self._thread.start()
+
+    # ---- the training thread's side
+
+    def start(
+        self,
+        version: VersionId,
+        tensors: tuple[LazyTensor, ...],
+        small: bytes,
+        collectives: int = -1,
+    ) -> None:
+        """Begin to capture ``version``; returns at once unless writes outside the optimizer were
+        seen before, in which case it returns when everything is copied."""
+        ready = None
+        if any(tensor.tensor.is_cuda for tensor in tensors):
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        with self._lock:
+            while self._job is not None:  # the version before was not waited for: no step was made
+                self._lock.wait()
+            self._job = self._live = _Job(version, tensors, small, collectives, ready)
+            self._written = None
+        os.eventfd_write(self._wake, 1)
+        if self._statistics.eager:
+            self.barrier(float("inf"))
+
+    def barrier(self, wait_s_max: float) -> None:
+        """Wait until the live tensors may change; skips the version after ``wait_s_max``."""
+        began = time.monotonic_ns()
+        with self._lock:
+            done = self._lock.wait_for(lambda: self._job is None, min(wait_s_max, 1e6))
+            if not done:
+                self._skip(f"not copied within {wait_s_max:g} s")
+                self._job = None
+            if self._compare and not self._statistics.eager:
+                self._look_for_writes()
+            self._live, self._written = None, None
+        self._statistics.barrier_ns += time.monotonic_ns() - began
+
+    def drain(self, wait_s: float) -> bool:
+        """Wait until nothing is being captured, without letting the tensors change."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self._job is None, wait_s)
+
+    def close(self) -> None:
+        """End the thread; what it was capturing stays unsealed."""
+        with self._lock:
+            self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        os.close(self._wake)
+
+    def statistics(self) -> CaptureStatistics:
+        """What it cost so far."""
+        return self._statistics.frozen()
+
+    # ---- the capturing thread's side
+
+    def _run(self) -> None:
+        while True:
+            self._await_news()
+            with self._lock:
+                if self._closing:
+                    return
+                job = self._job
+            if job is not None:
+                self._attempt(job)
+                with self._lock:
+                    if self._job is job:
+                        self._job = None
+                    self._lock.notify_all()
+            request = self._poll()
+            if request is not None:
+                self._finish(request)
+
+    def _await_news(self) -> None:
+        watched = [self._wake]
+        if (fd := self._slots.fileno()) >= 0:
+            watched.append(fd)
+        try:
+            ready, _, _ = select.select(watched, [], [], 0.5)
+        except (OSError, ValueError):  # the manager died and its descriptor with it
+            return
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+
+    def _attempt(self, job: _Job) -> None:
+        try:
+            self._capture(job)
+        except (FtrainError, OSError, RuntimeError) as error:
+            self._skip(str(error))
+
+    def _capture(self, job: _Job) -> None:
+        plan = self._plan_for(job)
+        buffer = self._slots.begin(job.version)
+        if buffer is None:
+            self._skip(self._slots.denied)
+            return
+        identity = self._identity_of(job.version, self._rank)
+        writer = ImageWriter(buffer, plan, identity, job.collectives)
+        writer.begin(job.small)
+        if job.ready is not None:
+            job.ready.synchronize()
+        sources = {tensor.name: tensor.tensor for tensor in job.tensors}
+        for chunk in range(writer.chunks):
+            if self._job is not job:
+                return  # the barrier gave up on it
+            self._fill(writer, plan, chunk, sources)
+        with self._lock:
+            if self._job is not job:
+                return
+            writer.seal()
+        self._slots.sealed(job.version, held_of(ImageReader(buffer)))
+        self._statistics.captured += 1
+        self._statistics.bytes_copied += writer.plan.layout.data_bytes
+        self._written = buffer
+
+    def _plan_for(self, job: _Job) -> ImagePlan:
+        plan = self._plan
+        if (
+            plan is None
+            or self._planned_for is not job.tensors
+            or len(job.small) > plan.small_bytes_max
+        ):
+            room = max(64 * 1024, len(job.small) * 2)
+            plan = plan_image(job.tensors, self._share_of, room, self._chunk_bytes)
+            self._slots.reserve(plan.total_bytes)
+            self._plan, self._planned_for = plan, job.tensors
+            self._offsets = [segment.offset for segment in plan.segments]
+        return plan
+
+    def _fill(
+        self, writer: ImageWriter, plan: ImagePlan, chunk: int, sources: dict[str, torch.Tensor]
+    ) -> None:
+        began = time.monotonic_ns()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
+        for piece in plan.pieces(chunk):
+            _copy_piece(piece, sources[piece.segment.name], address)
+        copied = time.monotonic_ns()
+        writer.finish_chunk(chunk)
+        self._statistics.copy_ns += copied - began
+        self._statistics.hash_ns += time.monotonic_ns() - copied
+
+    def _poll(self) -> FinishRequest | None:
+        try:
+            return self._slots.poll()
+        except (FtrainError, OSError):
+            return None
+
+    def _finish(self, request: FinishRequest) -> None:
+        """Complete a dead rank's image from this rank's equal bytes, while they still are equal."""
+        held = None
+        with self._lock:
+            live = self._live
+            if live is not None and live.version == request.version:
+                try:
+                    writer = resume_writer(request.buffer)
+                    sources = {tensor.name: tensor.tensor for tensor in live.tensors}
+                    mine = {tensor.name: tensor.share for tensor in live.tensors}
+                    if all(mine.get(s.name) == s.share for s in writer.plan.segments):
+                        for chunk in writer.missing_chunks():
+                            self._fill(writer, writer.plan, chunk, sources)
+                        writer.seal()
+                        held = held_of(ImageReader(request.buffer))
+                        self._statistics.finished_for_others += 1
+                except (FtrainError, OSError, RuntimeError) as error:
+                    self._note(f"can't finish rank {request.rank}'s capture: {error}")
+        try:
+            self._slots.finished(request.version, request.rank, held)
+        except PeerLostError as error:
+            self._note(f"can't hand in rank {request.rank}'s capture: {error}")
+
+    def _skip(self, reason: str) -> None:
+        self._statistics.skipped += 1
+        self._statistics.skip_reason = reason
+        count = self._statistics.skipped
+        if count == 10 ** (len(str(count)) - 1):  # the 1st, the 10th, the 100th, …
+            self._note(f"{count} version(s) not captured so far, now because {reason}")
+
+    def _look_for_writes(self) -> None:
+        """Compare a rotating stretch of live memory with what was captured of it.
+
+        Writes outside ``optimizer.step`` (an EMA swap, ``.data``, an optimizer inside backward)
+        can't be seen in ``Tensor._version``; fused updates do not count it up.
+        """
+        live, written, plan = self._live, self._written, self._plan
+        if live is None or written is None or plan is None or not plan.segments:
+            return
+        end = plan.segments[-1].offset + plan.segments[-1].nbytes
+        place = self._cursor * _COMPARED_BYTES % end
+        self._cursor += 1
+        segment = plan.segments[bisect_right(self._offsets, place) - 1]
+        source = next((t.tensor for t in live.tensors if t.name == segment.name), None)
+        if source is None or source.is_cuda or not source.is_contiguous():
+            return
+        size = min(segment.nbytes, _COMPARED_BYTES)
+        skip = min(place - segment.offset, segment.nbytes - size)
+        now = ctypes.string_at(source.data_ptr() + segment.start + skip, size)
+        at = plan.layout.data_offset + segment.offset + skip
+        if written[at : at + size] != now:
+            self._statistics.eager = True
+            self._note(
+                f"{segment.name} changed between a boundary and the next optimizer.step: versions "
+                "are copied at the boundary from now on, which stalls the step; write to "
+                "parameters only inside optimizer.step, or before the boundary"
+            )
+
+
+@dataclass(slots=True)
+class _Counters:
+    captured: int = 0
+    bytes_copied: int = 0
+    copy_ns: int = 0
+    hash_ns: int = 0
+    barrier_ns: int = 0
+    skipped: int = 0
+    skip_reason: str = ""
+    finished_for_others: int = 0
+    eager: bool = False
+
+    def frozen(self) -> CaptureStatistics:
+        return CaptureStatistics(**{name: getattr(self, name) for name in self.__slots__})
+
+
+def _copy_piece(piece: Piece, source: torch.Tensor, data_address: int) -> None:
+    """Copy one piece of a tensor into the image's data, which begins at ``data_address``."""
+    if source.is_cuda:
+        flat = source.reshape(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes]
+        source, start = flat.cpu(), 0
+    else:
+        source, start = source.contiguous(), piece.start
+    move = _memmove_held if piece.nbytes < _SMALL_COPY_BYTES else _memmove_free
+    move(data_address + piece.offset, source.data_ptr() + start, piece.nbytes)

@@ -1,0 +1,313 @@
+"""Versions without ``ftrain launch``: durable files only, written by the ranks themselves."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest, LazyTensor
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.image import ImageIdentity
+from ftrain.checkpoint.retention import KeepLast
+from ftrain.comms.environment import RankEnvironment, default_run_dir
+from ftrain.comms.errors import (
+    CorruptionError,
+    FtrainError,
+    MemoryShortError,
+    RunDirectoryError,
+)
+from ftrain.comms.protocol.messages import Held, VersionId
+from ftrain.configs.schema import CheckpointConfig, EventsConfig, FtrainConfig
+from ftrain.runtime.group import GroupView
+from ftrain.runtime.restore import restore_from, topology_digest
+
+if TYPE_CHECKING:
+    from ftrain.runtime.state import TrainingState
+
+_RUN_ID = "alone"
+EXIT_SAVED = 75  # EX_TEMPFAIL: a durable version is written, run the same command again
+_LEAD_STEPS = 2  # ranks of one group are at most one boundary apart
+
+
+class LocalSlots:
+    """One image in this process's own memory, for the capture engine to write to."""
+
+    def __init__(self) -> None:
+        self.denied = ""
+        self.image: memoryview | None = None
+        self.held: Held | None = None
+        self._map: mmap.mmap | None = None
+
+    def reserve(self, image_bytes: int) -> None:
+        """Have room for one image of this size; raises MemoryShortError."""
+        if self._map is None or len(self._map) < image_bytes:
+            try:
+                self._map = mmap.mmap(-1, image_bytes)
+            except OSError as error:
+                raise MemoryShortError(
+                    f"no memory for a copy of the training state ({image_bytes} bytes): {error}"
+                ) from None
+
+    def begin(self, version: VersionId) -> memoryview | None:
+        """The room."""
+        if self._map is None:
+            return None
+        self.image, self.held = memoryview(self._map), None
+        return self.image
+
+    def sealed(self, version: VersionId, held: Held) -> None:
+        """The image is complete."""
+        self.held = held
+
+    def fileno(self) -> int:
+        """Nobody ever asks anything."""
+        return -1
+
+    def poll(self) -> FinishRequest | None:
+        """Nobody ever asks anything."""
+        return None
+
+    def finished(self, version: VersionId, rank: int, held: Held | None) -> None:
+        """Nobody ever asks anything."""
+
+
+class Agreement:
+    """Boundaries that all ranks of the group agree on, through the group's own store.
+
+    A rank proposes a boundary far enough ahead that every rank reads the proposal before it.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._store: Any = None
+        self._own: dict[str, int] = {}
+        if world_size > 1 and dist.is_initialized():
+            nonce = self.share([time.time_ns()])[0]
+            self._store = torch.distributed.distributed_c10d.PrefixStore(
+                f"ftrain/{nonce}", dist.distributed_c10d._get_default_store()
+            )
+
+    def share(self, numbers: list[int]) -> list[int]:
+        """Rank 0's numbers, on every rank."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return numbers
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
+        dist.broadcast(tensor, 0)
+        return [int(number) for number in tensor.tolist()]
+
+    def everyone(self, well: bool) -> bool:
+        """Whether all ranks said True."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return well
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor([int(well)], dtype=torch.int64, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return bool(tensor.item())
+
+    def propose(self, what: str, step: int) -> None:
+        """Propose a boundary; the first proposal stands."""
+        if self._store is None:
+            self._own.setdefault(what, step)
+        elif not self._store.check([what]):
+            self._store.compare_set(what, "", str(step))
+
+    def agreed(self, what: str) -> int | None:
+        """The boundary agreed on, if there is one."""
+        if self._store is None:
+            return self._own.get(what)
+        return int(self._store.get(what)) if self._store.check([what]) else None
+
+
+class AloneKeeper:
+    """Writes durable versions: every ``durable_every_s``, on request or signal, at the end."""
+
+    def __init__(self, environment: RankEnvironment, note: Callable[[str], None]) -> None:
+        context = environment.context
+        config = context.config if context is not None else FtrainConfig()
+        self._environment = environment
+        self._config: CheckpointConfig = config.checkpoint
+        self._note = note
+        self.run_dir = context.run_dir if context is not None else default_run_dir(sys.argv[0])
+        self.epoch = context.epoch if context is not None else 1
+        self.events_bytes_max = EventsConfig().bytes_max
+        self.resumed = False
+        self.stop_asked = False
+        self._store = DurableStore(self._config.dir or f"{self.run_dir}/checkpoints")
+        self._agreement = Agreement(environment.world_size)
+        self._slots = LocalSlots()
+        self._engine: CaptureEngine | None = None
+        self._saves = 0
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._topology = ""
+        self._fence = 0
+        self._group = GroupView(
+            environment.rank,
+            environment.world_size,
+            0,
+            tuple(range(environment.world_size)),
+        )
+        if context is None and not environment.run_id:
+            self._catch_signals()
+
+    # ---- Keeper
+
+    def restore(self, state: TrainingState) -> dict[str, Any] | None:
+        """Go on from the newest durable version that verifies on every rank, if there is one."""
+        self._topology = topology_digest(state.layout().tensors, self._environment.world_size)
+        versions = self._store.versions(None)
+        newest = max((version.fence for version in versions), default=0)
+        count, self._fence = self._agreement.share([len(versions), newest + 1])
+        for version in versions[:count]:
+            self._check_world(version.manifest.world_size)
+            small, problem = None, ""
+            try:
+                images = [
+                    version.load(rank, verify=False) for rank in range(self._environment.world_size)
+                ]
+                small = restore_from(state, images, self._environment.rank, verify=True)
+            except CorruptionError as error:
+                problem = str(error)
+            if self._agreement.everyone(small is not None):
+                self.resumed = True
+                self._saved_step = version.step
+                return small
+            self._note(f"the version of step {version.step} is not used: {problem or 'damaged'}")
+        return None
+
+    def capture(
+        self,
+        step: int,
+        tensors: tuple[LazyTensor, ...],
+        small: bytes,
+        collectives: int,
+        finished: bool,
+    ) -> None:
+        """Write the version at boundary ``step`` if one is due."""
+        if not self._config.enabled or step == 0:
+            return
+        name = f"save{self._saves}"
+        late = time.monotonic() - self._saved_at > self._config.durable_every_s
+        if self._environment.rank == 0 and late:
+            self._agreement.propose(name, step + _LEAD_STEPS)
+        due = self._agreement.agreed(name) == step
+        if due:
+            self._saves += 1
+        if due or finished or self.stop_here(step):
+            self._write(step, tensors, small, collectives)
+
+    def barrier(self) -> None:
+        """Nothing is captured behind the step."""
+
+    def drain(self) -> None:
+        """Nothing is captured behind the step."""
+
+    def finish(self, step: int) -> None:
+        """The loop is over."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def save_at(self, step: int) -> None:
+        """Every rank asked for a durable version at this boundary."""
+        self._agreement.propose(f"save{self._saves}", step)
+
+    def stop_here(self, step: int) -> bool:
+        """Whether the ranks agreed to end at this boundary."""
+        if self.stop_asked:
+            self._agreement.propose("stop", step + (_LEAD_STEPS if dist.is_initialized() else 0))
+        return self._agreement.agreed("stop") == step
+
+    def stop(self, step: int) -> None:
+        """End the script: a durable version of this boundary is written."""
+        sys.stderr.write(f"ftrain: saved step {step} in {self.run_dir}; run me again to go on\n")
+        raise SystemExit(EXIT_SAVED)
+
+    def statistics(self) -> CaptureStatistics:
+        """What capturing cost so far."""
+        return self._engine.statistics() if self._engine is not None else CaptureStatistics()
+
+    # ---- details
+
+    def _write(
+        self, step: int, tensors: tuple[LazyTensor, ...], small: bytes, collectives: int
+    ) -> None:
+        if step == self._saved_step:
+            return
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = CaptureEngine(
+                self._slots,
+                self._identity,
+                self._group.share,
+                rank=self._environment.rank,
+                chunk_bytes=FtrainConfig().snapshot.chunk_bytes,
+                compare=False,
+                on_note=self._note,
+            )
+        version = VersionId(self.epoch, step)
+        engine.start(version, tensors, small, collectives)
+        engine.barrier(float("inf"))
+        well = self._slots.held is not None and self._slots.image is not None
+        try:
+            if well:
+                assert self._slots.image is not None
+                self._store.write_image(
+                    self._fence, version, self._environment.rank, self._slots.image
+                )
+        except FtrainError as error:
+            self._note(f"step {step} was not saved: {error}")
+            well = False
+        if self._agreement.everyone(well) and self._environment.rank == 0:
+            self._publish(version)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _publish(self, version: VersionId) -> None:
+        try:
+            self._store.publish_written(self._fence, version, _RUN_ID, self._environment.world_size)
+            self._store.sweep(KeepLast(self._config.keep_last), _RUN_ID)
+        except FtrainError as error:
+            self._note(f"step {version.step} was not published: {error}")
+
+    def _check_world(self, world_size: int) -> None:
+        if world_size != self._environment.world_size:
+            raise RunDirectoryError(
+                f"{self.run_dir} was written by {world_size} ranks and this run has "
+                f"{self._environment.world_size}; use as many, or another run directory"
+            )
+
+    def _identity(self, version: VersionId, rank: int) -> ImageIdentity:
+        return ImageIdentity(
+            run_id=_RUN_ID,
+            topology=self._topology,
+            version=version,
+            rank=rank,
+            world_size=self._environment.world_size,
+            node=0,
+            incarnation=os.getpid(),
+        )
+
+    def _catch_signals(self) -> None:
+        """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next boundary."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            before = signal.getsignal(number)
+            if before not in (signal.SIG_DFL, signal.default_int_handler):
+                continue  # the script has its own
+
+            def ask(number: int, frame: FrameType | None, before: Any = before) -> None:
+                self.stop_asked = True
+                signal.signal(number, before)
+
+            signal.signal(number, ask)

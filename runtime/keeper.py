@@ -1,0 +1,207 @@
+"""Who keeps a rank's versions: the snapshot manager under ``ftrain launch``, else durable files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, LazyTensor
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.image import ImageIdentity, ImageReader
+from ftrain.comms.channel import Identity
+from ftrain.comms.environment import RankContext, RankEnvironment
+from ftrain.comms.protocol.messages import RestorePlan, VersionId
+from ftrain.runtime.alone import AloneKeeper
+from ftrain.runtime.group import GroupView
+from ftrain.runtime.restore import restore_from, topology_digest
+from ftrain.runtime.state import TrainingState
+from ftrain.snapshot.client import SnapshotClient
+from ftrain.snapshot.fetch import fetch_images
+
+Note = Callable[[str], None]
+
+
+class Keeper(Protocol):
+    """Keeps versions of this rank's state, and knows which one to go on from."""
+
+    run_dir: str
+    epoch: int
+    events_bytes_max: int
+    resumed: bool
+    stop_asked: bool
+
+    def restore(self, state: TrainingState) -> dict[str, Any] | None: ...
+    def capture(
+        self,
+        step: int,
+        tensors: tuple[LazyTensor, ...],
+        small: bytes,
+        collectives: int,
+        finished: bool,
+    ) -> None: ...
+    def barrier(self) -> None: ...
+    def drain(self) -> None: ...
+    def finish(self, step: int) -> None: ...
+    def save_at(self, step: int) -> None: ...
+    def stop_here(self, step: int) -> bool: ...
+    def stop(self, step: int) -> None: ...
+    def statistics(self) -> CaptureStatistics: ...
+
+
+def open_keeper(environment: RankEnvironment, note: Note) -> Keeper:
+    """The keeper that fits how this rank was started."""
+    context = environment.context
+    if context is not None and context.smp_socket:
+        return SnapshotKeeper(environment, context, note)
+    return AloneKeeper(environment, note)
+
+
+class SnapshotKeeper:
+    """Captures every version into the node's snapshot manager."""
+
+    def __init__(self, environment: RankEnvironment, context: RankContext, note: Note) -> None:
+        self._context = context
+        self._config = context.config.snapshot
+        self._rank = environment.rank
+        self._world_size = environment.world_size
+        self.run_dir = context.run_dir
+        self.epoch = context.epoch
+        self.events_bytes_max = context.config.events.bytes_max
+        self.resumed = context.formation.restarts > 0
+        self.stop_asked = False
+        first = environment.rank - environment.local_rank
+        self._group = GroupView(
+            environment.rank,
+            environment.world_size,
+            context.node,
+            tuple(range(first, first + environment.local_world_size)),
+        )
+        self._topology = ""
+        self._client = SnapshotClient(
+            context.smp_socket,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            epoch=context.epoch,
+            node=context.node,
+        )
+        self._engine = CaptureEngine(
+            self._client,
+            self._identity,
+            self._group.share,
+            rank=environment.rank,
+            chunk_bytes=self._config.chunk_bytes,
+            compare=self._config.rehash,
+            on_note=note,
+        )
+        self._note = note
+
+    def restore(self, state: TrainingState) -> dict[str, Any] | None:
+        """Put back what the formation's plan names; returns the small tree, None when fresh."""
+        self._topology = topology_digest(state.layout().tensors, self._world_size)
+        plan = self._context.formation.restore
+        if plan.level == "fresh" or plan.version is None:
+            return None
+        if plan.level == "durable":
+            images = durable_images(self._context, plan, self._world_size)
+            return restore_from(state, images, self._rank, verify=True)
+        version = plan.version
+        local = [
+            ImageReader(opened.buffer, where=f"rank {opened.rank}'s share in memory")
+            for opened in self._client.open(version)
+        ]
+        try:
+            sources = _RemoteSources(self._context, plan)
+            return restore_from(
+                state, local, self._rank, verify=self._config.verify_restore, more=sources
+            )
+        finally:
+            del local
+            self._client.release(version)
+
+    def capture(
+        self,
+        step: int,
+        tensors: tuple[LazyTensor, ...],
+        small: bytes,
+        collectives: int,
+        finished: bool,
+    ) -> None:
+        """Begin to capture the version at boundary ``step``."""
+        if step % self._config.every_steps and not finished and not self.stop_asked:
+            return
+        self._engine.start(VersionId(self.epoch, step), tensors, small, collectives)
+
+    def barrier(self) -> None:
+        """To be called before any registered optimizer writes."""
+        self._engine.barrier(self._config.barrier_s_max)
+
+    def drain(self) -> None:
+        """Wait for the capture under way."""
+        self._engine.drain(self._config.barrier_s_max)
+
+    def finish(self, step: int) -> None:
+        """The loop is over."""
+        self.drain()
+
+    def save_at(self, step: int) -> None:
+        """The agent reads the wish from the telemetry page."""
+
+    def stop_here(self, step: int) -> bool:
+        """Stops are agreed on through the telemetry page."""
+        return False
+
+    def stop(self, step: int) -> None:
+        """Never called: see :meth:`stop_here`."""
+
+    def statistics(self) -> CaptureStatistics:
+        """What capturing cost so far."""
+        return self._engine.statistics()
+
+    def _identity(self, version: VersionId, rank: int) -> ImageIdentity:
+        return ImageIdentity(
+            run_id=self._context.job_id,
+            topology=self._topology,
+            version=version,
+            rank=rank,
+            world_size=self._world_size,
+            node=self._context.node,
+            incarnation=self._context.incarnation,
+        )
+
+
+class _RemoteSources:
+    """Images from other nodes' snapshot managers, one node after the other, as needed."""
+
+    def __init__(self, context: RankContext, plan: RestorePlan) -> None:
+        self._context = context
+        self._version = plan.version
+        self._places = [
+            place
+            for place in context.formation.places
+            if place.node in plan.sources and place.node != context.node and place.smp_address
+        ]
+
+    def __call__(self) -> list[ImageReader]:
+        """The images of the next node; empty when there is none left."""
+        if not self._places or self._version is None:
+            return []
+        place = self._places.pop(0)
+        identity = Identity(
+            run_id=self._context.job_id,
+            role="rank",
+            node=self._context.node,
+            incarnation=self._context.incarnation,
+        )
+        found = fetch_images(
+            place.smp_address, self._version, identity, bytes.fromhex(self._context.secret)
+        )
+        return [
+            ImageReader(opened.buffer, where=f"rank {opened.rank}'s share on node {place.node}")
+            for opened in found
+        ]
+
+
+def durable_images(context: RankContext, plan: RestorePlan, world_size: int) -> list[ImageReader]:
+    """The images of every rank's durable file of the planned version, mapped but not read yet."""
+    store = DurableStore(context.config.checkpoint.dir or f"{context.run_dir}/checkpoints")
+    return [store.load(plan.path, rank, verify=False) for rank in range(world_size)]

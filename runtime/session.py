@@ -1,0 +1,406 @@
+"""The one object a training script adds: it resumes, captures, and ends the run in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ftrain.checkpoint.capture import CaptureStatistics
+from ftrain.checkpoint.codec import encode_tree
+from ftrain.comms.environment import RankEnvironment, rank_environment
+from ftrain.comms.errors import SessionError
+from ftrain.comms.protocol.phases import Phase
+from ftrain.comms.telemetry import TelemetryPage, Word
+from ftrain.recovery.faults import poll_fault
+from ftrain.runtime import ddp
+from ftrain.runtime.data import open_data
+from ftrain.runtime.heartbeat import Heartbeat, collectives_enqueued
+from ftrain.runtime.keeper import Keeper, open_keeper
+from ftrain.runtime.random_state import random_state, set_random_state
+from ftrain.runtime.records import StepRecords
+from ftrain.runtime.state import TrainingState
+
+_current: weakref.ref[Session] | None = None
+_UNSTEPPED_WARNING = 3  # boundaries without any optimizer.step before we say so
+
+
+class Session:
+    """Makes a training script fault-tolerant.
+
+    ::
+
+        session = ftrain.Session(model=model, optimizer=optimizer, data=loader, total_steps=1000)
+        for step, batch in session.steps():
+            loss = model(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.log(loss=loss)
+
+    Under ``ftrain launch`` every version is kept in memory outside this process; alone or under
+    plain torchrun only durable files are written.  State is put back in the constructor, so
+    construct it after the model, the optimizer and the process group.
+
+    Args:
+        model: a module, or several by name.
+        optimizer: an optimizer, or several (a sequence or by name).
+        scheduler: learning-rate scheduler(s), anything with ``state_dict``/``load_state_dict``.
+        scaler: a ``torch.amp.GradScaler``; its skipped steps count as steps.
+        data: what ``steps()`` draws batches from: a DataLoader, anything with its own state, any
+            iterable, or None.
+        total_steps: where ``steps()`` ends, across epochs; None: when the data's first epoch ends.
+        seed: for the order of the data and its workers; default: torch's initial seed.
+        objects: anything else with state, by name; modules (an EMA copy) are treated as models.
+
+    Raises:
+        SessionError: the script uses it wrongly (an object without state, two Sessions, …).
+        StateError: the run directory holds another model's state.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module | Mapping[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer
+        | Sequence[torch.optim.Optimizer]
+        | Mapping[str, torch.optim.Optimizer],
+        scheduler: Any = None,
+        scaler: Any = None,
+        data: Any = None,
+        total_steps: int | None = None,
+        seed: int | None = None,
+        **objects: Any,
+    ) -> None:
+        _claim(self)
+        self._environment: RankEnvironment = rank_environment()
+        context = self._environment.context
+        self._page: TelemetryPage | None = None
+        self._heartbeat: Heartbeat | None = None
+        if context is not None and context.telemetry_fd >= 0:
+            self._page = TelemetryPage(context.telemetry_fd)
+            self._set(Word.SESSION_NS, time.monotonic_ns())
+            self._set(Word.FORMED_NS, time.monotonic_ns())
+            self._set(Word.TOTAL_STEPS, total_steps or 0)
+            self._phase(Phase.RESTORING)
+        models = _named(model, "model", torch.nn.Module)
+        models |= {name: m for name, m in objects.items() if isinstance(m, torch.nn.Module)}
+        optimizers = _named(optimizer, "optimizer", torch.optim.Optimizer)
+        others = {"scheduler": scheduler, "scaler": scaler, **objects}
+        self._state = TrainingState(
+            models,
+            optimizers,
+            {n: o for n, o in others.items() if o is not None and n not in models},
+            self._environment.rank,
+        )
+        self._data = open_data(
+            data, torch.initial_seed() % 2**63 if seed is None else seed, os.getpid()
+        )
+        self._total_steps = total_steps
+        self._step = 0
+        self._stepped = False  # an optimizer was stepped since the last boundary
+        self._optimizer_steps = 0
+        self._iterating = False
+        self._skipping = False  # a deliberate fault: this step leaves its all-reduce out
+        self._logged: dict[str, Any] = {}
+        self._random: dict[str, Any] | None = None
+        self._bucket_orders: list[list[int] | None] | None = None
+        self._membership_callbacks: list[Callable[[], None]] = []
+        self._keeper: Keeper = open_keeper(self._environment, self._note)
+        self._records = StepRecords(
+            self._keeper.run_dir,
+            self._environment.rank,
+            self._keeper.epoch,
+            self._keeper.events_bytes_max,
+        )
+        self._restore()
+        self._hook(scaler)
+        if self._page is not None:
+            self._heartbeat = Heartbeat(self._page)
+
+    # ---- what scripts use
+
+    def steps(self) -> Iterator[tuple[int, Any]]:
+        """Yield ``(step, batch)`` from where the run stands to ``total_steps`` (0-based).
+
+        Resuming the iterator is the boundary: everything the loop's body did belongs to the step.
+        """
+        if self._iterating:
+            raise SessionError("session.steps() is already being iterated: use one loop")
+        self._iterating = True
+        try:
+            if self._random is not None:
+                set_random_state(self._random)
+                self._random = None
+            else:
+                self._capture()
+            while self._total_steps is None or self._step < self._total_steps:
+                self._phase(Phase.BOUNDARY)
+                self._end_if_asked()
+                try:
+                    batch = self._data.next()
+                except StopIteration:
+                    break
+                if self._total_steps is None and self._data.epoch > 0:
+                    break
+                began = self._begin_step()
+                yield self._step, batch
+                self._boundary(began)
+            self._keeper.finish(self._step)
+            self._phase(Phase.FINISHED)
+        finally:
+            self._iterating = False
+            if self._page is not None and self._page[Word.PHASE] != Phase.STOPPED:
+                self._phase(Phase.FINISHED)
+
+    def log(self, **values: Any) -> None:
+        """Record values of this step (numbers or tensors); ``loss`` is shown while training."""
+        self._logged.update(values)
+
+    def save(self) -> None:
+        """Ask for a durable version of the next boundary; all ranks have to, in the same step."""
+        self._keeper.save_at(self._step + 1)
+        self._set(Word.SAVE_STEP, self._step + 2)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Declare work that may take long ("evaluate"): slowness inside it is no sign of a hang."""
+        before = self._page[Word.PHASE] if self._page is not None else 0
+        self._phase(Phase.DECLARED)
+        self._records.note(f"phase {name} begins")
+        try:
+            yield
+        finally:
+            self._phase(Phase(before))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a graceful stop was asked for; the run ends at one of the next boundaries."""
+        paused = self._page is not None and bool(self._page[Word.PAUSE])
+        return paused or self._keeper.stop_asked
+
+    @property
+    def step(self) -> int:
+        """Number of completed steps."""
+        return self._step
+
+    def on_membership_change(self, callback: Callable[[], None]) -> None:
+        """Call ``callback()`` once per membership in which this process trains: before its first
+        step when the run was resumed after a change."""
+        if self._keeper.resumed:
+            callback()
+        self._membership_callbacks.append(callback)
+
+    def statistics(self) -> CaptureStatistics:
+        """What capturing cost this process so far."""
+        return self._keeper.statistics()
+
+    # ---- the boundary
+
+    def _begin_step(self) -> int:
+        now = time.monotonic_ns()
+        self._set(Word.STEP_BEGAN_NS, now)
+        self._phase(Phase.STEP)
+        self._stepped = False
+        if self._fault(Phase.STEP):
+            for module in self._ddp_modules():
+                module.require_backward_grad_sync = False  # until the boundary
+            self._skipping = True
+        return now
+
+    def _boundary(self, began_ns: int) -> None:
+        now = time.monotonic_ns()
+        self._phase(Phase.BOUNDARY)
+        self._fault(Phase.BOUNDARY)
+        if self._skipping:
+            for module in self._ddp_modules():
+                module.require_backward_grad_sync = True
+            self._skipping = False
+        self._step += 1
+        if self._bucket_orders is None and self._stepped:
+            self._bucket_orders = [ddp.settle_buckets(m) for m in self._ddp_modules()]
+        collectives = collectives_enqueued()
+        seconds = (now - began_ns) / 1e9
+        self._records.step(self._step - 1, now, seconds, self._data.ledger(), self._logged)
+        if self._page is not None:
+            self._page[Word.STEP] = self._step
+            self._page[Word.STEPS_DONE] += 1
+            self._page.record_boundary(self._step, collectives, now)
+            if not self._page[Word.FIRST_STEP_NS]:
+                self._page[Word.FIRST_STEP_NS] = now
+            self._page[Word.STEP_MEDIAN_NS] = int(self._records.median_s * 1e9)
+            if "loss" in self._logged:
+                self._page.loss = float(self._logged["loss"])
+        self._logged = {}
+        if self._stepped:
+            self._capture(collectives)
+        elif self._optimizer_steps == 0 and self._step == _UNSTEPPED_WARNING:
+            warnings.warn(
+                f"{self._step} steps went by and no registered optimizer was stepped: nothing was "
+                "captured; give Session the optimizer whose step() the script calls",
+                stacklevel=3,
+            )
+
+    def _capture(self, collectives: int = -1) -> None:
+        small = {
+            "state": self._state.small(),
+            "random": random_state(),
+            "data": self._data.state(),
+            "buckets": self._bucket_orders,
+            "step": self._step,
+        }
+        layout = self._state.layout()
+        self._keeper.capture(
+            self._step, layout.tensors, encode_tree(small), collectives, self._finished
+        )
+
+    @property
+    def _finished(self) -> bool:
+        return self._total_steps is not None and self._step >= self._total_steps
+
+    def _end_if_asked(self) -> None:
+        """Hold here while a stop is agreed on, and end the script at the agreed boundary."""
+        page = self._page
+        if page is None:
+            if self._keeper.stop_here(self._step):
+                self._keeper.stop(self._step)
+            return
+        if not page[Word.PAUSE]:
+            return
+        self._phase(Phase.HOLDING)
+        page[Word.HELD_AT] = self._step + 1
+        while page[Word.PAUSE] and not page[Word.STOP_AT]:
+            time.sleep(0.001)
+        page[Word.HELD_AT] = 0
+        if page[Word.STOP_AT] == self._step + 1:
+            self._keeper.drain()
+            self._phase(Phase.STOPPED)
+            raise SystemExit(0)
+        self._phase(Phase.BOUNDARY)
+
+    # ---- setting up
+
+    def _restore(self) -> None:
+        self._fault(Phase.RESTORING)
+        small = self._keeper.restore(self._state)
+        if small is not None:
+            self._step = small["step"]
+            self._random = small["random"]
+            self._data.load(small["data"])
+            orders = small["buckets"]
+            modules = self._ddp_modules()
+            if orders is not None and len(orders) == len(modules):
+                self._bucket_orders = orders
+                for module, order in zip(modules, orders, strict=True):
+                    if order is not None and not ddp.restore_buckets(module, order):
+                        self._note("DDP's bucket layout of before does not fit this model")
+        self._set(Word.STEP, self._step)
+        self._set(Word.RESTORED_NS, time.monotonic_ns())
+
+    def _ddp_modules(self) -> list[Any]:
+        if not ddp.supported():
+            return []
+        return list(ddp.modules_of(list(self._state.models.values())))
+
+    def _hook(self, scaler: Any) -> None:
+        for optimizer in self._state.optimizers.values():
+            optimizer.register_step_pre_hook(self._before_optimizer)
+            optimizer.register_step_post_hook(self._after_optimizer)
+        if scaler is not None:
+            attempt = scaler.step
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                self._stepped = True  # also when it finds an inf and skips the optimizer
+                self._optimizer_steps += 1
+                return attempt(*args, **kwargs)
+
+            scaler.step = step
+
+    def _before_optimizer(self, *_: Any) -> None:
+        self._keeper.barrier()
+        self._phase(Phase.OPTIMIZER)
+        self._fault(Phase.OPTIMIZER)
+
+    def _after_optimizer(self, *_: Any) -> None:
+        self._stepped = True
+        self._optimizer_steps += 1
+        self._set(Word.OPTIMIZER_STEPS, self._optimizer_steps)
+        self._phase(Phase.STEP)
+        if self._page is not None:
+            statistics = self._keeper.statistics()
+            self._page[Word.BARRIER_NS] = statistics.barrier_ns
+            self._page[Word.CAPTURE_NS] = statistics.copy_ns + statistics.hash_ns
+            self._page[Word.CAPTURE_BYTES] = statistics.bytes_copied
+            self._page[Word.CAPTURES_SKIPPED] = statistics.skipped
+
+    def _fault(self, phase: Phase) -> bool:
+        """Commit the deliberate fault that is due here; True: leave this step's all-reduce out."""
+        return self._page is not None and poll_fault(self._page, self._step, phase) is not None
+
+    def _set(self, word: Word, value: int) -> None:
+        if self._page is not None:
+            self._page[word] = value
+
+    def _phase(self, phase: Phase) -> None:
+        if self._page is not None:
+            self._page.set_phase(phase, time.monotonic_ns())
+
+    def _note(self, text: str) -> None:
+        warnings.warn(f"ftrain: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _claim(session: Session) -> None:
+    global _current
+    if _current is not None and _current() is not None:
+        raise SessionError(
+            "this process already has a Session: register everything in one, as further arguments"
+        )
+    _current = weakref.ref(session)
+
+
+def _named(value: Any, name: str, kind: type) -> dict[str, Any]:
+    """One object, a sequence or a mapping of them, by name."""
+    if isinstance(value, Mapping):
+        named = {f"{name}.{key}": entry for key, entry in value.items()}
+    elif isinstance(value, Sequence):
+        named = {f"{name}{index}": entry for index, entry in enumerate(value)}
+    else:
+        named = {name: value}
+    for key, entry in named.items():
+        if not isinstance(entry, kind):
+            raise SessionError(
+                f"Session({name}=…) got a {type(entry).__name__} for {key!r}, "
+                f"expected a torch {kind.__name__}"
+            )
+    return named
+
+
+def linger(error: BaseException | None, wait_s: float = 5.0) -> None:
+    """Called when the script ends: finish the capture first.
+
+    A rank whose collective broke because a peer died holds the only good copy of what the dead one
+    had not captured; it stays until it is told to go, or ``wait_s`` is over.
+    """
+    session = _current() if _current is not None else None
+    if session is None:
+        return
+    session._keeper.drain()
+    if error is not None and peer_failed(error):
+        time.sleep(wait_s)
+
+
+def peer_failed(error: BaseException) -> bool:
+    """Whether an exception only says that another rank went away."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        mark in text
+        for mark in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
+    )

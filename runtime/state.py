@@ -1,0 +1,280 @@
+"""What a version of a training job consists of, read from and written to live objects.
+
+Two kinds of state: *lazy* tensors (parameters, optimizer state) change only inside
+``optimizer.step`` and may be copied any time before the next one; everything else is *small* and is
+taken at the boundary as one tree of plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ftrain.checkpoint.capture import LazyTensor
+from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.comms.errors import SessionError, StateError
+from ftrain.runtime.data import Stateful
+from ftrain.runtime.group import key_of, local_part, share_keys
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes that wrappers put into it."""
+    changed = True
+    while changed:
+        changed = False
+        for wrapper in _WRAPPERS:
+            if name.startswith(wrapper):
+                name, changed = name[len(wrapper) :], True
+    for wrapper in _WRAPPERS:
+        name = name.replace("." + wrapper, ".")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Where the lazy tensors are."""
+
+    tensors: tuple[LazyTensor, ...]  # parameters first, in an order that all ranks share
+    skeleton: bytes  # encoded: parameter names and the optimizers' tensors, without their bytes
+    pointers: list[tuple[torch.Tensor, int]]
+    slots: list[tuple[dict[Any, Any], Any, torch.Tensor]]
+    numbers: int  # values in the optimizers' state that are no tensors
+
+    def holds(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+        """Whether every tensor still is where it was; some optimizers exchange theirs."""
+        return (
+            all(values.get(key) is tensor for values, key, tensor in self.slots)
+            and all(_pointer(tensor) == pointer for tensor, pointer in self.pointers)
+            and sum(len(values) for o in optimizers for values in o.state.values())
+            == len(self.slots) + self.numbers
+        )
+
+
+class TrainingState:
+    """The registered objects of one rank.
+
+    ``models`` and ``optimizers`` map a name to the object; ``objects`` are anything else with
+    ``state_dict``/``load_state_dict``.  Raises :class:`SessionError` for objects without state.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, torch.nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        objects: Mapping[str, Any],
+        rank: int,
+    ) -> None:
+        for name, value in objects.items():
+            if not isinstance(value, Stateful):
+                raise SessionError(
+                    f"Session({name}=…) got a {type(value).__name__}, which has no "
+                    "state_dict()/load_state_dict(); give it both, or leave it out"
+                )
+        self.models = dict(models)
+        self.optimizers = dict(optimizers)
+        self.objects = dict(objects)
+        self.rank = rank
+        self._layout: StateLayout | None = None
+        self._keys = share_keys(self.models.values(), rank)
+        self._names: dict[int, str] = {}
+        for name, model in self.models.items():
+            for inner, parameter in model.named_parameters():
+                self._names.setdefault(id(parameter), f"{name}/{plain_name(inner)}")
+        for name, optimizer in self.optimizers.items():
+            for group_index, group in enumerate(optimizer.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    self._names.setdefault(id(parameter), f"{name}/{group_index}.{index}")
+                    self._keys.setdefault(id(parameter), key_of([rank]))
+
+    # ---- capture
+
+    def layout(self) -> StateLayout:
+        """The lazy tensors as they are now; the same object as last time while nothing moved."""
+        if self._layout is None or not self._layout.holds(self.optimizers.values()):
+            self._layout = self._lay_out()
+        return self._layout
+
+    def small(self) -> dict[str, Any]:
+        """Everything else, as a tree of plain values and small tensors."""
+        return {
+            "layout": self.layout().skeleton,
+            "buffers": {name: dict(_buffers(model)) for name, model in self.models.items()},
+            "groups": {
+                name: [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in optimizer.param_groups
+                ]
+                for name, optimizer in self.optimizers.items()
+            },
+            "numbers": {
+                f"{name}/{self._names[id(parameter)]}": numbers
+                for name, optimizer in self.optimizers.items()
+                for parameter, values in optimizer.state.items()
+                if (numbers := _numbers(values))
+            },
+            "objects": {name: value.state_dict() for name, value in self.objects.items()},
+        }
+
+    def _lay_out(self) -> StateLayout:
+        tensors: list[LazyTensor] = []
+        pointers: list[tuple[torch.Tensor, int]] = []
+        seen: set[int] = set()
+        for parameter in self._parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                local = local_part(parameter)
+                pointers.append((parameter, _pointer(parameter)))
+                name = self._names[id(parameter)]
+                tensors.append(LazyTensor(name, local, self._keys[id(parameter)]))
+        slots: list[tuple[dict[Any, Any], Any, torch.Tensor]] = []
+        skeleton: dict[str, Any] = {}
+        for name, optimizer in self.optimizers.items():
+            own = key_of([self.rank]) if hasattr(optimizer, "consolidate_state_dict") else ""
+            groups = []
+            state: dict[str, Any] = {}
+            for group in optimizer.param_groups:
+                groups.append([self._names[id(parameter)] for parameter in group["params"]])
+                for parameter in group["params"]:
+                    values = optimizer.state.get(parameter, {})
+                    inner = self._names[id(parameter)]
+                    places = state.setdefault(inner, {})
+                    for key, value in values.items():
+                        if isinstance(value, torch.Tensor):
+                            slots.append((values, key, value))
+                            places[str(key)] = _placeholder(value)
+                            share = own or self._keys[id(parameter)]
+                            path = f"{name}/{inner}/{key}"
+                            tensors.append(LazyTensor(path, local_part(value), share))
+            skeleton[name] = {"groups": groups, "state": state}
+        numbers = sum(
+            len(_numbers(values)) for o in self.optimizers.values() for values in o.state.values()
+        )
+        return StateLayout(tuple(tensors), encode_tree(skeleton), pointers, slots, numbers)
+
+    # ---- restore
+
+    def load_small(self, small: Mapping[str, Any]) -> None:
+        """Put the small tree back; creates the optimizers' state tensors, still unfilled.
+
+        Raises :class:`StateError` naming the first thing that does not fit.
+        """
+        skeleton = decode_tree(small["layout"])
+        for kind, mine, theirs in (
+            ("model", self.models, small["buffers"]),
+            ("optimizer", self.optimizers, skeleton),
+        ):
+            if set(theirs) != set(mine):
+                raise StateError(
+                    f"the saved run has the {kind}s {sorted(theirs)}, this script registers "
+                    f"{sorted(mine)}; use another run directory, or register the same objects"
+                )
+        for name, model in self.models.items():
+            _load_buffers(name, model, small["buffers"][name])
+        for name, optimizer in self.optimizers.items():
+            self._load_optimizer(name, optimizer, skeleton[name], small["groups"][name])
+            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+                numbers = small["numbers"].get(f"{name}/{self._names[id(parameter)]}")
+                if numbers:
+                    optimizer.state[parameter].update(numbers)
+        missing = set(self.objects) - set(small["objects"])
+        if missing:
+            raise StateError(f"the saved run has no state for {sorted(missing)}")
+        for name, value in self.objects.items():
+            value.load_state_dict(small["objects"][name])
+        self._layout = None
+
+    # ---- details
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
+        for model in self.models.values():
+            yield from model.parameters()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
+    def _load_optimizer(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        skeleton: Mapping[str, Any],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        mine = [
+            [self._names[id(parameter)] for parameter in group["params"]]
+            for group in optimizer.param_groups
+        ]
+        if mine != skeleton["groups"]:
+            flat = [inner for group in mine for inner in group]
+            saved = [inner for group in skeleton["groups"] for inner in group]
+            odd = next((a for a, b in zip_longest(flat, saved) if a != b), "the grouping")
+            raise StateError(
+                f"{name} holds other parameters here than in the saved run: the first difference "
+                f"is at {odd!r}; use another run directory for another model"
+            )
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                places = skeleton["state"].get(self._names[id(parameter)])
+                if places:
+                    optimizer.state[parameter] = {
+                        key: _materialise(place, parameter) for key, place in places.items()
+                    }
+
+
+def _pointer(tensor: torch.Tensor) -> int:
+    return local_part(tensor).data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+
+
+def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+
+
+def _buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The persistent buffers, under plain names."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                path = f"{prefix}.{name}" if prefix else name
+                yield plain_name(path), local_part(buffer)
+
+
+def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    mine = dict(_buffers(model))
+    if set(mine) != set(saved):
+        odd = sorted(set(mine) ^ set(saved))[0]
+        raise StateError(f"{name}'s buffer {odd!r} is only on one side of this script and the run")
+    with torch.no_grad():
+        for path, buffer in mine.items():
+            if buffer.shape != saved[path].shape:
+                raise StateError(
+                    f"{name}'s buffer {path!r} is {tuple(buffer.shape)} here and "
+                    f"{tuple(saved[path].shape)} in the saved run: another model's run directory?"
+                )
+            buffer.copy_(saved[path])
+
+
+def _placeholder(tensor: torch.Tensor) -> dict[str, Any]:
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(local_part(tensor).shape),
+        "device": tensor.device.type,
+    }
+
+
+def _materialise(place: Mapping[str, Any], parameter: torch.Tensor) -> torch.Tensor:
+    """An optimizer's state tensor as the placeholder describes it, not filled yet."""
+    dtype = getattr(torch, place["dtype"])
+    shape = tuple(place["shape"])
+    if shape == tuple(local_part(parameter).shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    device = "cpu" if place["device"] == "cpu" else parameter.device
+    return torch.empty(shape, dtype=dtype, device=device)

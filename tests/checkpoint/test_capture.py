@@ -1,0 +1,299 @@
+"""Capture behind the step: complete before the optimizer, torn never, finished for the dead."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ftrain.checkpoint.capture import CaptureEngine, LazyTensor, plan_image
+from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState, ImageWriter
+from ftrain.comms.errors import MemoryShortError
+from ftrain.comms.protocol.messages import Held, Share, VersionId
+
+CHUNK_BYTES = 64 * 1024
+
+
+@dataclass
+class Finish:
+    version: VersionId
+    rank: int
+    buffer: memoryview
+
+
+class Memory:
+    """Two slots in this process, with a door for requests to finish another rank's image."""
+
+    def __init__(self) -> None:
+        self.denied = "all slots are taken"
+        self.deny = False
+        self.maps: list[mmap.mmap] = []
+        self.turn = 0
+        self.handed_in: list[tuple[VersionId, Held]] = []
+        self.answers: list[tuple[int, Held | None]] = []
+        self.door, self.bell = socket.socketpair()
+        self.door.setblocking(False)
+        self.request: Finish | None = None
+        self.answered = threading.Event()
+
+    def reserve(self, image_bytes: int) -> None:
+        if image_bytes > 2**28:
+            raise MemoryShortError("the slots need more memory than there is")
+        self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
+
+    def begin(self, version: VersionId) -> memoryview | None:
+        if self.deny:
+            return None
+        self.turn ^= 1
+        return memoryview(self.maps[self.turn])
+
+    def sealed(self, version: VersionId, held: Held) -> None:
+        self.handed_in.append((version, held))
+
+    def fileno(self) -> int:
+        return self.door.fileno()
+
+    def poll(self) -> Finish | None:
+        try:
+            self.door.recv(1)
+        except BlockingIOError:
+            return None
+        return self.request
+
+    def finished(self, version: VersionId, rank: int, held: Held | None) -> None:
+        self.answers.append((rank, held))
+        self.answered.set()
+
+    def ask(self, request: Finish) -> Held | None:
+        self.request = request
+        self.bell.send(b"!")
+        assert self.answered.wait(10)
+        return self.answers[-1][1]
+
+    def image(self) -> ImageReader:
+        return ImageReader(memoryview(self.maps[self.turn]))
+
+    def close(self) -> None:
+        self.door.close()
+        self.bell.close()
+
+
+def identity(version: VersionId, rank: int) -> ImageIdentity:
+    return ImageIdentity(
+        run_id="run",
+        topology="ab",
+        version=version,
+        rank=rank,
+        world_size=2,
+        node=0,
+        incarnation=1,
+    )
+
+
+def tensors(scale: float = 1.0) -> tuple[LazyTensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(100, 300), (7,), (1,), (50, 33), (300, 400)]
+    return tuple(
+        LazyTensor(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
+        for i, size in enumerate(sizes)
+    )
+
+
+def share_of(rank: int) -> Share:
+    return Share("0,1", 0, rank, 2)
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    found = Memory()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def engine(memory: Memory, notes: list[str]) -> Iterator[CaptureEngine]:
+    found = CaptureEngine(
+        memory,
+        identity,
+        lambda key: share_of(0),
+        rank=0,
+        chunk_bytes=CHUNK_BYTES,
+        on_note=notes.append,
+    )
+    yield found
+    found.close()
+
+
+def contents(image: ImageReader) -> dict[tuple[str, int], bytes]:
+    return {(s.name, s.start): bytes(image.segment_bytes(s)) for s in image.segments}
+
+
+def test_two_ranks_parts_make_the_whole() -> None:
+    held: dict[str, dict[int, int]] = {}
+    for rank in (0, 1):
+        plan = plan_image(tensors(), lambda key, rank=rank: share_of(rank), 1024, CHUNK_BYTES)
+        for segment in plan.segments:
+            for byte in (segment.start, segment.start + segment.nbytes - 1):
+                held.setdefault(segment.name, {})[byte] = rank
+            held[segment.name].setdefault(-1, 0)
+            held[segment.name][-1] += segment.nbytes
+    for tensor in tensors():
+        assert held[tensor.name][-1] == tensor.tensor.numel() * 4
+
+
+def test_a_version_is_complete_when_the_barrier_returns(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    state = tensors()
+    engine.start(VersionId(1, 5), state, b"small", 17)
+    engine.barrier(10)
+    before = {t.name: t.tensor.clone() for t in state}
+    for tensor in state:
+        tensor.tensor.add_(1)  # the optimizer
+    image = memory.image()
+    image.verify()
+    assert image.state is ImageState.SEALED
+    assert image.small == b"small"
+    assert image.collectives == 17
+    for (name, start), data in contents(image).items():
+        raw = before[name].numpy().tobytes()
+        assert data == raw[start : start + len(data)]
+    assert memory.handed_in[-1][0] == VersionId(1, 5)
+    assert engine.statistics().captured == 1
+
+
+def test_a_denied_version_is_counted_with_its_reason(
+    engine: CaptureEngine, memory: Memory, notes: list[str]
+) -> None:
+    memory.deny = True
+    for step in range(12):
+        engine.start(VersionId(1, step), tensors(), b"")
+        engine.barrier(10)
+    assert engine.statistics().skipped == 12
+    assert "all slots are taken" in engine.statistics().skip_reason
+    assert len(notes) == 2  # the 1st and the 10th
+
+
+def test_too_little_memory_is_said_and_training_goes_on(
+    engine: CaptureEngine, notes: list[str]
+) -> None:
+    huge = LazyTensor("model/huge", torch.empty(2**28, dtype=torch.uint8), "0,1")
+    engine.start(VersionId(1, 1), (huge, huge, huge), b"")
+    engine.barrier(10)
+    assert "more memory than there is" in notes[0]
+
+
+def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies(
+    engine: CaptureEngine, memory: Memory, notes: list[str]
+) -> None:
+    state = tensors()
+    for step in range(20):
+        engine.start(VersionId(1, step), state, b"")
+        engine.drain(10)
+        for tensor in state:
+            tensor.tensor.mul_(1.5)  # an EMA swap, say
+        engine.barrier(10)
+        if engine.statistics().eager:
+            break
+    assert "between a boundary and the next optimizer.step" in notes[0]
+    before = state[0].tensor.clone()
+    engine.start(VersionId(1, 99), state, b"")  # returns when all is copied
+    state[0].tensor.zero_()
+    first = contents(memory.image())["model/0", 0]
+    assert first == before.numpy().tobytes()[: len(first)]
+
+
+def unfinished(rank: int, state: tuple[LazyTensor, ...], version: VersionId) -> memoryview:
+    """What a rank leaves that was killed after its first chunk."""
+    plan = plan_image(state, lambda key: share_of(rank), 1024, CHUNK_BYTES)
+    buffer = memoryview(mmap.mmap(-1, plan.total_bytes))
+    writer = ImageWriter(buffer, plan, identity(version, rank), 3)
+    writer.begin(b"the dead rank's small state")
+    for piece in plan.pieces(0):
+        raw = next(t.tensor for t in state if t.name == piece.segment.name).numpy().tobytes()
+        writer.data[piece.offset : piece.offset + piece.nbytes] = raw[
+            piece.start : piece.start + piece.nbytes
+        ]
+    writer.finish_chunk(0)
+    return buffer
+
+
+def test_a_survivor_finishes_a_dead_ranks_image(engine: CaptureEngine, memory: Memory) -> None:
+    state = tensors()
+    version = VersionId(1, 8)
+    engine.start(version, state, b"mine")
+    engine.drain(10)
+    buffer = unfinished(1, state, version)
+    held = memory.ask(Finish(version, 1, buffer))
+    assert held is not None
+    assert held.rank == 1
+    image = ImageReader(buffer)
+    image.verify()
+    assert image.small == b"the dead rank's small state"
+    expected = {t.name: t.tensor.numpy().tobytes() for t in state}
+    for (name, start), data in contents(image).items():
+        assert data == expected[name][start : start + len(data)]
+
+
+def test_a_survivor_refuses_when_its_tensors_moved_on(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    state = tensors()
+    version = VersionId(1, 8)
+    engine.start(version, state, b"mine")
+    engine.barrier(10)  # the optimizer may write now
+    buffer = unfinished(1, state, version)
+    assert memory.ask(Finish(version, 1, buffer)) is None
+    assert ImageReader(buffer).state is ImageState.WRITING
+
+
+def test_a_survivor_refuses_bytes_that_it_does_not_share(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    mine = tuple(LazyTensor(t.name, t.tensor, "0") for t in tensors())
+    version = VersionId(1, 8)
+    engine.start(version, mine, b"mine")
+    engine.drain(10)
+    assert memory.ask(Finish(version, 1, unfinished(1, tensors(), version))) is None
+
+
+def test_a_killed_capture_never_reads_as_a_version() -> None:
+    """SIGKILL at many moments of a capture into shared memory: sealed and right, or not sealed."""
+    state = tensors()
+    plan = plan_image(state, lambda key: share_of(0), 1024, CHUNK_BYTES)
+    sealed = 0
+    for delay in range(40):
+        shared = mmap.mmap(-1, plan.total_bytes)
+        pid = os.fork()
+        if pid == 0:
+            writer = ImageWriter(memoryview(shared), plan, identity(VersionId(1, 1), 0), 0)
+            writer.begin(b"s")
+            for chunk in range(writer.chunks):
+                if chunk * 4 + 2 == delay:
+                    os.kill(os.getpid(), 9)
+                for piece in plan.pieces(chunk):
+                    source = next(t.tensor for t in state if t.name == piece.segment.name)
+                    raw = source.numpy().tobytes()[piece.start : piece.start + piece.nbytes]
+                    writer.data[piece.offset : piece.offset + piece.nbytes] = raw
+                writer.finish_chunk(chunk)
+            writer.seal()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        image = ImageReader(memoryview(shared))
+        if image.state is ImageState.SEALED:
+            sealed += 1
+            image.verify()
+        else:
+            assert image.missing_chunks()
+    assert 0 < sealed < 40

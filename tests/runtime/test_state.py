@@ -1,0 +1,176 @@
+"""Registered objects: captured, put back into fresh ones, equal to the bit; misfits named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ftrain.checkpoint.capture import plan_image
+from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageWriter
+from ftrain.comms.errors import SessionError, StateError
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.runtime.group import GroupView, key_of, ranks_of
+from ftrain.runtime.restore import choose_images, restore_tensors
+from ftrain.runtime.state import TrainingState, plain_name
+
+
+def make(width: int = 12, optimizer: str = "AdamW") -> tuple[torch.nn.Module, Any, Any]:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 3)
+    )
+    kind: Any = getattr(torch.optim, optimizer)
+    options = {"momentum": 0.9} if optimizer == "SGD" else {}
+    found = kind(model.parameters(), lr=0.01, **options)
+    return model, found, torch.optim.lr_scheduler.StepLR(found, 3)
+
+
+def state_of(parts: tuple[torch.nn.Module, Any, Any]) -> TrainingState:
+    model, optimizer, scheduler = parts
+    return TrainingState({"model": model}, {"optimizer": optimizer}, {"scheduler": scheduler}, 0)
+
+
+def train(parts: tuple[torch.nn.Module, Any, Any], steps: int, start: int = 0) -> list[float]:
+    model, optimizer, scheduler = parts
+    losses = []
+    for step in range(start, start + steps):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def image_of(state: TrainingState) -> bytearray:
+    """The state as one image, as a capture writes it."""
+    layout = state.layout()
+    small = encode_tree(state.small())
+    plan = plan_image(layout.tensors, GroupView(0, 1, 0, (0,)).share, len(small), 4096)
+    buffer = bytearray(plan.total_bytes)
+    identity = ImageIdentity(
+        run_id="r",
+        topology="ab",
+        version=VersionId(1, 1),
+        rank=0,
+        world_size=1,
+        node=0,
+        incarnation=1,
+    )
+    writer = ImageWriter(buffer, plan, identity)
+    writer.begin(small)
+    by_name = {t.name: t.tensor for t in layout.tensors}
+    for chunk in range(writer.chunks):
+        for piece in plan.pieces(chunk):
+            raw = by_name[piece.segment.name].contiguous().reshape(-1).view(torch.uint8)
+            data = raw[piece.start : piece.start + piece.nbytes].numpy().tobytes()
+            writer.data[piece.offset : piece.offset + piece.nbytes] = data
+        writer.finish_chunk(chunk)
+    writer.seal()
+    return buffer
+
+
+def put_back(buffer: bytearray, state: TrainingState) -> None:
+    reader = ImageReader(buffer)
+    state.load_small(decode_tree(reader.small))  # type: ignore[arg-type]
+    tensors = state.layout().tensors
+    chosen, missing = choose_images([t.share for t in tensors], [reader])
+    assert not missing
+    restore_tensors(tensors, chosen)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "NAdam", "RMSprop"])
+def test_a_restored_run_goes_on_with_the_same_losses(optimizer: str) -> None:
+    torch.manual_seed(0)
+    parts = make(optimizer=optimizer)
+    train(parts, 4)
+    buffer = image_of(state_of(parts))
+    expected = train(parts, 5, 4)
+    torch.manual_seed(77)
+    fresh = make(optimizer=optimizer)
+    put_back(buffer, state_of(fresh))
+    assert train(fresh, 5, 4) == expected
+
+
+def test_before_the_first_step_there_is_no_optimizer_state() -> None:
+    parts = make()
+    buffer = image_of(state_of(parts))
+    fresh = make()
+    put_back(buffer, state_of(fresh))
+    assert train(fresh, 3) == train(parts, 3)
+
+
+def test_the_layout_is_kept_until_something_moves() -> None:
+    parts = make()
+    state = state_of(parts)
+    empty = state.layout()
+    train(parts, 1)
+    full = state.layout()
+    assert len(full.tensors) > len(empty.tensors)
+    train(parts, 3)
+    assert state.layout() is full
+    first = next(iter(parts[0].parameters()))
+    first.data = first.data.clone()  # storage exchanged
+    moved = state.layout()
+    assert moved is not full
+    parts[1].state[first]["exp_avg"] = torch.zeros_like(first)  # moment exchanged
+    assert state.layout() is not moved
+
+
+def test_another_model_is_refused_with_the_first_difference() -> None:
+    parts = make(12)
+    train(parts, 1)
+    with pytest.raises(StateError, match=r"is \(12,\) in the saved run|another model|\[12"):
+        put_back(image_of(state_of(parts)), state_of(make(13)))
+
+
+def test_another_optimizer_grouping_is_refused() -> None:
+    parts = make()
+    train(parts, 1)
+    model, _, _ = make()
+    half = torch.optim.AdamW(list(model.parameters())[:2], lr=0.01)
+    with pytest.raises(StateError, match="holds other parameters"):
+        put_back(
+            image_of(state_of(parts)),
+            TrainingState(
+                {"model": model},
+                {"optimizer": half},
+                {"scheduler": torch.optim.lr_scheduler.StepLR(half, 3)},
+                0,
+            ),
+        )
+
+
+def test_objects_need_state() -> None:
+    model, optimizer, _ = make()
+    with pytest.raises(SessionError, match="which has no state_dict"):
+        TrainingState({"model": model}, {"optimizer": optimizer}, {"tokenizer": object()}, 0)
+
+
+def test_wrapper_prefixes_do_not_change_names() -> None:
+    assert plain_name("module._orig_mod.layers.0.module.weight") == "layers.0.weight"
+    assert plain_name("submodule.weight") == "submodule.weight"
+
+
+@pytest.mark.parametrize("ranks", [[0], [1, 3], [0, 1], [0, 1, 2, 3], [2, 4, 6], [5]])
+def test_share_keys_name_sets_of_ranks(ranks: list[int]) -> None:
+    assert ranks_of(key_of(ranks)) == ranks
+
+
+def test_parts_are_counted_on_this_node_only() -> None:
+    view = GroupView(3, 4, 1, (2, 3))
+    share = view.share("0-3")
+    assert (share.node, share.part, share.parts) == (1, 1, 2)
+
+
+def test_parts_of_two_nodes_are_never_mixed() -> None:
+    parts = make()
+    train(parts, 1)
+    reader = ImageReader(image_of(state_of(parts)))
+    chosen, missing = choose_images(["0", "1"], [reader])
+    assert missing == ["1"]
+    assert [keys for _, keys in chosen] == [frozenset({"0"})]
