@@ -25,11 +25,9 @@ import torch
 from ftrain.checkpoint.image import (
     ImageIdentity,
     ImagePlan,
-    ImageReader,
     ImageWriter,
     Piece,
     Segment,
-    held_of,
     lay_out,
     resume_writer,
 )
@@ -296,7 +294,7 @@ class CaptureEngine:
             if self._job is not job:
                 return
             writer.seal()
-        self._slots.sealed(job.version, held_of(ImageReader(buffer)))
+        self._slots.sealed(job.version, writer.held())
         self._statistics.captured += 1
         self._statistics.bytes_copied += writer.plan.layout.data_bytes
         self._written = buffer
@@ -347,7 +345,7 @@ class CaptureEngine:
                         for chunk in writer.missing_chunks():
                             self._fill(writer, writer.plan, chunk, sources)
                         writer.seal()
-                        held = held_of(ImageReader(request.buffer))
+                        held = writer.held()
                         self._statistics.finished_for_others += 1
                 except (FtrainError, OSError, RuntimeError) as error:
                     self._note(f"can't finish rank {request.rank}'s capture: {error}")

@@ -15,32 +15,13 @@ import os
 import struct
 from enum import IntEnum
 
+from ftrain.comms.protocol.phases import Phase as Phase
+from ftrain.comms.protocol.phases import Where as Where
+
 PAGE_BYTES = 64 * 1024
 _MAGIC = 0x3147455441525446  # "FTRATEG1"
 _RING_OFFSET = 2048
 _RING_ENTRIES = 64  # (boundary step, collectives enqueued, time ns, reserved)
-
-
-class Phase(IntEnum):
-    """What the rank's main thread is doing, as far as the Session knows."""
-
-    STARTING = 0  # forked, the script has not made a Session yet
-    RESTORING = 1
-    STEP = 2  # between two boundaries, in the user's code
-    OPTIMIZER = 3  # inside optimizer.step
-    BOUNDARY = 4  # inside Session.steps()
-    DECLARED = 5  # inside session.phase("…"): slowness is expected
-    HOLDING = 6  # held at a boundary, waiting to be told where to stop
-    STOPPED = 7  # ended at the agreed stop boundary
-    FINISHED = 8  # every step done, or the loop was left; the script may still run
-
-
-class Where(IntEnum):
-    """Where the main thread's Python stack stood when it was last sampled."""
-
-    USER = 0
-    BACKWARD = 1
-    COLLECTIVE = 2  # inside torch.distributed
 
 
 class Word(IntEnum):
@@ -79,6 +60,11 @@ class Word(IntEnum):
     SAVE_STEP = 30  # boundary of the newest session.save(), plus one
     SAMPLES = 31  # batches consumed by this process
     SESSION_NS = 32  # the Session was constructed
+    FAULT_KIND = 33  # injector -> rank: recovery.faults.FaultKind to commit; 0 = none
+    FAULT_STEP = 34  # injector -> rank: not before this boundary
+    FAULT_PHASE = 35  # injector -> rank: in this Phase, plus one; 0 = in any
+    FAULT_ARG = 36  # injector -> rank: exit code, seconds or bytes, as the kind has it
+    FAULT_FIRED_NS = 37  # the rank committed the fault
 
 
 class TelemetryPage:

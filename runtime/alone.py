@@ -29,7 +29,7 @@ from ftrain.comms.errors import (
 from ftrain.comms.protocol.messages import Held, VersionId
 from ftrain.configs.schema import CheckpointConfig, EventsConfig, FtrainConfig
 from ftrain.runtime.group import GroupView
-from ftrain.runtime.restore import restore_from, topology_digest
+from ftrain.runtime.restore import restore_from
 
 if TYPE_CHECKING:
     from ftrain.runtime.state import TrainingState
@@ -164,7 +164,7 @@ class AloneKeeper:
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Go on from the newest durable version that verifies on every rank, if there is one."""
-        self._topology = topology_digest(state.layout().tensors, self._environment.world_size)
+        self._topology = state.topology(self._environment.world_size)
         versions = self._store.versions(None)
         newest = max((version.fence for version in versions), default=0)
         count, self._fence = self._agreement.share([len(versions), newest + 1])

@@ -13,7 +13,7 @@ from ftrain.comms.environment import RankContext, RankEnvironment
 from ftrain.comms.protocol.messages import RestorePlan, VersionId
 from ftrain.runtime.alone import AloneKeeper
 from ftrain.runtime.group import GroupView
-from ftrain.runtime.restore import restore_from, topology_digest
+from ftrain.runtime.restore import restore_from
 from ftrain.runtime.state import TrainingState
 from ftrain.snapshot.client import SnapshotClient
 from ftrain.snapshot.fetch import fetch_images
@@ -97,7 +97,7 @@ class SnapshotKeeper:
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Put back what the formation's plan names; returns the small tree, None when fresh."""
-        self._topology = topology_digest(state.layout().tensors, self._world_size)
+        self._topology = state.topology(self._world_size)
         plan = self._context.formation.restore
         if plan.level == "fresh" or plan.version is None:
             return None

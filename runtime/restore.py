@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,14 +14,6 @@ from ftrain.checkpoint.codec import decode_tree
 from ftrain.checkpoint.image import ImageReader, Segment
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.runtime.state import TrainingState
-
-
-def topology_digest(tensors: Sequence[LazyTensor], world_size: int) -> str:
-    """Names, shapes, types and placement of the model's parameters, as 32 hex characters."""
-    digest = hashlib.blake2b(f"world {world_size}".encode(), digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.name} {tuple(tensor.tensor.shape)} {tensor.tensor.dtype}".encode())
-    return digest.hexdigest()
 
 
 def choose_images(

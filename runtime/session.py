@@ -24,7 +24,7 @@ from ftrain.runtime.data import open_data
 from ftrain.runtime.heartbeat import Heartbeat, collectives_enqueued
 from ftrain.runtime.keeper import Keeper, open_keeper
 from ftrain.runtime.random_state import random_state, set_random_state
-from ftrain.runtime.records import StepRecords
+from ftrain.runtime.records import StepRecords, plain
 from ftrain.runtime.state import TrainingState
 
 _current: weakref.ref[Session] | None = None
@@ -236,7 +236,8 @@ class Session:
                 self._page[Word.FIRST_STEP_NS] = now
             self._page[Word.STEP_MEDIAN_NS] = int(self._records.median_s * 1e9)
             if "loss" in self._logged:
-                self._page.loss = float(self._logged["loss"])
+                loss = plain(self._logged["loss"])
+                self._page.loss = float(loss) if isinstance(loss, int | float) else 0.0
         self._logged = {}
         if self._stepped:
             self._capture(collectives)
@@ -276,7 +277,7 @@ class Session:
         self._phase(Phase.HOLDING)
         page[Word.HELD_AT] = self._step + 1
         while page[Word.PAUSE] and not page[Word.STOP_AT]:
-            time.sleep(0.001)
+            time.sleep(0.001)  # a word in shared memory has no event
         page[Word.HELD_AT] = 0
         if page[Word.STOP_AT] == self._step + 1:
             self._keeper.drain()
@@ -392,7 +393,7 @@ def linger(error: BaseException | None, wait_s: float = 5.0) -> None:
         return
     session._keeper.drain()
     if error is not None and peer_failed(error):
-        time.sleep(wait_s)
+        time.sleep(wait_s)  # ends with our SIGKILL: the agent knows of the peer already
 
 
 def peer_failed(error: BaseException) -> bool:

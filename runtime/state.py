@@ -7,6 +7,7 @@ taken at the boundary as one tree of plain values.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -92,6 +93,15 @@ class TrainingState:
                 for index, parameter in enumerate(group["params"]):
                     self._names.setdefault(id(parameter), f"{name}/{group_index}.{index}")
                     self._keys.setdefault(id(parameter), key_of([rank]))
+
+    def topology(self, world_size: int) -> str:
+        """Names, global shapes and types of the parameters, and the group's size, as 32 hex
+        characters: equal on all ranks of a group, different for another model."""
+        digest = hashlib.blake2b(f"world {world_size}".encode(), digest_size=16)
+        for parameter in self._parameters():
+            name = self._names[id(parameter)]
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        return digest.hexdigest()
 
     # ---- capture
 

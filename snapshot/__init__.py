@@ -1,1 +1,6 @@
 """In-memory copies owned by a process that outlives the ranks."""
+
+from ftrain.comms import wire
+from ftrain.snapshot.protocol import messages
+
+wire.register(*messages.MESSAGES)

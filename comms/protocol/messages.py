@@ -117,6 +117,8 @@ class NodeReport:
     loss: float = 0.0
     step_s: float = 0.0  # median step time
     signals: tuple[str, ...] = ()  # SIGTERM, SIGUSR1, … that this agent received
+    flush: VersionId | None = None  # the flush order that `prepared` or `refused` answers
+    fence: int = 0  # fence under which `prepared` was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,22 @@ class Sealed:
     incarnation: int  # of the snapshot manager's memory (the agent's), not of its process
     held: tuple[Held, ...]
     smalls: tuple[bytes, ...]  # same order as `held`
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSeen:
+    """What the sender has of the receiver, and of its own, in one epoch: the whole lists.
+
+    Answers each :class:`Sealed`; also sent unasked by who waits or has just started, so that a
+    snapshot manager that lost what it was told is told again.
+    """
+
+    epoch: int
+    node: int | str  # the sender
+    versions: tuple[VersionId, ...]  # the receiver's announcements that it has
+    newest: VersionId | None = None  # committed at the sender: it needs nothing older
+    reached: VersionId | None = None  # the sender will never seal a version up to this one …
+    own: tuple[VersionId, ...] = ()  # … except these, which it has sealed or is capturing
 
 
 @dataclass(frozen=True, slots=True)

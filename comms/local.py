@@ -1,0 +1,212 @@
+"""Messages between processes of one host, with descriptors passed along.
+
+Unix sockets of kind SEQPACKET keep message boundaries, so there is no framing; the kernel vouches
+for the peer's user, so there is no challenge. Large things travel as memfds, never as messages.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import stat
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ftrain.comms import wire
+from ftrain.comms.errors import (
+    AuthenticationError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteProtocolError,
+    RunDirectoryError,
+)
+
+MESSAGE_BYTES_MAX = 100_000
+DESCRIPTORS_MAX = 250  # the kernel's own limit is 253 per message
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class LocalSocket:
+    """One end of a connection. Closes itself as a context manager.
+
+    ``send`` and ``receive`` may wait as long as :meth:`settimeout` says (default: for ever; 0: not
+    at all), then raise :class:`TimeoutError` and have done nothing.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected socket; AuthenticationError when another user holds its peer."""
+        self._socket = sock
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MESSAGE_BYTES_MAX)
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            self.peer_pid, uid, _ = _CREDENTIALS.unpack(credentials)
+            if uid != os.getuid():
+                raise AuthenticationError(
+                    f"a process of user {uid} connected to a socket of user {os.getuid()}: refused"
+                )
+        except OSError:
+            sock.close()
+            raise
+
+    def send(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message with copies of ``fds`` (still open here afterwards).
+
+        Raises :class:`LocalProtocolError` over 100,000 bytes, :class:`PeerLostError` when the
+        peer is gone, :class:`TimeoutError` when it does not read.
+        """
+        data = wire.encode(message)
+        if len(data) > MESSAGE_BYTES_MAX or len(fds) > DESCRIPTORS_MAX:
+            raise LocalProtocolError(
+                f"a {type(message).__name__} of {len(data)} bytes with {len(fds)} descriptors is"
+                f" over the limit of {MESSAGE_BYTES_MAX} and {DESCRIPTORS_MAX}: use a memfd"
+            )
+        try:
+            if fds:
+                socket.send_fds(self._socket, [data], list(fds))
+            else:
+                self._socket.send(data)
+        except (BlockingIOError, TimeoutError):
+            raise TimeoutError("the local peer does not read its messages") from None
+        except OSError as error:
+            raise PeerLostError(f"the local peer is gone: {error.strerror}") from None
+
+    def receive(self) -> tuple[Any, list[int]]:
+        """The next message and its descriptors, which are now the caller's to close.
+
+        Raises :class:`PeerLostError` at the end, :class:`RemoteProtocolError` for anything that
+        is not a message (its descriptors are closed), :class:`TimeoutError` when none came.
+        """
+        space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                MESSAGE_BYTES_MAX, space, socket.MSG_CMSG_CLOEXEC
+            )
+        except (BlockingIOError, TimeoutError):
+            raise TimeoutError("no message came from the local peer") from None
+        except OSError as error:
+            raise PeerLostError(f"the local peer is gone: {error.strerror}") from None
+        fds = _descriptors(ancillary)
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise RemoteProtocolError("a local message is over the limit")
+            if not data:
+                raise PeerLostError("the local peer closed the connection")
+            return wire.decode(data), fds
+        except (RemoteProtocolError, PeerLostError):
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor, for event loops; -1 once closed."""
+        return self._socket.fileno()
+
+    def settimeout(self, timeout_s: float | None) -> None:
+        """How long one call may wait: None for ever, 0 not at all."""
+        self._socket.settimeout(timeout_s)
+
+    def close(self) -> None:
+        """Close this end; the peer reads :class:`PeerLostError`."""
+        self._socket.close()
+
+    def detach(self) -> int:
+        """Give the descriptor away, to hand it to a child process."""
+        return self._socket.detach()
+
+    def __enter__(self) -> LocalSocket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def listen_local(path: str | os.PathLike[str]) -> socket.socket:
+    """A listening socket at ``path``, for its owner only; replaces a dead process's socket there.
+
+    Raises :class:`RunDirectoryError` when that can't be.
+    """
+    path = Path(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        os.fchmod(listener.fileno(), 0o600)  # before bind: there is no moment with a wider mode
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+        with _ShortPath(path) as short:
+            listener.bind(short)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise RunDirectoryError(f"no socket can be made at {path}: {error.strerror}") from None
+    return listener
+
+
+def accept_local(listener: socket.socket) -> LocalSocket:
+    """Accept one connection; as ``listener.accept`` and :class:`LocalSocket` raise."""
+    sock, _ = listener.accept()
+    return LocalSocket(sock)
+
+
+def connect_local(path: str | os.PathLike[str], timeout_s: float) -> LocalSocket:
+    """Connect within ``timeout_s``, which later calls inherit.
+
+    Raises :class:`PeerLostError` when nobody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.settimeout(timeout_s)
+        with _ShortPath(Path(path)) as short:
+            sock.connect(short)
+    except OSError as error:
+        sock.close()
+        raise PeerLostError(f"nobody listens at {path}: {error.strerror or error}") from None
+    return LocalSocket(sock)
+
+
+def pair() -> tuple[LocalSocket, LocalSocket]:
+    """Two connected ends, one of them for a child process."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return LocalSocket(left), LocalSocket(right)
+
+
+def from_descriptor(fd: int) -> LocalSocket:
+    """The end that a parent process handed down as descriptor ``fd``."""
+    sock = socket.socket(fileno=fd)
+    os.set_inheritable(fd, False)
+    return LocalSocket(sock)
+
+
+class _ShortPath:
+    """``path`` in few characters: a socket's name has room for 107 bytes, run directories may be
+    longer."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._directory = -1
+
+    def __enter__(self) -> str:
+        if len(os.fsencode(self._path)) < 100:
+            return str(self._path)
+        self._directory = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
+        return f"/proc/self/fd/{self._directory}/{self._path.name}"
+
+    def __exit__(self, *_: object) -> None:
+        if self._directory >= 0:
+            os.close(self._directory)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()

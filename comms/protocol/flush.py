@@ -1,0 +1,56 @@
+"""One attempt to get one version into durable files on every node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ftrain.comms.protocol.messages import NodeReport, VersionId
+from ftrain.comms.protocol.quorum import Tally
+
+
+class FlushRound:
+    """Collects the nodes' answers to one FLUSH order.
+
+    Each node writes the first version that it sees committed from ``target`` on, so nodes may
+    differ; the round succeeds when one version is prepared by all, under this fence.
+    """
+
+    def __init__(
+        self, target: VersionId, fence: int, nodes: Sequence[int], margin: int = 0
+    ) -> None:
+        self.target = target
+        self.fence = fence
+        self.margin = margin  # boundaries that the target lay ahead; doubled for the next attempt
+        self.age_ticks = 0
+        self._tally = Tally(nodes)
+        self._refusals: dict[int, str] = {}
+        self._answered: set[int] = set()
+
+    def hear(self, report: NodeReport) -> None:
+        """Take what a report says about this order; what it says about others does not count."""
+        if report.flush != self.target or report.fence != self.fence:
+            return
+        if report.refused:
+            self._refusals[report.node] = report.refused
+        for version in report.prepared:
+            if version >= self.target:
+                self._tally.vote(report.node, version)
+                self._answered.add(report.node)
+
+    def answered(self, node: int) -> bool:
+        """Whether ``node`` has prepared something or refused."""
+        return node in self._answered or node in self._refusals
+
+    def prepared(self) -> VersionId | None:
+        """The newest version that all nodes prepared."""
+        return self._tally.newest()
+
+    def failure(self) -> str:
+        """Why no version can come of this round, in words; empty while one still may."""
+        if self.prepared() is not None:
+            return ""
+        if self._refusals:
+            return "; ".join(f"node {n}: {why}" for n, why in sorted(self._refusals.items()))
+        if self._tally.members <= self._answered:
+            return "the nodes wrote different versions"
+        return ""

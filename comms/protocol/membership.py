@@ -1,0 +1,574 @@
+"""The coordinator's machine: who is in, under which epoch, and when the job is over.
+
+One replica group of a fixed number of nodes.  Theory of operation:
+
+* An **epoch** is granted when all nodes are there and no rank is alive.  It is in ``hard`` before
+  anything is said under it and is never granted twice, whatever crashes.
+* Every node is told its whole :class:`Directive` again until its report shows that it was followed.
+  So nothing here depends on a single message arriving, or on one arriving only once.
+* What the nodes do is known from their reports alone.  A coordinator that is killed and started
+  again waits for the reports, and goes on where the nodes stand; while they all run the epoch in
+  ``hard``, nothing happens at all.
+* A version is published under the epoch as its **fence**, and no newer epoch is granted before the
+  publication is answered.  So no manifest appears under a fence that has passed.
+* A failure with no newly committed version since the last formation counts as the same failure
+  coming back; more than ``max_restarts`` of those in a row end the job.
+
+Only :meth:`Membership._enter` changes the phase, along ``TRANSITIONS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftrain.comms.errors import LocalProtocolError
+from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
+from ftrain.comms.protocol.flush import FlushRound
+from ftrain.comms.protocol.messages import (
+    Directive,
+    Formation,
+    NodeGone,
+    NodePlace,
+    NodeReport,
+    NodeState,
+    Notice,
+    Order,
+    StopRequest,
+    VersionId,
+)
+from ftrain.comms.protocol.ready import Address, Ready
+from ftrain.comms.protocol.records import (
+    EXIT_FAILED,
+    EXIT_FORCED,
+    EXIT_SAVED,
+    MembershipHard,
+    begin_incident,
+    close_incident,
+    count_failure,
+)
+from ftrain.comms.protocol.roster import Roster, Trouble
+from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
+
+__all__ = ["TRANSITIONS", "Event", "Membership", "MembershipHard", "Phase"]
+
+_FLUSH_TRIES = 6
+_SAVE_TRIES = 3
+_RUNS = (NodeState.RUNNING, NodeState.DONE)
+_AT_REST = (NodeState.IDLE, NodeState.STOPPED)
+
+
+class Membership:
+    """The membership machine of one replica group of ``nodes`` nodes.
+
+    ``launch`` names one ``ftrain launch``: equal in all coordinator processes of it, different in
+    every other (the modification time of job.json serves).  What ``hard`` says besides the epoch
+    and the newest durable version is forgotten when it belongs to another launch.
+
+    Receives :class:`NodeReport`, :class:`NodeGone` and :class:`StopRequest`; sends a
+    :class:`Directive` to node numbers; its effects are :class:`Form`, :class:`Publish`,
+    :class:`Incident`, :class:`Announce`, :class:`EndJob`.
+    """
+
+    def __init__(
+        self,
+        *,
+        nodes: int,
+        hard: MembershipHard | None,
+        max_restarts: int,
+        lease_ticks: int,
+        launch: str = "",
+        resend_ticks: int = 3,
+        flush_ticks: int = 3000,
+        flush_margin: int = 2,
+    ) -> None:
+        self._nodes = nodes
+        self._max_restarts = max_restarts
+        self._resend_ticks = resend_ticks
+        self._flush_ticks = flush_ticks
+        self._flush_margin = flush_margin
+        self._roster = Roster(nodes, lease_ticks)
+        self._hard = MembershipHard.of_launch(hard, launch)
+        self._stored = hard
+        self._messages: list[tuple[Address, object]] = []
+        self._effects: list[object] = []
+        self._sent: dict[int, tuple[int, Directive, int]] = {}  # incarnation, what, ticks ago
+        self._reason = ""
+        self._committed: VersionId | None = None
+        self._reached = 0  # highest boundary of any rank since the last formation
+        self._round: FlushRound | None = None
+        self._flush_tries = 0
+        self._save_tries = 0
+        self._publishing: Publish | None = None
+        self._places: tuple[NodePlace, ...] = ()
+        self._wait_ticks = 0  # before forming again after a formation could not be made
+        self._phase = Phase.RECOVERING if self._hard.formation else Phase.GATHERING
+        if self._hard.formation is not None:
+            self._places = self._hard.formation.places
+        if self._hard.ended >= 0:
+            self._phase = Phase.FINISHED
+            self._effects.append(EndJob(self._hard.ended, self._hard.end_reason))
+
+    @property
+    def phase(self) -> Phase:
+        """What the coordinator is busy with."""
+        return self._phase
+
+    @property
+    def reason(self) -> str:
+        """Why it is in that phase, or what it waits for, in words."""
+        return self._reason
+
+    @property
+    def hard(self) -> MembershipHard:
+        """The newest hard state (persisted once :meth:`ready` was taken and done)."""
+        return self._hard
+
+    @property
+    def reports(self) -> tuple[NodeReport, ...]:
+        """Newest report of each node that was heard of, by node."""
+        return self._roster.reports()
+
+    # ------------------------------------------------------------------ inputs
+
+    def tick(self) -> None:
+        """One unit of logical time has passed."""
+        self._roster.tick()
+        self._wait_ticks = max(0, self._wait_ticks - 1)
+        if self._round is not None:
+            self._round.age_ticks += 1
+        self._sent = {n: (i, d, age + 1) for n, (i, d, age) in self._sent.items()}
+        self._advance()
+
+    def receive(self, message: object) -> None:
+        """A node's report, news of a node's end, or a wish to stop."""
+        if isinstance(message, NodeReport):
+            self._hear(message)
+        elif isinstance(message, NodeGone):
+            self._roster.gone(message)
+        elif isinstance(message, StopRequest):
+            self._ask_stop(message.cause)
+        self._advance()
+
+    def formed(self, epoch: int, formation: Formation | None, why: str = "") -> None:
+        """Answer to :class:`Form`; without a formation, ``why`` says what is in the way."""
+        if self._phase is not Phase.FORMING or epoch != self._hard.epoch:
+            return  # overtaken by a failure
+        if formation is None:
+            self._hard = count_failure(self._hard, self._committed, f"no formation: {why}")
+            if self._hard.failures_in_row > self._max_restarts:
+                self._end(EXIT_FAILED, f"the group can't be formed: {why}")
+            else:
+                self._wait_ticks = self._resend_ticks
+                self._enter(Event.NOT_FORMED, f"the group can't be formed yet: {why}")
+        else:
+            restored = formation.restore.version
+            step = 0 if restored is None else restored.step
+            self._hard = replace(
+                self._hard,
+                formation=formation,
+                formations=self._hard.formations + 1,
+                incident=self._hard.incident and self._hard.incident.rewound(self._reached, step),
+            )
+            self._reached = step
+            self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
+        self._advance()
+
+    def published(self, fence: int, version: VersionId) -> None:
+        """Answer to :class:`Publish`: the manifest is there, for good."""
+        if self._publishing is None or (fence, version) != (
+            self._publishing.fence,
+            self._publishing.version,
+        ):
+            return
+        self._publishing = None
+        self._hard = replace(self._hard, durable=version)
+        self._say("info", f"step {version.step} is durable", {"step": version.step, "fence": fence})
+        self._advance()
+
+    def publish_failed(self, why: str) -> None:
+        """Answer to :class:`Publish`: it could not be done, and nothing appeared."""
+        self._publishing = None
+        self._say("warning", f"a durable version could not be published: {why}", {})
+        self._retry_flush(f"it could not be published: {why}")
+        self._advance()
+
+    def request_flush(self) -> None:
+        """Ask for a durable version; ignored while one is on its way, or nothing runs."""
+        if self._phase is Phase.RUNNING and self._round is None and self._publishing is None:
+            self._flush_tries = 0
+            self._aim(self._flush_margin)
+            self._advance()
+
+    def ready(self) -> Ready[MembershipHard]:
+        """What has to be done now."""
+        self._direct()
+        hard = self._hard if self._hard != self._stored else None
+        self._stored = self._hard
+        ready = Ready(hard, tuple(self._messages), tuple(self._effects))
+        self._messages, self._effects = [], []
+        return ready
+
+    # ------------------------------------------------------------------ what is heard
+
+    def _hear(self, report: NodeReport) -> None:
+        if not self._roster.accept(report):
+            return
+        if report.committed is not None:
+            self._committed = max(report.committed, self._committed or report.committed)
+        if report.epoch == self._hard.epoch:
+            self._reached = max(self._reached, report.step_max)
+        if self._round is not None:
+            self._round.hear(report)
+        if report.signals and not self._hard.stop_cause:
+            self._ask_stop(f"{report.signals[0]} at node {report.node}")
+
+    def _ask_stop(self, cause: str) -> None:
+        if self._phase is Phase.FINISHED:
+            return
+        if cause.startswith("force"):
+            self._end(EXIT_FORCED, f"stopped by force: {cause}")
+        elif not self._hard.stop_cause:
+            self._hard = replace(self._hard, stop_cause=cause)
+
+    # ------------------------------------------------------------------ phases
+
+    def _enter(self, event: Event, reason: str) -> None:
+        try:
+            self._phase = TRANSITIONS[self._phase][event]
+        except KeyError:
+            raise LocalProtocolError(
+                f"membership: {event.value} can't happen while {self._phase.value}: a bug in ftrain"
+            ) from None
+        if self._phase in (Phase.STOPPING, Phase.GATHERING):
+            self._round = None
+        self._explain(reason)
+
+    def _explain(self, reason: str) -> None:
+        if reason == self._reason:
+            return
+        self._reason = reason
+        self._say("phase", reason, {"phase": self._phase.value, "epoch": self._hard.epoch})
+
+    def _say(self, kind: str, text: str, data: dict[str, object]) -> None:
+        self._effects.append(Announce(Notice(kind, text, data)))
+
+    def _end(self, exit_code: int, reason: str) -> None:
+        self._round = None
+        self._hard = replace(self._hard, ended=exit_code, end_reason=reason)
+        self._enter(Event.OVER, reason)
+        self._effects.append(EndJob(exit_code, reason))
+
+    def _advance(self) -> None:
+        handlers = {
+            Phase.RECOVERING: self._recovering,
+            Phase.GATHERING: self._gathering,
+            Phase.FORMING: self._forming,
+            Phase.STARTING: self._starting,
+            Phase.RUNNING: self._running,
+            Phase.STOPPING: self._stopping,
+            Phase.PAUSING: self._pausing,
+            Phase.SAVING: self._saving,
+        }
+        before = None
+        while self._phase is not before and self._phase is not Phase.FINISHED:
+            before = self._phase
+            handlers[before]()
+
+    def _recovering(self) -> None:
+        """A new coordinator process learns where the nodes stand."""
+        if self._roster.unheard():
+            self._explain("the coordinator is new and waits for the nodes' reports")
+            return
+        trouble = self._trouble(started=False)
+        reports = self._roster.reports()
+        here = [r for r in reports if r.epoch == self._hard.epoch]
+        if trouble:
+            self._break(trouble)
+        elif len(here) == self._nodes and all(r.state in _RUNS for r in here):
+            self._enter(Event.ALL_RUN, "every node runs on; the coordinator is new")
+        elif len(here) == self._nodes and any(r.state in _RUNS for r in here):
+            self._enter(Event.SOME_RUN, "the group has formed; the coordinator is new")
+        else:
+            # The store through which the ranks were finding each other died with the old process.
+            self._enter(Event.BROKEN, "the coordinator died while the group was forming")
+
+    def _gathering(self) -> None:
+        """No rank is alive; wait for all nodes, then grant the next epoch."""
+        if self._hard.stop_cause:
+            self._save_from_memory()
+            return
+        absences = [(n, self._roster.absence(n)) for n in range(self._nodes)]
+        missing = [f"node {n} {why}" for n, why in absences if why]
+        if missing:
+            self._explain(f"waiting for {self._nodes} nodes: {'; '.join(missing)}")
+        elif not self._at_rest():
+            self._explain("waiting for the nodes to have no rank alive")
+        elif self._publishing is None and self._wait_ticks == 0:
+            self._grant()
+
+    def _grant(self) -> None:
+        reports = self._roster.present()
+        places, first_rank = [], 0
+        for r in reports:
+            places.append(
+                NodePlace(r.node, r.incarnation, first_rank, r.local_world, r.host, r.smp_address)
+            )
+            first_rank += r.local_world
+        epoch = max(self._hard.epoch, *(r.epoch for r in reports)) + 1
+        self._places = tuple(places)
+        self._hard = replace(
+            self._hard, epoch=epoch, formation=None, base=self._committed, stop_step=-1
+        )
+        self._enter(Event.COMPLETE, f"all {self._nodes} nodes are there: forming epoch {epoch}")
+        held = tuple((r.node, r.held) for r in reports)
+        self._effects.append(Form(epoch, self._places, held, self._hard.restarts))
+
+    def _forming(self) -> None:
+        trouble = self._trouble(started=False)
+        if trouble:
+            self._break(trouble)
+        elif self._hard.stop_cause:
+            self._enter(Event.STOP_ASKED, f"stopping before the start: {self._hard.stop_cause}")
+
+    def _starting(self) -> None:
+        """The ranks start; what fails here counts like any failure."""
+        trouble = self._trouble(started=False)
+        reports = self._roster.reports()
+        if trouble:
+            self._break(trouble)
+        elif all(r.epoch == self._hard.epoch and r.state in _RUNS for r in reports):
+            self._enter(Event.ALL_RUN, f"epoch {self._hard.epoch} runs")
+        elif self._hard.stop_cause:
+            self._enter(Event.STOP_ASKED, f"stopping before a step: {self._hard.stop_cause}")
+
+    def _running(self) -> None:
+        trouble = self._trouble(started=True)
+        self._close_incident()
+        if trouble:
+            self._break(trouble)
+        elif self._hard.stop_cause:
+            self._enter(Event.STOP_ASKED, f"stopping: {self._hard.stop_cause}")
+        elif all(r.state is NodeState.DONE for r in self._roster.reports()):
+            self._end(0, "every rank is done")
+        else:
+            self._watch_flush()
+
+    def _stopping(self) -> None:
+        """Every present node ends its ranks; only then may anything new begin."""
+        if self._places and self._hard.incident is not None:
+            trouble = self._trouble(started=False)
+            self._hard = replace(self._hard, incident=self._hard.incident.joined(trouble))
+        if self._at_rest():
+            self._enter(Event.ALL_STOPPED, "no rank is alive")
+
+    def _at_rest(self) -> bool:
+        """No present node has a rank, nor will it start one of an epoch granted so far."""
+        return all(
+            r.state in _AT_REST and r.epoch >= self._hard.epoch for r in self._roster.present()
+        )
+
+    def _pausing(self) -> None:
+        """Agree on a boundary that no rank has passed, and let all ranks end there."""
+        trouble = self._trouble(started=True)
+        if trouble:
+            self._break(trouble)
+            return
+        reports = self._roster.reports()
+        if self._hard.stop_step < 0:
+            if all(r.pausing or r.state is NodeState.DONE for r in reports):
+                reachable = [b for r in reports for b in (r.step_max, *r.boundaries)]
+                self._hard = replace(self._hard, stop_step=max(reachable))
+                self._explain(f"all ranks end at boundary {self._hard.stop_step}")
+            return
+        if not all(r.state is NodeState.DONE for r in reports):
+            self._watch_flush()
+            return
+        ended_at = {r.stopped_at for r in reports}
+        if ended_at == {-1}:
+            self._end(0, "every rank is done")
+        elif ended_at <= {-1, self._hard.stop_step}:
+            self._enter(Event.ENDED, f"saving boundary {self._hard.stop_step}")
+            self._aim_at(VersionId(self._hard.epoch, self._hard.stop_step))
+        else:
+            self._enter(Event.BROKEN, f"ranks ended at different boundaries: {sorted(ended_at)}")
+
+    def _saving(self) -> None:
+        """The last version of the job goes to the durable level."""
+        if self._round is None or self._publishing is not None:
+            return
+        if self._hard.durable is not None and self._hard.durable >= self._round.target:
+            step = self._hard.durable.step
+            self._end(EXIT_SAVED, f"stopped ({self._hard.stop_cause}) with step {step} saved")
+            return
+        for node in range(self._nodes):
+            absence = self._roster.absence(node)
+            if absence and not self._round.answered(node):
+                self._end(
+                    EXIT_FAILED, f"step {self._round.target.step} is lost: node {node} {absence}"
+                )
+                return
+        self._watch_flush()
+
+    # ------------------------------------------------------------------ failures
+
+    def _trouble(self, *, started: bool) -> Trouble:
+        return self._roster.trouble(self._places, self._hard.epoch, started=started)
+
+    def _break(self, trouble: Trouble) -> None:
+        words = trouble.words(self._hard.formation)
+        hard = self._hard
+        if hard.counted_epoch != hard.epoch:  # once per epoch, whoever counts
+            hard = count_failure(hard, self._committed, words)
+        self._hard = begin_incident(hard, trouble, words, self._reached)
+        if hard.failures_in_row > self._max_restarts and not hard.stop_cause:
+            self._end(
+                EXIT_FAILED,
+                f"{words}: {self._hard.failures_in_row} failures in a row{self._same()}",
+            )
+        else:
+            self._enter(Event.BROKEN, words)
+
+    def _same(self) -> str:
+        same = self._hard.same_in_row
+        said = " with no new version in between"
+        return f"{said}, {same} of them the very same" if same > 1 else said
+
+    def _close_incident(self) -> None:
+        if self._hard.incident is None or self._hard.formation is None:
+            return
+        self._effects.append(
+            close_incident(self._hard.incident, self._hard.formation, self._roster.reports())
+        )
+        self._hard = replace(self._hard, incident=None)
+
+    # ------------------------------------------------------------------ durable versions
+
+    def _aim(self, margin: int) -> None:
+        """Order a durable version a little ahead of what the ranks have reached by now."""
+        version = VersionId(self._hard.epoch, self._reached + margin)
+        self._round = FlushRound(version, self._hard.epoch, range(self._nodes), margin)
+
+    def _aim_at(self, version: VersionId) -> None:
+        self._round = FlushRound(version, self._hard.epoch, range(self._nodes))
+
+    def _watch_flush(self) -> None:
+        if self._round is None or self._publishing is not None:
+            return
+        version = self._round.prepared()
+        if version is not None:
+            self._publishing = Publish(self._hard.epoch, version, tuple(range(self._nodes)))
+            self._effects.append(self._publishing)
+            if self._phase is not Phase.SAVING:
+                self._round = None
+            return
+        failure = self._round.failure()
+        if not failure and self._round.age_ticks > self._flush_ticks:
+            failure = f"no answer in {self._flush_ticks} ticks"
+        if failure:
+            self._retry_flush(failure)
+
+    def _retry_flush(self, why: str) -> None:
+        margin = self._round.margin if self._round is not None else self._flush_margin
+        if self._phase is Phase.SAVING:
+            self._save_tries += 1
+            if self._save_tries >= _SAVE_TRIES:
+                self._end(EXIT_FAILED, f"the last version could not be saved: {why}")
+            else:
+                self._enter(Event.REFUSED, f"the last version could not be saved yet: {why}")
+            return
+        self._round = None
+        self._flush_tries += 1
+        if self._phase is not Phase.RUNNING:
+            return
+        if self._flush_tries < _FLUSH_TRIES:
+            self._aim(max(1, 2 * margin))
+        else:
+            self._say("warning", f"no durable version could be written: {why}", {})
+
+    def _save_from_memory(self) -> None:
+        """A stop was asked for and no rank is alive: save the newest version all nodes hold."""
+        if self._publishing is not None:
+            return
+        hard = self._hard
+        reports = self._roster.present()
+        whole = [{h.version for h in r.held if h.whole} for r in reports]
+        complete = [
+            v
+            for v in (set.intersection(*whole) if whole and len(whole) == self._nodes else ())
+            if all(_holds_all(r, v) for r in reports)
+        ]
+        newest = max(complete, default=None)
+        if newest is not None and (hard.durable is None or newest > hard.durable):
+            self._enter(Event.STOP_ASKED, f"saving step {newest.step}, the newest all nodes hold")
+            self._aim_at(newest)
+        elif hard.durable is not None and (hard.base is None or hard.durable >= hard.base):
+            step = hard.durable.step
+            self._end(EXIT_SAVED, f"stopped ({hard.stop_cause}): step {step} was saved before")
+        elif self._committed is None and self._reached == 0:
+            self._end(EXIT_SAVED, f"stopped ({hard.stop_cause}) with nothing to save")
+        else:
+            self._end(
+                EXIT_FAILED, f"stopped ({hard.stop_cause}), and no version is complete to save"
+            )
+
+    # ------------------------------------------------------------------ directives
+
+    def _directive(self) -> Directive:
+        hard = self._hard
+        if self._phase is Phase.FINISHED:
+            return Directive(hard.epoch, Order.FINISH, exit_code=hard.ended, reason=self._reason)
+        if self._phase in (Phase.GATHERING, Phase.STOPPING):
+            newest = max((r.epoch for r in self._roster.reports()), default=0)
+            return Directive(max(hard.epoch, newest), Order.STOP, reason=self._reason)
+        if self._phase is Phase.PAUSING:
+            order = Order.PAUSE if hard.stop_step < 0 else Order.STOP_AT
+            return Directive(hard.epoch, order, stop_step=hard.stop_step, reason=self._reason)
+        if self._phase in (Phase.SAVING, Phase.RUNNING) and self._round is not None:
+            return Directive(
+                hard.epoch, Order.FLUSH, flush=self._round.target, fence=self._round.fence
+            )
+        if self._phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
+            return Directive(hard.epoch, Order.RUN, self._with_addresses(hard.formation))
+        return Directive(hard.epoch, Order.WAIT, reason=self._reason)
+
+    def _with_addresses(self, formation: Formation) -> Formation:
+        """The formation with the snapshot managers' present addresses: one may be a new one."""
+        places = []
+        for place in formation.places:
+            report = self._roster.report(place.node)
+            address = report.smp_address if report is not None else ""
+            places.append(replace(place, smp_address=address or place.smp_address))
+        return replace(formation, places=tuple(places))
+
+    def _direct(self) -> None:
+        """Send each node its directive when it is new, and again until it is followed."""
+        directive = self._directive()
+        if directive.order is Order.WAIT:
+            return
+        for report in self._roster.reports():
+            sent = self._sent.get(report.node)
+            if sent is not None and sent[:2] == (report.incarnation, directive):
+                pace = 10 if self._followed(report, directive) else 1
+                if sent[2] < self._resend_ticks * pace:
+                    continue
+            self._sent[report.node] = (report.incarnation, directive, 0)
+            self._messages.append((report.node, directive))
+
+    def _followed(self, report: NodeReport, directive: Directive) -> bool:
+        order = directive.order
+        if order is Order.STOP:
+            return report.state in _AT_REST and report.epoch >= directive.epoch
+        if report.epoch != directive.epoch:
+            return False
+        if order is Order.PAUSE:
+            return report.pausing
+        if order is Order.STOP_AT:
+            return report.state is NodeState.DONE
+        if order is Order.FLUSH:
+            return self._round is not None and self._round.answered(report.node)
+        return order is Order.RUN
+
+
+def _holds_all(report: NodeReport, version: VersionId) -> bool:
+    ranks = {h.rank for h in report.held if h.whole and h.version == version}
+    return len(ranks) >= report.local_world

@@ -1,0 +1,115 @@
+"""What the coordinator must not forget: its hard state, and the incident that is still open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ftrain.comms.protocol.effects import Incident
+from ftrain.comms.protocol.messages import Formation, NodeReport, RankFailure, VersionId
+from ftrain.comms.protocol.roster import Trouble
+
+EXIT_FAILED = 1
+EXIT_SAVED = 75  # EX_TEMPFAIL: saved, run me again
+EXIT_FORCED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIncident:
+    """Something broke, and not every node runs again."""
+
+    epoch: int
+    step: int
+    cause: str
+    failures: tuple[RankFailure, ...] = ()
+    nodes: tuple[tuple[int, str], ...] = ()
+    recomputed: int = 0
+
+    def joined(self, trouble: Trouble) -> OpenIncident:
+        """With what else broke, each rank and node once per cause."""
+        failures = tuple(f for f in trouble.failures if f not in self.failures)
+        known = {node for node, _ in self.nodes}
+        nodes = tuple((n, why) for n, why in trouble.nodes if n not in known and "lost" in why)
+        if not failures and not nodes:
+            return self
+        return replace(self, failures=self.failures + failures, nodes=self.nodes + nodes)
+
+    def rewound(self, reached: int, restored: int) -> OpenIncident:
+        """With the steps counted that a formation goes back over."""
+        return replace(self, recomputed=self.recomputed + max(0, reached - restored))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipHard:
+    """What must survive the coordinator; plain values, JSON-able by msgspec."""
+
+    launch: str = ""  # the `ftrain launch` that everything but `epoch` and `durable` belongs to
+    epoch: int = 0  # highest ever granted, over all launches of the run
+    durable: VersionId | None = None  # newest published
+    formation: Formation | None = None  # of `epoch`, once it is made
+    formations: int = 0  # made so far
+    base: VersionId | None = None  # newest committed when `epoch` was granted
+    failures_in_row: int = 0  # with no newly committed version in between
+    same_in_row: int = 0  # of which the newest ones had this very cause:
+    last_cause: str = ""
+    counted_epoch: int = 0  # the failure that ended this epoch is counted
+    stop_cause: str = ""  # a graceful stop was asked for
+    stop_step: int = -1  # the boundary that ranks of `epoch` end at
+    incident: OpenIncident | None = None
+    ended: int = -1  # exit code, once the job is over
+    end_reason: str = ""
+
+    @staticmethod
+    def of_launch(hard: MembershipHard | None, launch: str) -> MembershipHard:
+        """What of ``hard`` counts in ``launch``."""
+        if hard is None:
+            return MembershipHard(launch=launch)
+        if hard.launch != launch:
+            return MembershipHard(launch=launch, epoch=hard.epoch, durable=hard.durable)
+        return hard
+
+    @property
+    def restarts(self) -> int:
+        """Formations of this launch before the one in hand."""
+        return self.formations
+
+    @property
+    def granted(self) -> range:
+        """Every fence that was granted: readers of durable versions ignore all others."""
+        return range(1, self.epoch + 1)
+
+
+def count_failure(hard: MembershipHard, committed: VersionId | None, cause: str) -> MembershipHard:
+    """Count a failure of ``hard.epoch``; a version committed since its grant breaks the row."""
+    progressed = committed is not None and (hard.base is None or committed > hard.base)
+    same = not progressed and cause == hard.last_cause
+    return replace(
+        hard,
+        failures_in_row=1 if progressed else hard.failures_in_row + 1,
+        same_in_row=hard.same_in_row + 1 if same else 1,
+        last_cause=cause,
+        counted_epoch=hard.epoch,
+    )
+
+
+def begin_incident(
+    hard: MembershipHard, trouble: Trouble, cause: str, reached: int
+) -> MembershipHard:
+    """Open an incident, or add to the one that is open."""
+    open_ = hard.incident or OpenIncident(hard.epoch, reached, cause)
+    return replace(hard, incident=open_.joined(trouble))
+
+
+def close_incident(
+    incident: OpenIncident, formation: Formation, reports: tuple[NodeReport, ...]
+) -> Incident:
+    """The record of an incident that is over."""
+    return Incident(
+        epoch=incident.epoch,
+        step=incident.step,
+        cause=incident.cause,
+        failures=incident.failures,
+        nodes=incident.nodes,
+        phases=tuple((r.node, r.phases) for r in reports),
+        formation=formation,
+        steps_recomputed=incident.recomputed,
+    )

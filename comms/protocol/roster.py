@@ -1,0 +1,163 @@
+"""What the coordinator knows of the nodes: newest reports, leases, and what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ftrain.comms.protocol.messages import (
+    Formation,
+    NodeGone,
+    NodePlace,
+    NodeReport,
+    NodeState,
+    RankFailure,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a formation can't go on; false when it can."""
+
+    failures: tuple[RankFailure, ...] = ()
+    nodes: tuple[tuple[int, str], ...] = ()  # nodes that were lost or broke the rules, and how
+
+    def __bool__(self) -> bool:
+        return bool(self.failures or self.nodes)
+
+    def words(self, formation: Formation | None) -> str:
+        """One line: what happened to whom."""
+        where = {} if formation is None else ranks_to_nodes(formation)
+        said = [
+            f"rank {f.rank} (node {where.get(f.rank, '?')}) {_verb(f)} {f.cause}"
+            for f in self.failures
+        ]
+        said += [f"node {node} {cause}" for node, cause in self.nodes]
+        return "; ".join(said)
+
+
+def _verb(failure: RankFailure) -> str:
+    if failure.kind in ("signal", "exit", "oom"):
+        return "died:"
+    return "raised" if failure.kind == "exception" else "failed:"
+
+
+def ranks_to_nodes(formation: Formation) -> dict[int, int]:
+    """Which node each rank of a formation lives on."""
+    return {
+        place.first_rank + local: place.node
+        for place in formation.places
+        for local in range(place.local_world)
+    }
+
+
+@dataclass(slots=True)
+class _Entry:
+    report: NodeReport | None = None
+    silent_ticks: int = 0
+    gone_incarnation: int = -1  # this incarnation and every earlier one is dead
+    gone_cause: str = ""
+
+
+@dataclass(slots=True)
+class Roster:
+    """The nodes 0 to ``nodes`` - 1, as their reports describe them."""
+
+    nodes: int
+    lease_ticks: int
+    _entries: list[_Entry] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._entries = [_Entry() for _ in range(self.nodes)]
+
+    def tick(self) -> None:
+        """One tick of silence for every node."""
+        for entry in self._entries:
+            entry.silent_ticks += 1
+
+    def accept(self, report: NodeReport) -> bool:
+        """Take a report unless a newer one is known; the one place where the stale is dropped."""
+        if not 0 <= report.node < self.nodes:
+            return False
+        entry = self._entries[report.node]
+        if report.incarnation <= entry.gone_incarnation:
+            return False
+        known = entry.report
+        if known is not None and (report.incarnation, report.sequence) <= (
+            known.incarnation,
+            known.sequence,
+        ):
+            return False
+        entry.report = report
+        entry.silent_ticks = 0
+        return True
+
+    def gone(self, message: NodeGone) -> None:
+        """A node's agent ended; nothing that this incarnation sent counts from now on."""
+        if not 0 <= message.node < self.nodes:
+            return
+        entry = self._entries[message.node]
+        if message.incarnation > entry.gone_incarnation:
+            entry.gone_incarnation = message.incarnation
+            entry.gone_cause = message.cause
+
+    def report(self, node: int) -> NodeReport | None:
+        """A node's newest report, even of one that is absent now."""
+        return self._entries[node].report
+
+    def reports(self) -> tuple[NodeReport, ...]:
+        """The newest reports of all nodes ever heard of, by node."""
+        return tuple(e.report for e in self._entries if e.report is not None)
+
+    def absence(self, node: int) -> str:
+        """Why a node does not count as present, in words; empty when it is present."""
+        entry = self._entries[node]
+        if entry.report is None:
+            return f"was lost: {entry.gone_cause}" if entry.gone_cause else "has not reported yet"
+        if entry.report.incarnation <= entry.gone_incarnation:
+            return f"was lost: {entry.gone_cause}"
+        if entry.silent_ticks > self.lease_ticks:
+            return "was lost: it is silent for longer than its lease"
+        return ""
+
+    def unheard(self) -> tuple[int, ...]:
+        """Nodes that never reported and whose lease, counted from the start, still runs."""
+        return tuple(
+            n
+            for n, e in enumerate(self._entries)
+            if e.report is None and not e.gone_cause and e.silent_ticks <= self.lease_ticks
+        )
+
+    def present(self) -> tuple[NodeReport, ...]:
+        """The newest reports of the nodes that are present, by node."""
+        return tuple(
+            e.report
+            for n, e in enumerate(self._entries)
+            if e.report is not None and not self.absence(n)
+        )
+
+    def trouble(self, places: tuple[NodePlace, ...], epoch: int, *, started: bool) -> Trouble:
+        """What keeps ``places`` from running ``epoch``; ``started``: each was in it already."""
+        failures: list[RankFailure] = []
+        nodes: list[tuple[int, str]] = []
+        for place in places:
+            report = self.report(place.node)
+            absence = self.absence(place.node)
+            if report is None or absence:
+                nodes.append((place.node, absence))
+                continue
+            if report.epoch == epoch:
+                failures += report.failures
+            fault = _place_fault(place, report, epoch, started=started)
+            if fault:
+                nodes.append((place.node, fault))
+        return Trouble(tuple(sorted(failures, key=lambda f: f.noticed_ns)), tuple(nodes))
+
+
+def _place_fault(place: NodePlace, report: NodeReport, epoch: int, *, started: bool) -> str:
+    if report.incarnation != place.incarnation:
+        return "was lost: its agent was started anew"
+    if report.epoch > epoch or (started and report.epoch < epoch):
+        return f"runs epoch {report.epoch}, not {epoch}"
+    if report.epoch == epoch and not report.failures and report.state is NodeState.STOPPED:
+        return f"has stopped epoch {epoch}"
+    return ""

@@ -1,0 +1,596 @@
+"""A node's agent: starts the node's processes, watches them, and does what the coordinator wants.
+
+``python -m ftrain.launch.agent --job J --node N --incarnation I``, started by the front.  All
+decisions are those of :class:`NodeMember`; this is its engine.  Everything below the agent ends with
+it: its death is the node's death.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from ftrain.comms.channel import Channel, Identity, connect
+from ftrain.comms.driver import Driver
+from ftrain.comms.environment import inherited_environment
+from ftrain.comms.errors import AuthenticationError, FtrainError, PeerLostError
+from ftrain.comms.process import die_with_parent
+from ftrain.comms.protocol.effects import (
+    Exit,
+    FinishCaptures,
+    FlushVersion,
+    ForkRanks,
+    HoldRanks,
+    KillRanks,
+    ReleaseRanks,
+    UpdatePeers,
+)
+from ftrain.comms.protocol.messages import Directive, Held, Notice, RankFailure, VersionId
+from ftrain.comms.protocol.node import NodeMember, Phase
+from ftrain.launch.contract import (
+    own_environment,
+    place_of,
+    seats,
+    server_environment,
+    shared_environment,
+    threads_per_rank,
+)
+from ftrain.launch.helper import HelperProcess
+from ftrain.launch.job import JobSpec, read_job
+from ftrain.launch.manager_link import ManagerLink
+from ftrain.launch.output import OutputPump, parse_std
+from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback
+from ftrain.launch.reaper import Reaper
+from ftrain.launch.worker_messages import (
+    Forked,
+    ForkFailed,
+    ForkRequest,
+    Preload,
+    RankSpec,
+    ScriptEdited,
+    ServerReady,
+)
+from ftrain.recovery.node_file import NodeFile, write_node_file
+from ftrain.recovery.observer import Observer
+from ftrain.recovery.protocol.watchdog import RESTART
+from ftrain.snapshot.protocol import messages as smp
+
+TICK_S = 0.1
+_FIRST_STEP_POLL_S = 0.005
+_HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reached a boundary
+_MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
+_DRAIN_S = 2.0
+_RECONNECT_S_MIN, _RECONNECT_S_MAX = 0.02, 0.5
+_NOTICES_MAX = 100  # kept while there is no coordinator
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Agent:
+    """The engine of one node."""
+
+    def __init__(self, job: JobSpec, node: int, incarnation: int) -> None:
+        self._job = job
+        self._node = node
+        self._incarnation = incarnation
+        launch = job.config.launch
+        self._machine = NodeMember(
+            node=node, incarnation=incarnation, local_world=job.local_world, host=launch.host
+        )
+        self._driver: Driver[None] = Driver(
+            self._machine, lambda _: None, self._send, self._perform
+        )
+        self._loop = asyncio.get_running_loop()
+        self._reaper = Reaper()
+        self._pump = OutputPump()
+        self._pages = PageStore()
+        self._threads = threads_per_rank(job)
+        self._server = HelperProcess(
+            "ftrain.launch.worker_server",
+            server_environment(inherited_environment(), self._threads),
+            self._reaper,
+            on_start=self._preload,
+            on_message=self._from_server,
+            on_down=self._server_down,
+        )
+        self._manager: ManagerLink | None = None
+        if job.config.snapshot.enabled:
+            self._manager = ManagerLink(
+                job,
+                node,
+                incarnation,
+                self._reaper,
+                on_started=self._manager_started,
+                on_message=self._from_manager,
+                on_down=self._manager_down,
+            )
+        self._group: RankGroup | None = None
+        self._forking = False  # a ForkRequest is not answered completely
+        self._killing = False
+        self._failed_ns = 0  # when the first failure of the epoch was noticed
+        self._stopped_ns = 0
+        self._committed: VersionId | None = None
+        self._total_steps = 0
+        self._observer: Observer | None = None
+        self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
+        self._channel: Channel | None = None
+        self._notices: list[Notice] = []
+        self._over: asyncio.Future[int] = self._loop.create_future()
+        self._effects: dict[type, Callable[[Any], None]] = {
+            ForkRanks: self._fork_ranks,
+            UpdatePeers: self._update_peers,
+            FinishCaptures: self._finish_captures,
+            KillRanks: self._kill_ranks,
+            HoldRanks: self._hold_ranks,
+            ReleaseRanks: self._release_ranks,
+            FlushVersion: self._flush_version,
+            Exit: lambda effect: self._leave(effect.code),
+        }
+
+    async def run(self) -> int:
+        """Serve until the job is over; returns the exit code, with every child gone."""
+        for number in _STOP_SIGNALS:
+            self._loop.add_signal_handler(number, self._signalled, number.name)
+        if self._manager is not None:
+            self._manager.start()
+        self._server.start()
+        self._write_node_file()
+        tasks = [
+            self._loop.create_task(coroutine)
+            for coroutine in (self._follow_coordinator(), self._tick(), self._observe())
+        ]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        try:
+            return await self._over
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        self._server.close()
+        if self._manager is not None:
+            self._manager.close()
+        if not await self._reaper.kill_all():
+            print(f"ftrain: node {self._node}: a process can't be killed", file=sys.stderr)
+        if self._observer is not None:
+            self._observer.close()
+        self._pump.close(_DRAIN_S)
+        self._pages.close()
+
+    def _leave(self, code: int) -> None:
+        if not self._over.done():
+            self._over.set_result(code)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self._over.done():
+            self._over.set_exception(error)
+
+    # ------------------------------------------------------------------ the driver's side
+
+    def _send(self, address: object, message: object) -> None:
+        if self._channel is not None:
+            with suppress(PeerLostError):  # said again on the next connection
+                self._channel.post(message)
+
+    def _perform(self, effect: object) -> None:
+        self._effects[type(effect)](effect)
+
+    def _say(self, kind: str, text: str, **data: object) -> None:
+        """News for whoever watches the job; kept until the coordinator can be reached."""
+        self._notices = [*self._notices, Notice(kind, text, data)][-_NOTICES_MAX:]
+        self._flush_notices()
+
+    def _flush_notices(self) -> None:
+        while self._notices and self._channel is not None and not self._channel.closed:
+            self._send("coordinator", self._notices.pop(0))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._tell_progress()
+            self._driver.tick()
+
+    async def _follow_coordinator(self) -> None:
+        """Stay connected to the coordinator, whichever process it is."""
+        identity = Identity(self._job.run_id, "agent", self._node, self._incarnation)
+        secret = bytes.fromhex(self._job.secret)
+        pause_s = _RECONNECT_S_MIN
+        while True:
+            try:
+                channel = await connect(self._job.coordinator, identity, secret)
+                async with channel:
+                    self._channel, pause_s = channel, _RECONNECT_S_MIN
+                    self._flush_notices()
+                    channel.post(self._machine.report)
+                    while True:
+                        message = await channel.receive()
+                        if isinstance(message, Directive):
+                            self._driver.receive(message)
+            except AuthenticationError as error:
+                print(f"ftrain: node {self._node}: {error}", file=sys.stderr)
+                self._leave(error.exit_code)
+                return
+            except FtrainError:
+                self._channel = None
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RECONNECT_S_MAX)
+
+    def _signalled(self, name: str) -> None:
+        self._machine.signal(name)
+        self._driver.pump()
+
+    # ------------------------------------------------------------------ forking
+
+    def _preload(self) -> None:
+        job = self._job
+        self._server.post(Preload(job.argv, job.module, job.config.launch.preload))
+
+    def _fork_ranks(self, effect: ForkRanks) -> None:
+        formation, launch = effect.formation, self._job.config.launch
+        if self._manager is not None:
+            self._manager.set_group(formation)
+        place = place_of(formation, self._node)
+        group = RankGroup.plan(formation, seats(self._job, formation, place), self._pages)
+        group.noticed_ns, group.stopped_ns = self._failed_ns, self._stopped_ns
+        self._group, self._killing, self._failed_ns = group, False, 0
+        self._reaper.forget_strays()
+        if not self._server.running:
+            self._forks_failed("the worker server is being started again")
+            return
+        fds: list[int] = []
+        for rank in group.ranks:
+            prefix = f"[node{self._node} rank{rank.rank}] "
+            redirects = parse_std(launch.redirects, rank.seat.local_rank)
+            tee = parse_std(launch.tee, rank.seat.local_rank)
+            rank.seat.directory.mkdir(parents=True, exist_ok=True)
+            for kind in ("stdout", "stderr"):
+                fds.append(
+                    self._pump.open(kind, rank.seat.directory, prefix, redirects=redirects, tee=tee)
+                )
+            fds.append(rank.page_fd)
+        environment = shared_environment(
+            self._job,
+            formation,
+            place,
+            smp_socket=self._manager.socket_path if self._manager is not None else "",
+            start_ns=time.monotonic_ns(),
+            threads=self._threads,
+        )
+        specs = tuple(
+            RankSpec(rank.rank, own_environment(rank.seat), rank.seat.error_file)
+            for rank in group.ranks
+        )
+        self._forking = True
+        self._server.post(ForkRequest(formation.epoch, specs, environment), fds)
+        pages = {rank.page_fd for rank in group.ranks}
+        for fd in fds:
+            if fd not in pages:
+                os.close(fd)
+
+    def _from_server(self, message: Any, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, Forked):
+            self._forked(message)
+        elif isinstance(message, ForkFailed) and self._is_current(message.epoch):
+            self._forks_failed(message.cause)
+        elif isinstance(message, ScriptEdited):
+            self._say("warning", f"{message.path} was edited: the ranks run the new text")
+        elif isinstance(message, ServerReady):
+            for problem in message.problems:
+                self._say("warning", f"node {self._node}: {problem}")
+
+    def _is_current(self, epoch: int) -> bool:
+        return self._group is not None and self._group.epoch == epoch
+
+    def _forked(self, message: Forked) -> None:
+        group = self._group
+        if group is None or group.epoch != message.epoch:
+            return
+        rank = group.of(message.rank)
+        rank.pid = message.pid
+        self._reaper.watch(message.pid, partial(self._rank_ended, group, rank))
+        if self._killing:
+            self._reaper.kill(rank.pid)
+        if group.all_forked:
+            self._forking = False
+            group.forked_ns = message.forked_ns
+            self._machine.ranks_forked(group.epoch)
+            self._driver.pump()
+            self._write_node_file()
+            self._watch_first_step(group)
+            self._look_at(group)
+        self._settle(group)
+
+    def _forks_failed(self, cause: str) -> None:
+        self._forking = False
+        group = self._group
+        if group is None:
+            return
+        rank = next((r for r in group.ranks if not r.pid), group.ranks[0])
+        failure = RankFailure(rank.rank, "fork", f"not started: {cause}", time.monotonic_ns())
+        self._report_failure(group, failure)
+        self._settle(group)
+
+    def _server_down(self, how: str) -> None:
+        self._say("info", f"node {self._node}: the worker server ended ({how}); ranks are not hit")
+        self._write_node_file()
+        if self._forking:
+            self._forks_failed(f"the worker server ended: {how}")
+
+    # ------------------------------------------------------------------ running
+
+    def _watch_first_step(self, group: RankGroup) -> None:
+        """Poll quickly until every rank completed a step, then be quiet."""
+        if group is not self._group or group.stepped or self._killing:
+            return
+        if group.has_stepped():
+            self._stepped(group)
+        else:
+            self._loop.call_later(_FIRST_STEP_POLL_S, self._watch_first_step, group)
+
+    def _stepped(self, group: RankGroup) -> None:
+        group.stepped = True
+        self._tell_progress()
+        self._machine.ranks_stepped(group.epoch, group.phases())
+        self._driver.pump()
+
+    def _rank_ended(self, group: RankGroup, rank: LocalRank, status: int) -> None:
+        now_ns = time.monotonic_ns()
+        rank.status = status
+        if self._manager is not None:
+            self._manager.rank_died(group.epoch, rank.rank)
+        if status != 0 and not self._killing:
+            failure = group.failure(rank, now_ns)
+            append_traceback(rank.seat, failure)
+            self._report_failure(group, failure)
+        self._settle(group)
+
+    def _report_failure(self, group: RankGroup, failure: RankFailure) -> None:
+        if group is not self._group:
+            return
+        self._failed_ns = self._failed_ns or failure.noticed_ns
+        self._tell_progress()
+        self._machine.rank_failed(group.epoch, failure)
+        self._driver.pump()
+
+    def _settle(self, group: RankGroup) -> None:
+        """A rank came or went: see whether that was the last one."""
+        if group is not self._group:
+            return
+        if self._killing:
+            self._see_whether_gone(group)
+        elif group.all_done:
+            if not group.stepped:
+                self._stepped(group)
+            self._tell_progress()
+            self._machine.ranks_done(group.epoch, group.stopped_at())
+            self._driver.pump()
+
+    def _tell_progress(self) -> None:
+        progress = self._group.progress() if self._group is not None else None
+        if progress is None or self._killing:
+            return
+        self._machine.progress(
+            progress.step, progress.step_max, self._committed, progress.loss, progress.step_s
+        )
+        if progress.total_steps != self._total_steps:
+            self._total_steps = progress.total_steps
+            self._say("total_steps", "", total_steps=self._total_steps)
+
+    def _hold_ranks(self, effect: HoldRanks) -> None:
+        if self._group is not None:
+            self._group.hold()
+            self._loop.call_later(_HOLD_SETTLES_S, self._tell_boundaries, self._group)
+
+    def _tell_boundaries(self, group: RankGroup) -> None:
+        if group is self._group and not self._killing:
+            self._machine.holding(group.epoch, group.boundaries())
+            self._driver.pump()
+
+    def _release_ranks(self, effect: ReleaseRanks) -> None:
+        if self._group is not None:
+            self._group.release(effect.stop_step)
+
+    def _look_at(self, group: RankGroup) -> None:
+        """Have the observer watch this group instead of the one before."""
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
+        if self._job.config.detection.enabled:
+            self._observer = Observer(self._job.config.detection, range(group.formation.world_size))
+            for rank in group.ranks:
+                with suppress(ProcessLookupError):  # its end is reported anyway
+                    self._observer.add(rank.rank, rank.pid, rank.page)
+
+    async def _observe(self) -> None:
+        while True:
+            await asyncio.sleep(self._job.config.detection.poll_s)
+            group = self._group
+            if self._observer is None or group is None or self._killing:
+                continue
+            now_ns = time.monotonic_ns()
+            for verdict in self._observer.poll(now_ns):
+                rank = group.of(verdict.rank)
+                if verdict.action != RESTART:
+                    where = f"rank {rank.rank} (node {self._node})"
+                    self._say("warning", f"{where}: {verdict.evidence}; its stack is in its log")
+                elif rank.alive and not rank.blamed:
+                    rank.blamed = True
+                    failure = RankFailure(rank.rank, verdict.kind, verdict.evidence, now_ns)
+                    self._report_failure(group, failure)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _kill_ranks(self, effect: KillRanks) -> None:
+        self._killing = True
+        if self._group is None:
+            self._tell_gone(())
+            return
+        for rank in self._group.ranks:
+            if rank.alive:
+                self._reaper.kill(rank.pid)
+        self._see_whether_gone(self._group)
+
+    def _see_whether_gone(self, group: RankGroup) -> None:
+        if group.any_alive or self._forking or "gone" in self._waits:
+            return
+        self._stopped_ns = time.monotonic_ns()
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
+        self._wait_for_manager("gone", self._kill_late)
+        if self._reaper.strays():
+            self._loop.create_task(self._kill_strays())
+        else:
+            self._ask_inventory()
+
+    async def _kill_strays(self) -> None:
+        await self._reaper.kill_strays()
+        self._ask_inventory()
+
+    def _ask_inventory(self) -> None:
+        if self._manager is None:
+            self._tell_gone(())
+        else:
+            self._manager.post(smp.AskInventory())
+
+    def _kill_late(self) -> None:
+        self._say("warning", f"node {self._node}: no answer from the snapshot manager")
+        self._tell_gone(())
+
+    def _tell_gone(self, held: tuple[Held, ...]) -> None:
+        self._stop_waiting("gone")
+        self._machine.ranks_gone(self._machine.epoch, held)
+        self._driver.pump()
+
+    # ------------------------------------------------------------------ the snapshot manager
+
+    def _wait_for_manager(
+        self, what: str, otherwise: Callable[[], None], more_s: float = 0
+    ) -> None:
+        self._stop_waiting(what)
+        self._waits[what] = self._loop.call_later(_MANAGER_S_MAX + more_s, otherwise)
+
+    def _stop_waiting(self, what: str) -> bool:
+        timer = self._waits.pop(what, None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    def _manager_started(self, address: str, held: tuple[Held, ...]) -> None:
+        self._write_node_file()
+        self._machine.smp(address)
+        self._machine.held(held)
+        self._driver.pump()
+        if "gone" in self._waits and not self._reaper.strays():
+            self._tell_gone(held)
+        if "captures" in self._waits:
+            self._captures_finished(self._machine.epoch, held)
+
+    def _manager_down(self, how: str) -> None:
+        self._say(
+            "warning", f"node {self._node}: the snapshot manager ended ({how}); no version is lost"
+        )
+        self._write_node_file()
+        self._machine.smp("")
+        self._machine.flush_refused(f"the snapshot manager ended: {how}")
+        self._driver.pump()
+
+    def _from_manager(self, message: Any) -> None:
+        if isinstance(message, smp.Committed):
+            self._committed = message.version
+        elif isinstance(message, smp.CapturesFinished):
+            self._captures_finished(message.epoch, message.held)
+        elif isinstance(message, smp.Inventory):
+            if "gone" in self._waits:
+                self._tell_gone(message.held)
+        elif isinstance(message, smp.Flushed):
+            self._machine.flushed(message.version)
+            self._driver.pump()
+        elif isinstance(message, smp.FlushRefused):
+            self._machine.flush_refused(message.reason)
+            self._driver.pump()
+        elif isinstance(message, Notice):
+            self._say(message.kind, message.text, **message.data)
+
+    def _update_peers(self, effect: UpdatePeers) -> None:
+        if self._manager is not None and self._group is not None:
+            self._manager.set_group(effect.formation, self._group.dead())
+
+    def _finish_captures(self, effect: FinishCaptures) -> None:
+        if self._manager is None or self._group is None or not self._group.any_alive:
+            self._ask_captures(effect.epoch, 0.0)
+        else:
+            self._ask_captures(effect.epoch, self._job.config.snapshot.finish_capture_s)
+
+    def _ask_captures(self, epoch: int, deadline_s: float) -> None:
+        if self._manager is None:
+            self._captures_finished(epoch, ())
+            return
+        late = partial(self._captures_finished, epoch, ())
+        self._wait_for_manager("captures", late, deadline_s)
+        self._manager.post(smp.FinishCaptures(epoch, deadline_s))
+
+    def _captures_finished(self, epoch: int, held: tuple[Held, ...]) -> None:
+        self._stop_waiting("captures")
+        self._machine.captures_finished(epoch, held)
+        self._driver.pump()
+
+    def _flush_version(self, effect: FlushVersion) -> None:
+        if self._manager is None:
+            self._machine.flush_refused("in-memory snapshots are switched off")
+        elif not self._manager.pid:
+            self._machine.flush_refused("the snapshot manager is being started again")
+        else:
+            self._manager.post(smp.Flush(effect.version, effect.fence))
+
+    # ------------------------------------------------------------------ for others to see
+
+    def _write_node_file(self) -> None:
+        group = self._group
+        file = NodeFile(
+            node=self._node,
+            incarnation=self._incarnation,
+            epoch=group.epoch if group is not None else 0,
+            agent_pid=os.getpid(),
+            smp_pid=self._manager.pid if self._manager is not None else 0,
+            worker_server_pid=self._server.pid,
+            ranks=group.listing() if group is not None else (),
+        )
+        with suppress(OSError):  # a full disk hides the node from `ftrain status`, no more
+            write_node_file(self._job.run_dir, file)
+
+
+def main() -> int:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="ftrain.launch.agent")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--node", type=int, required=True)
+    parser.add_argument("--incarnation", type=int, required=True)
+    options = parser.parse_args()
+    try:
+        job = read_job(options.job)
+        die_with_parent(job.front_pid)
+
+        async def serve() -> int:
+            return await Agent(job, options.node, options.incarnation).run()
+
+        return asyncio.run(serve())
+    except FtrainError as error:
+        print(f"ftrain: node {options.node}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,411 @@
+"""The coordinator's process: one per job, a sibling of the agents, started again when it dies.
+
+``python -m ftrain.launch.coordinator --job J --listen-fd N``: N is the front's listening socket, so
+that a new coordinator is reached at the same address.  All decisions are those of
+:class:`Membership`; this is its engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.retention import KeepLast
+from ftrain.comms.channel import Channel, Identity, serve
+from ftrain.comms.driver import Driver
+from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError, RunDirectoryError
+from ftrain.comms.events import EventLog
+from ftrain.comms.process import die_with_parent
+from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
+from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
+from ftrain.comms.protocol.messages import Formation, NodeGone, NodeReport, Notice, StopRequest
+from ftrain.comms.protocol.roster import ranks_to_nodes
+from ftrain.launch.incidents import Account, Tracebacks, make_record
+from ftrain.launch.job import JobSpec, read_job
+from ftrain.launch.run_directory import write_synced
+from ftrain.launch.stores import GroupStores
+from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
+
+TICK_S = 0.05
+_RESEND_TICKS = 5
+_FLUSH_S_MAX = 600.0  # for one durable version
+_TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
+_BACKLOG_MAX = 200  # notices kept while nobody watches
+_QUIET_KINDS = ("phase", "total_steps", "save")  # for the event log only
+
+
+class Coordinator:
+    """The engine of the membership machine."""
+
+    def __init__(self, job: JobSpec, job_path: Path) -> None:
+        self._job = job
+        self._state = Path(job.run_dir, "state")
+        self._launch = str(job_path.stat().st_mtime_ns)
+        config = job.config
+        self._machine = Membership(
+            nodes=job.nodes,
+            hard=read_hard(self._state / "coordinator.json"),
+            max_restarts=config.launch.max_restarts,
+            lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
+            launch=self._launch,
+            resend_ticks=_RESEND_TICKS,
+            flush_ticks=round(_FLUSH_S_MAX / TICK_S),
+        )
+        self._driver: Driver[MembershipHard] = Driver(
+            self._machine, self._persist, self._send, self._perform
+        )
+        events = Path(job.run_dir, "events.jsonl")
+        self._account = Account.read(events, self._launch, time.time())
+        self._events = EventLog(events, config.events.bytes_max)
+        folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
+        self._durable = DurableStore(folder)
+        self._stores = GroupStores(config.launch.bind)
+        self._agents: dict[int, Channel] = {}
+        self._watchers: list[Channel] = []
+        self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
+        self._tracebacks = Tracebacks()
+        self._total_steps = 0
+        self._phase = self._machine.phase
+        self._heard_ns = 0  # when the open incident was heard of
+        self._rate = _Rate()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._effects: dict[type, Callable[[Any], None]] = {
+            Form: lambda effect: self._spawn(self._form(effect)),
+            Publish: lambda effect: self._spawn(self._publish(effect)),
+            Incident: self._close_incident,
+            Announce: lambda effect: self._announce(effect.notice),
+            EndJob: self._end,
+        }
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until the front ends this process."""
+        identity = Identity(self._job.run_id, "coordinator", 0, os.getpid())
+        secret = bytes.fromhex(self._job.secret)
+        server = await serve(listener, identity, secret, self._handle)
+        (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
+        self._events.write("launch", launch=self._launch, pid=os.getpid(), run_id=self._job.run_id)
+        self._driver.pump()
+        for coroutine in (self._tick(), self._show_progress(), self._flush_now_and_then()):
+            self._spawn(coroutine)
+        try:
+            await self._failed
+        finally:
+            server.close()
+            self._stores.close()
+            for task in self._tasks:
+                task.cancel()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not self._failed.done():
+            self._failed.set_exception(error)  # the next process does better, or the front gives up
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._input(self._machine.tick)
+
+    def _input(self, call: Callable[..., None], *arguments: object) -> None:
+        """Every input of the machine goes through here."""
+        try:
+            call(*arguments)
+            self._driver.pump()
+        except (OSError, FtrainError) as error:
+            # What the machine believes could not be stored: start afresh from what was.
+            if not self._failed.done():
+                self._failed.set_exception(error)
+            return
+        if self._machine.phase is not self._phase:
+            self._follow_phase()
+
+    def _follow_phase(self) -> None:
+        before, self._phase = self._phase, self._machine.phase
+        if self._phase is Phase.STOPPING and self._heard_ns == 0:
+            self._heard_ns = time.monotonic_ns()
+        if self._phase is not Phase.RUNNING or before is Phase.RECOVERING:
+            return
+        self._stores.retire()
+        self._rate = _Rate()
+        if self._account.running_s == 0 and self._machine.hard.formation is not None:
+            version = self._machine.hard.formation.restore.version
+            first_step = 0 if version is None else version.step
+            self._account.ran(time.time(), first_step)
+            self._events.write("running", launch=self._launch, first_step=first_step)
+
+    # ------------------------------------------------------------------ the driver's side
+
+    def _persist(self, hard: MembershipHard) -> None:
+        write_synced(self._state / "coordinator.json", msgspec.json.encode(hard))
+
+    def _send(self, address: object, message: object) -> None:
+        channel = self._agents.get(address) if isinstance(address, int) else None
+        if channel is not None:
+            with suppress(PeerLostError):  # said again until it is followed
+                channel.post(message)
+
+    def _perform(self, effect: object) -> None:
+        self._effects[type(effect)](effect)
+
+    async def _form(self, effect: Form) -> None:
+        try:
+            port = await self._stores.take()
+            newest = await asyncio.to_thread(self._newest_durable)
+            world_size = sum(place.local_world for place in effect.places)
+            restore = choose_restore(dict(effect.held), world_size, newest)
+        except (FtrainError, RuntimeError) as error:
+            self._input(self._machine.formed, effect.epoch, None, str(error))
+            return
+        formation = Formation(
+            epoch=effect.epoch,
+            places=effect.places,
+            store_host=self._job.config.launch.host,
+            store_port=port,
+            restore=restore,
+            restarts=effect.restarts,
+        )
+        self._events.write("formation", formation=formation)
+        self._input(self._machine.formed, effect.epoch, formation)
+
+    def _newest_durable(self) -> DurableVersion | None:
+        if not self._job.config.checkpoint.enabled:
+            return None
+        survey = self._durable.survey(self._machine.hard.granted)
+        for problem in survey.problems:
+            self._events.write("warning", text=problem)
+        if not survey.versions:
+            return None
+        newest = survey.versions[0]
+        return DurableVersion(
+            newest.fence, newest.step, str(newest.path), newest.manifest.world_size
+        )
+
+    async def _publish(self, effect: Publish) -> None:
+        world_size = self._job.nodes * self._job.local_world
+        try:
+            path = await asyncio.to_thread(
+                self._durable.publish_written,
+                effect.fence,
+                effect.version,
+                self._job.run_id,
+                world_size,
+            )
+        except FtrainError as error:
+            self._input(self._machine.publish_failed, str(error))
+            return
+        self._events.write("published", fence=effect.fence, version=effect.version, path=path)
+        await asyncio.to_thread(self._sweep)  # before the answer: nothing else is written meanwhile
+        self._input(self._machine.published, effect.fence, effect.version)
+
+    def _sweep(self) -> None:
+        """Delete versions beyond ``checkpoint.keep_last``."""
+        try:
+            policy = KeepLast(self._job.config.checkpoint.keep_last)
+            self._durable.sweep(policy, self._job.run_id, granted=self._machine.hard.granted)
+        except FtrainError as error:
+            self._events.write("warning", text=f"old versions can't be deleted: {error}")
+
+    # ------------------------------------------------------------------ connections
+
+    async def _handle(self, channel: Channel) -> None:
+        if channel.peer.role == "agent":
+            await self._handle_agent(channel)
+        elif channel.peer.role in ("front", "cli"):
+            await self._handle_watcher(channel)
+        else:
+            raise RemoteProtocolError(f"a {channel.peer.role} has no business with the coordinator")
+
+    async def _handle_agent(self, channel: Channel) -> None:
+        node = channel.peer.node
+        self._agents[node] = channel
+        try:
+            while True:
+                message = await channel.receive()
+                if isinstance(message, NodeReport) and message.node == node:
+                    self._hear(message)
+                elif isinstance(message, Notice):
+                    self._hear_notice(message)
+                else:
+                    raise RemoteProtocolError(f"node {node} sent a {type(message).__name__}")
+        finally:
+            if self._agents.get(node) is channel:
+                del self._agents[node]
+
+    async def _handle_watcher(self, channel: Channel) -> None:
+        self._watchers.append(channel)
+        if channel.peer.role == "front":
+            while self._backlog:
+                channel.post(self._backlog.popleft())
+        try:
+            while True:
+                message = await channel.receive()
+                if isinstance(message, NodeGone | StopRequest):
+                    self._input(self._machine.receive, message)
+                else:
+                    raise RemoteProtocolError(f"{channel.peer} sent a {type(message).__name__}")
+        finally:
+            self._watchers.remove(channel)
+
+    def _hear(self, report: NodeReport) -> None:
+        if report.failures and self._tracebacks.add(report.epoch, report.failures):
+            loop = asyncio.get_running_loop()
+            loop.call_later(_TRACEBACKS_S, self._show_tracebacks, report.epoch)
+        self._input(self._machine.receive, report)
+
+    def _hear_notice(self, notice: Notice) -> None:
+        if notice.kind == "total_steps":
+            total = notice.data.get("total_steps")
+            self._total_steps = total if isinstance(total, int) else 0
+        elif notice.kind == "save":
+            self._input(self._machine.request_flush)
+        self._announce(notice)
+
+    # ------------------------------------------------------------------ news
+
+    def _announce(self, notice: Notice) -> None:
+        """Into the event log, and to everybody who watches."""
+        self._events.write(notice.kind, text=notice.text, data=notice.data, launch=self._launch)
+        if notice.kind not in _QUIET_KINDS:
+            self._show(notice)
+
+    def _show(self, notice: Notice) -> None:
+        fronts = [c for c in self._watchers if c.peer.role == "front" and not c.closed]
+        if not fronts:
+            self._backlog.append(notice)
+        for channel in fronts:
+            with suppress(PeerLostError):
+                channel.post(notice)
+
+    def _show_tracebacks(self, epoch: int) -> None:
+        formation = self._machine.hard.formation
+        nodes = {} if formation is None else ranks_to_nodes(formation)
+        for text in self._tracebacks.take(epoch, nodes):
+            self._announce(Notice("traceback", text, {"epoch": epoch}))
+
+    def _close_incident(self, incident: Incident) -> None:
+        self._show_tracebacks(incident.epoch)
+        now_ns = time.monotonic_ns()
+        launch = self._job.config.launch
+        record = make_record(
+            incident,
+            heard_ns=self._heard_ns or now_ns,
+            closed_ns=now_ns,
+            one_host=bool(launch.local_nodes) or launch.nnodes == 1,
+        )
+        self._heard_ns = 0
+        self._account.count(record.restart_s, record.steps_recomputed)
+        fields = msgspec.to_builtins(record)
+        self._events.write("incident", launch=self._launch, text=record.line, **fields)
+        self._show(Notice("incident", record.line, {"step": record.step}))
+
+    async def _show_progress(self) -> None:
+        while True:
+            await asyncio.sleep(self._job.config.events.progress_every_s)
+            reports = self._machine.reports
+            if self._machine.phase is not Phase.RUNNING or not reports:
+                continue
+            first = reports[0]
+            step = min(report.step for report in reports)
+            self._account.step, self._account.step_s = step, first.step_s
+            committed = [r.committed.step for r in reports if r.committed is not None]
+            data: dict[str, object] = {
+                "step": step,
+                "total_steps": self._total_steps,
+                "steps_per_s": self._rate.update(step, time.monotonic()),
+                "loss": first.loss,
+                "snapshot_step": min(committed, default=-1),
+                "incidents": self._account.incidents,
+            }
+            self._show(Notice("progress", f"step {step}", data))
+
+    async def _flush_now_and_then(self) -> None:
+        config = self._job.config
+        every_s = config.checkpoint.durable_every_s
+        if not (config.checkpoint.enabled and config.snapshot.enabled) or every_s <= 0:
+            return
+        while True:
+            await asyncio.sleep(every_s)
+            self._input(self._machine.request_flush)
+
+    def _end(self, effect: EndJob) -> None:
+        for report in self._machine.reports:
+            self._show_tracebacks(report.epoch)
+            self._account.step = max(self._account.step, report.step_max)
+        rows = self._account.rows(time.time())
+        failed = effect.exit_code not in (0, 75)
+        text = f"ftrain: {effect.reason}"
+        self._announce(Notice("error" if failed else "info", text, {}))
+        self._announce(Notice("summary", "summary", {"rows": rows}))
+        self._announce(Notice("end", "", {"exit_code": effect.exit_code}))
+
+
+class _Rate:
+    """Steps per second between two looks."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+
+    def update(self, step: int, now_s: float) -> float:
+        """The rate since the look before; 0 at the first."""
+        last, self._last = self._last, (step, now_s)
+        if last is None or now_s <= last[1]:
+            return 0.0
+        return max(0.0, (step - last[0]) / (now_s - last[1]))
+
+
+def read_hard(path: Path) -> MembershipHard | None:
+    """What an earlier coordinator of this run stored, or None when there was none.
+
+    Raises :class:`RunDirectoryError` for a file that is not that: guessing could grant an epoch
+    twice.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=MembershipHard)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise RunDirectoryError(
+            f"{path} can't be read as the coordinator's state ({error}): use another run directory"
+        ) from None
+
+
+def main() -> int:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="ftrain.launch.coordinator")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    options = parser.parse_args()
+    listener = socket.socket(fileno=options.listen_fd)
+    try:
+        job = read_job(options.job)
+        die_with_parent(job.front_pid)
+
+        async def coordinate() -> None:
+            await Coordinator(job, Path(options.job)).run(listener)
+
+        asyncio.run(coordinate())
+    except (FtrainError, OSError) as error:
+        print(f"ftrain: coordinator: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,380 @@
+"""The front: starts the coordinator and this host's agents, prints news, returns the exit code.
+
+It decides nothing about training.  It keeps the coordinator's listening socket, so that a restarted
+coordinator listens on the same port at once; it replaces agents that died, under a new incarnation;
+it passes stop signals on; and nothing that it started outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftrain.comms.channel import Channel, Identity, connect
+from ftrain.comms.errors import AuthenticationError, FtrainError
+from ftrain.comms.protocol.messages import NodeGone, Notice, StopRequest
+from ftrain.launch.children import Child, Children
+from ftrain.launch.console import Console
+from ftrain.launch.job import JobSpec
+from ftrain.launch.run_directory import RunDirectory
+
+FORCED = 130
+FAILED = 1
+USAGE = 2
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_FINAL_CODES = (0, 75, FORCED)  # codes with which an agent ends only when the job is over
+_GRACE_AFTER_END_S = 5.0  # for agents to end their ranks and themselves, once the job is over
+_KILL_S = 2.0
+_WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent was faster
+_HOLD_POLL_S = 0.02
+_QUICK_S = 3.0  # a process that ends of itself sooner than this never worked
+_QUICK_ENDS_MAX = 3  # ... and after so many in a row it never will
+_RELAY_BYTES = 1 << 16
+_WAITING_S = 5.0  # when to say what is being waited for
+_WAITING_PHASES = ("recovering", "gathering", "forming", "stopping")
+
+
+@dataclass(slots=True)
+class _Agent:
+    node: int
+    incarnation: int
+    child: Child
+    quick_ends: int = 0
+
+
+@dataclass(slots=True)
+class _News:
+    """What the coordinator must know from us, whenever it was restarted."""
+
+    gone: list[NodeGone] = field(default_factory=list)
+    stop: StopRequest | None = None
+
+    def messages(self) -> list[NodeGone | StopRequest]:
+        """Everything, oldest first."""
+        return [*self.gone, *([self.stop] if self.stop is not None else [])]
+
+
+class Front:
+    """One launch, from the first process to the last."""
+
+    def __init__(
+        self,
+        job: JobSpec,
+        job_path: Path,
+        directory: RunDirectory,
+        console: Console,
+        listener: socket.socket | None,
+    ) -> None:
+        """``listener`` is the coordinator's socket, None when another host runs the coordinator."""
+        self._job = job
+        self._job_path = job_path
+        self._directory = directory
+        self._console = console
+        self._listener = listener
+        self._children = Children()
+        self._agents: dict[int, _Agent] = {}
+        self._coordinator: Child | None = None
+        self._coordinator_quick_ends = 0
+        self._channel: Channel | None = None
+        self._news = _News()
+        self._reason_later: asyncio.TimerHandle | None = None
+        self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._relays: list[tuple[int, int, int]] = []  # (reading end, writing end, whose place)
+
+    async def run(self) -> int:
+        """Run the job to its end; returns the exit code, with every process gone."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._children.reap)
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop, number)
+        out, err = self._relay(1), self._relay(2)
+        self._start_coordinator()
+        for node in self._local_nodes():
+            self._start_agent(node, out, err)
+        if self._job.config.faults.schedule or self._job.config.faults.replay:
+            self._start_injector()
+        self._spawn(self._follow_coordinator())
+        try:
+            code = await self._exit_code
+            if code != FORCED:
+                await self._let_end()
+        finally:
+            await self._kill_everything()
+            if self._reason_later is not None:
+                self._reason_later.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._close_relays()
+            for number in (signal.SIGCHLD, *_STOP_SIGNALS):
+                loop.remove_signal_handler(number)
+            self._console.close()
+        return code
+
+    def _local_nodes(self) -> range:
+        launch = self._job.config.launch
+        if launch.local_nodes or launch.nnodes == 1:
+            return range(self._job.nodes)
+        return range(launch.node_rank, launch.node_rank + 1)
+
+    def _end(self, code: int) -> None:
+        if not self._exit_code.done():
+            self._exit_code.set_result(code)
+
+    def _fail(self, sentence: str) -> None:
+        self._console.line(f"ftrain: {sentence}", "error")
+        self._end(FAILED)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(f"internal error: {error!r}")
+
+    # ------------------------------------------------------------------ processes
+
+    def _start_coordinator(self) -> None:
+        if self._listener is None or self._exit_code.done():
+            return
+        fd = self._listener.fileno()
+        self._coordinator = self._children.start(
+            "coordinator",
+            "ftrain.launch.coordinator",
+            ["--job", str(self._job_path), "--listen-fd", str(fd)],
+            self._coordinator_ended,
+            pass_fds=[fd],
+        )
+
+    def _coordinator_ended(self, child: Child) -> None:
+        if self._exit_code.done():
+            return
+        if child.popen.returncode == USAGE:
+            self._end(USAGE)  # its sentence was printed; another one would say the same
+            return
+        quick = child.age_s < _QUICK_S and child.popen.returncode > 0
+        self._coordinator_quick_ends = self._coordinator_quick_ends + 1 if quick else 0
+        if self._coordinator_quick_ends >= _QUICK_ENDS_MAX:
+            self._fail(
+                f"the coordinator ended with {child.ended} {_QUICK_ENDS_MAX} times right after its"
+                " start; its complaint is above"
+            )
+            return
+        self._spawn(self._restart_coordinator())
+
+    async def _restart_coordinator(self) -> None:
+        hold = self._directory.path / "hold-coordinator"  # fault injection keeps it down
+        while hold.exists():
+            await asyncio.sleep(_HOLD_POLL_S)
+        self._start_coordinator()
+
+    def _start_agent(
+        self, node: int, out: int | None, err: int | None, quick_ends: int = 0
+    ) -> None:
+        incarnation = self._directory.next_incarnation(node)
+        arguments = ["--job", str(self._job_path), "--node", str(node)]
+
+        def ended(_: Child) -> None:
+            self._agent_ended(self._agents[node], out, err)
+
+        child = self._children.start(
+            f"agent of node {node}",
+            "ftrain.launch.agent",
+            [*arguments, "--incarnation", str(incarnation)],
+            ended,
+            stdout=out,
+            stderr=err,
+        )
+        self._agents[node] = _Agent(node, incarnation, child, quick_ends)
+
+    def _agent_ended(self, agent: _Agent, out: int | None, err: int | None) -> None:
+        if self._exit_code.done():
+            return
+        if agent.child.popen.returncode < 0:
+            self._replace_agent(agent, out, err)
+        else:
+            self._spawn(self._agent_left(agent, out, err))
+
+    def _replace_agent(self, agent: _Agent, out: int | None, err: int | None) -> None:
+        child = agent.child
+        self._tell(NodeGone(agent.node, agent.incarnation, child.ended))
+        quick = child.age_s < _QUICK_S and child.popen.returncode > 0
+        quick_ends = agent.quick_ends + 1 if quick else 0
+        if quick_ends >= _QUICK_ENDS_MAX:
+            self._fail(
+                f"the {child.name} ended with {child.ended} {_QUICK_ENDS_MAX} times right after its"
+                " start; its complaint is above"
+            )
+            return
+        self._start_agent(agent.node, out, err, quick_ends)
+
+    async def _agent_left(self, agent: _Agent, out: int | None, err: int | None) -> None:
+        """An agent ended of itself: told to, or by a mistake of ours. Who knows is the coordinator,
+        whose word may be under way."""
+        await asyncio.sleep(_WORD_S)
+        if self._exit_code.done():
+            return
+        code = agent.child.popen.returncode
+        if code == USAGE:
+            self._end(USAGE)  # its sentence was printed; another one would say the same
+        elif code not in _FINAL_CODES:
+            self._replace_agent(agent, out, err)
+        elif all(other.child.ended for other in self._agents.values()):
+            await asyncio.sleep(_GRACE_AFTER_END_S)  # the coordinator may be restarting
+            self._end(max(a.child.popen.returncode for a in self._agents.values()))
+
+    def _start_injector(self) -> None:
+        self._children.start(
+            "fault injector",
+            "ftrain.recovery.injection",
+            ["--job", str(self._job_path)],
+            self._injector_ended,
+        )
+
+    def _injector_ended(self, child: Child) -> None:
+        if child.popen.returncode and not self._exit_code.done():
+            self._console.line(f"ftrain: the fault injector ended: {child.ended}", "warning")
+
+    async def _let_end(self) -> None:
+        """The job is over: agents end their ranks, then themselves."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + _GRACE_AFTER_END_S
+        while not all(a.child.ended for a in self._agents.values()) and loop.time() < deadline_s:
+            await asyncio.sleep(0.01)  # SIGCHLD is handled meanwhile
+
+    async def _kill_everything(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + _KILL_S
+        self._children.kill_all()
+        while not self._children.none_left() and loop.time() < deadline_s:
+            await asyncio.sleep(0.005)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _stop(self, number: signal.Signals) -> None:
+        interrupt = number == signal.SIGINT
+        if self._news.stop is not None or self._exit_code.done():
+            if interrupt:
+                self._console.line("ftrain: forced to stop: nothing was saved", "warning")
+                self._end(FORCED)
+            return
+        cause = "Ctrl-C" if interrupt else number.name
+        grace_s = self._job.config.launch.stop_grace_s
+        hint = "; once more to force" if interrupt else ""
+        self._console.line(f"ftrain: {cause}: saving and stopping (up to {grace_s:g} s{hint})")
+        self._tell(StopRequest(cause))
+        self._spawn(self._stop_limit(grace_s))
+
+    async def _stop_limit(self, grace_s: float) -> None:
+        await asyncio.sleep(grace_s + _GRACE_AFTER_END_S)
+        self._fail(
+            f"nothing was saved within {grace_s:g} s of the stop request: give it longer with"
+            " launch.stop_grace_s"
+        )
+
+    # ------------------------------------------------------------------ the coordinator's word
+
+    def _tell(self, message: NodeGone | StopRequest) -> None:
+        if isinstance(message, NodeGone):
+            self._news.gone.append(message)
+        else:
+            self._news.stop = message
+        if self._channel is not None and not self._channel.closed:
+            try:
+                self._channel.post(message)
+            except FtrainError:
+                pass  # said again on the next connection
+
+    async def _follow_coordinator(self) -> None:
+        """Stay connected to the coordinator and print what it says, until the job is over."""
+        launch = self._job.config.launch
+        identity = Identity(self._job.run_id, "front", launch.node_rank, os.getpid())
+        secret = bytes.fromhex(self._job.secret)
+        loop = asyncio.get_running_loop()
+        waiting_until_s = loop.time() + _WAITING_S
+        pause_s = 0.02
+        while True:
+            try:
+                self._channel = await connect(self._job.coordinator, identity, secret)
+                waiting_until_s, pause_s = float("inf"), 0.02
+                for message in self._news.messages():
+                    self._channel.post(message)
+                await self._listen(self._channel)
+            except AuthenticationError as error:
+                self._fail(str(error))
+                return
+            except FtrainError:
+                pass  # it is being restarted, or not up yet
+            finally:
+                if self._channel is not None:
+                    self._channel.close()
+                    self._channel = None
+            if self._listener is None and loop.time() > waiting_until_s:
+                self._console.line(f"waiting for the coordinator at {self._job.coordinator}")
+                waiting_until_s = float("inf")
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.5)
+
+    async def _listen(self, channel: Channel) -> None:
+        while True:
+            message = await channel.receive()
+            if not isinstance(message, Notice):
+                continue
+            if message.kind == "phase":
+                self._phase_began(message)
+            elif message.kind == "end":
+                if message.text:
+                    self._console.line(message.text, "info")
+                code = message.data.get("exit_code")
+                self._end(code if isinstance(code, int) else FAILED)
+            else:
+                self._console.notice(message)
+
+    def _phase_began(self, notice: Notice) -> None:
+        """Say what the job waits for, once it has waited for a while."""
+        if self._reason_later is not None:
+            self._reason_later.cancel()
+            self._reason_later = None
+        if notice.data.get("phase") in _WAITING_PHASES:
+            loop = asyncio.get_running_loop()
+            say = f"ftrain: {notice.text}"
+            self._reason_later = loop.call_later(_WAITING_S, self._console.line, say)
+
+    # ------------------------------------------------------------------ the ranks' output
+
+    def _relay(self, fd: int) -> int | None:
+        """On a terminal the ranks' output comes through us, so that it and the progress line do not
+        write over each other; otherwise the agents inherit ours."""
+        if not (self._console.in_place and os.isatty(fd)):
+            return None
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(reading, False)
+        self._relays.append((reading, writing, fd))
+        asyncio.get_running_loop().add_reader(reading, self._pass_on, reading, fd)
+        return writing
+
+    def _pass_on(self, reading: int, fd: int) -> None:
+        try:
+            data = os.read(reading, _RELAY_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            self._console.output(data, fd)
+
+    def _close_relays(self) -> None:
+        loop = asyncio.get_running_loop()
+        for reading, writing, fd in self._relays:
+            loop.remove_reader(reading)
+            self._pass_on(reading, fd)
+            os.close(reading)
+            os.close(writing)

@@ -1,0 +1,97 @@
+"""A process that serves an agent over a local socket, started again whenever it dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ftrain.comms import local
+from ftrain.comms.process import describe_exit
+from ftrain.launch.reaper import Reaper
+from ftrain.snapshot.links import LocalLink
+
+_HEALTHY_S = 10.0  # having lived so long, its death is no crash loop
+_PAUSE_S_MIN, _PAUSE_S_MAX = 0.1, 5.0  # before the next start, in a crash loop
+
+
+class HelperProcess:
+    """Runs ``python -m module --fd N``; N is the process's end of a local socket to this one.
+
+    Args:
+        on_start: a process was started; the place to post the first messages.
+        on_message: called with each message and its descriptors, which it has to close.
+        on_down: the process ended, and how; another one follows.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        environment: Mapping[str, str],
+        reaper: Reaper,
+        *,
+        on_start: Callable[[], None],
+        on_message: Callable[[Any, list[int]], None],
+        on_down: Callable[[str], None],
+    ) -> None:
+        self.pid = 0  # 0: none runs at this moment
+        self._module = module
+        self._environment = environment
+        self._reaper = reaper
+        self._on_start = on_start
+        self._on_message = on_message
+        self._on_down = on_down
+        self._loop = asyncio.get_running_loop()
+        self._link: LocalLink | None = None
+        self._started_s = 0.0
+        self._pause_s = 0.0
+        self._closed = False
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process to post to."""
+        return self._link is not None
+
+    def start(self) -> None:
+        """Start the process."""
+        if self._closed:
+            return
+        ours, theirs = local.pair()
+        with theirs:
+            fd = theirs.fileno()
+            arguments = ["--fd", str(fd)]
+            self.pid = self._reaper.start(
+                self._module, arguments, self._ended, environment=self._environment, pass_fds=[fd]
+            )
+        self._started_s = self._loop.time()
+        self._link = LocalLink(ours, self._on_message, self._hung_up)
+        self._on_start()
+
+    def post(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send without waiting; lost when no process runs."""
+        if self._link is not None:
+            self._link.post(message, fds)
+
+    def close(self) -> None:
+        """Start it no more; the process ends when it notices that nobody listens."""
+        self._closed = True
+        self._unlink()
+
+    def _unlink(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _hung_up(self, reason: str) -> None:
+        self._link = None
+        self._reaper.kill(self.pid)  # nobody can talk to it any more
+
+    def _ended(self, status: int) -> None:
+        self._unlink()
+        self.pid = 0
+        if self._closed:
+            return
+        crash_loop = self._loop.time() - self._started_s < _HEALTHY_S
+        self._loop.call_later(self._pause_s, self.start)
+        self._pause_s = max(_PAUSE_S_MIN, min(2 * self._pause_s, _PAUSE_S_MAX)) * crash_loop
+        self._on_down(describe_exit(status))

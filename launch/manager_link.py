@@ -1,0 +1,150 @@
+"""An agent's snapshot manager: set up, told its group, and given its memory back after a death."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftrain.comms.environment import inherited_environment
+from ftrain.comms.protocol.messages import Formation, Held
+from ftrain.launch.contract import place_of
+from ftrain.launch.helper import HelperProcess
+from ftrain.launch.job import JobSpec
+from ftrain.launch.reaper import Reaper
+from ftrain.snapshot.protocol.messages import (
+    Drop,
+    Hold,
+    ManagerStarted,
+    Peer,
+    RankDied,
+    SetGroup,
+    Setup,
+    Taken,
+)
+
+
+class ManagerLink:
+    """Keeps one snapshot manager running.
+
+    Args:
+        on_started: the manager serves; called with its address and inventory, also after a restart.
+        on_message: any other message for the agent.
+        on_down: it died, and why; a new one is on its way.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        node: int,
+        incarnation: int,
+        reaper: Reaper,
+        *,
+        on_started: Callable[[str, tuple[Held, ...]], None],
+        on_message: Callable[[Any], None],
+        on_down: Callable[[str], None],
+    ) -> None:
+        self.socket_path = str(Path(job.run_dir, "state", f"smp{node}.sock"))
+        self._setup = _setup(job, node, incarnation, self.socket_path)
+        self._on_started = on_started
+        self._on_message = on_message
+        self._slots: dict[Taken, int] = {}  # descriptors kept for the next manager
+        self._group: SetGroup | None = None
+        self._process = HelperProcess(
+            "ftrain.snapshot.manager",
+            inherited_environment(),
+            reaper,
+            on_start=self._set_up,
+            on_message=self._received,
+            on_down=on_down,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The manager's process; 0 while there is none."""
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the manager; it answers with ``on_started``."""
+        self._process.start()
+
+    def post(self, message: object) -> None:
+        """Send a message; lost when there is no manager (``on_started`` says when to ask again)."""
+        self._process.post(message)
+
+    def set_group(self, formation: Formation, dead: tuple[int, ...] = ()) -> None:
+        """Tell the manager, and each one after it, which group this node's ranks form."""
+        self._group = _group(formation, self._setup.node, dead)
+        self.post(self._group)
+
+    def rank_died(self, epoch: int, rank: int) -> None:
+        """Tell the manager, and each one after it, that a rank of the group ended."""
+        if self._group is not None and self._group.epoch == epoch:
+            self._group = replace(self._group, dead=(*self._group.dead, rank))
+        self.post(RankDied(epoch, rank))
+
+    def close(self) -> None:
+        """Let go of the manager, which ends by itself, and of its memory."""
+        self._process.close()
+        for fd in self._slots.values():
+            os.close(fd)
+        self._slots.clear()
+
+    def _set_up(self) -> None:
+        taken = tuple(self._slots)
+        self._process.post(replace(self._setup, taken=taken), [self._slots[slot] for slot in taken])
+        if self._group is not None:
+            self._process.post(self._group)
+
+    def _received(self, message: Any, fds: list[int]) -> None:
+        if isinstance(message, Hold) and len(fds) == 1:
+            self._forget(Taken(message.rank, message.slot))
+            self._slots[Taken(message.rank, message.slot)] = fds.pop()
+        for fd in fds:
+            os.close(fd)
+        if isinstance(message, Drop):
+            self._forget(Taken(message.rank, message.slot))
+        elif isinstance(message, ManagerStarted):
+            self._on_started(message.address, message.held)
+        elif not isinstance(message, Hold):
+            self._on_message(message)
+
+    def _forget(self, slot: Taken) -> None:
+        fd = self._slots.pop(slot, -1)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _setup(job: JobSpec, node: int, incarnation: int, socket_path: str) -> Setup:
+    config = job.config
+    folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
+    return Setup(
+        run_id=job.run_id,
+        secret=job.secret,
+        node=node,
+        incarnation=incarnation,
+        socket_path=socket_path,
+        bind=config.launch.bind,
+        host=config.launch.host,
+        slots=config.snapshot.slots,
+        # nodes on one machine share its memory
+        memory_share_max=config.snapshot.memory_share_max / max(1, config.launch.local_nodes),
+        checkpoint_dir=folder if config.checkpoint.enabled else "",
+    )
+
+
+def _group(formation: Formation, node: int, dead: tuple[int, ...]) -> SetGroup:
+    place = place_of(formation, node)
+    others = (p for p in formation.places if p.node != node)
+    restore = formation.restore
+    return SetGroup(
+        epoch=formation.epoch,
+        first_rank=place.first_rank,
+        local_world=place.local_world,
+        world_size=formation.world_size,
+        peers=tuple(Peer(p.node, p.incarnation, p.smp_address) for p in others),
+        base=restore.version if restore.level == "memory" else None,
+        dead=dead,
+    )

@@ -1,0 +1,177 @@
+"""A run's directory: whose it is, who uses it now, and numbers that must never come again."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ftrain.comms.errors import RunDirectoryError
+from ftrain.launch.script import Script
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """``run.json``: what a run directory belongs to."""
+
+    run_id: str
+    script: str  # absolute path of the script or module
+    digest: str  # of its source at the newest launch
+    world_size: int
+
+
+class RunDirectory:
+    """A run directory held by this process until :meth:`close` (or its end)."""
+
+    def __init__(self, path: Path, record: RunRecord, notes: tuple[str, ...], lock_fd: int) -> None:
+        self.path = path
+        self.record = record
+        self.notes = notes  # what the user should know, one line each
+        self._lock_fd = lock_fd
+
+    def next_incarnation(self, node: int) -> int:
+        """A number that no agent of ``node`` ever had in this run; stored before it is returned."""
+        path = self.path / "state" / f"incarnation-{node}"
+        try:
+            number = int(path.read_text()) + 1
+        except (FileNotFoundError, ValueError):
+            number = 1
+        write_synced(path, str(number).encode())
+        return number
+
+    def close(self) -> None:
+        """Let another launch use the directory."""
+        os.close(self._lock_fd)
+
+
+def open_run_directory(
+    path: Path, script: Script, *, world_size: int, run_id: str = "", node_rank: int = 0
+) -> RunDirectory:
+    """Make or take over a run directory.
+
+    Raises :class:`RunDirectoryError` when it can't be written, when a live launch uses it, or when
+    it belongs to another script, world size or run id. An edited script is only noted.
+    """
+    if run_id and not _RUN_ID.fullmatch(run_id):
+        raise RunDirectoryError(
+            f"the run id '{run_id}' must be 1 to 64 letters, digits, '.', '_', ':' or '-'"
+        )
+    path = path.absolute()
+    lock_fd = -1
+    try:
+        (path / "state").mkdir(parents=True, exist_ok=True)
+        lock_fd = _lock(path, node_rank)
+        found = _read(path)
+        record, notes = _settle(path, found, script, world_size, run_id)
+        if record != found:
+            write_synced(path / "run.json", msgspec.json.format(msgspec.json.encode(record)))
+    except OSError as error:
+        if lock_fd >= 0:
+            os.close(lock_fd)
+        if isinstance(error, RunDirectoryError):
+            raise
+        raise RunDirectoryError(
+            f"the run directory {path} can't be written ({error.strerror}): choose another with"
+            " --run-dir"
+        ) from None
+    return RunDirectory(path, record, notes, lock_fd)
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """The record of an existing run; :class:`RunDirectoryError` when there is none."""
+    record = _read(path)
+    if record is None:
+        raise RunDirectoryError(f"{path} is not a run directory: it has no run.json")
+    return record
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Replace a small file atomically; it is on stable storage when this returns."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _lock(path: Path, node_rank: int) -> int:
+    """Hold the directory; the kernel lets go when this process ends, however it ends."""
+    name = path / (f"lock-{node_rank}" if node_rank else "lock")
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise RunDirectoryError(
+            f"the run directory {path} is in use by a running launch (pid {holder}): wait for it,"
+            " or choose another with --run-dir"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _read(path: Path) -> RunRecord | None:
+    try:
+        return msgspec.json.decode((path / "run.json").read_bytes(), type=RunRecord)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except msgspec.DecodeError as error:
+        raise RunDirectoryError(
+            f"{path / 'run.json'} is not readable as a run's record ({error}): choose another"
+            " directory with --run-dir"
+        ) from None
+
+
+def _settle(
+    path: Path, found: RunRecord | None, script: Script, world_size: int, run_id: str
+) -> tuple[RunRecord, tuple[str, ...]]:
+    """The record to keep, and what is worth saying about the difference to the one found."""
+    if found is None:
+        fresh_id = run_id or f"{_plain(script.stem)}-{secrets.token_hex(4)}"
+        record = RunRecord(
+            run_id=fresh_id, script=script.path, digest=script.digest, world_size=world_size
+        )
+        return record, ()
+    elsewhere = "choose another directory with --run-dir"
+    moved = found.script != script.path
+    if moved and found.digest != script.digest:
+        raise RunDirectoryError(
+            f"the run directory {path} belongs to another script, {found.script}: {elsewhere}"
+        )
+    if found.world_size != world_size:
+        raise RunDirectoryError(
+            f"the run directory {path} belongs to a run of {found.world_size} ranks, not"
+            f" {world_size}: launch as many, or {elsewhere}"
+        )
+    if run_id and found.run_id != run_id:
+        raise RunDirectoryError(
+            f"the run directory {path} belongs to run '{found.run_id}', not '{run_id}': leave the"
+            f" run id out, or {elsewhere}"
+        )
+    notes: tuple[str, ...] = ()
+    if found.digest != script.digest:
+        notes = (f"{script.name} was edited since the last launch in {path}",)
+    record = RunRecord(
+        run_id=found.run_id, script=script.path, digest=script.digest, world_size=world_size
+    )
+    return record, notes
+
+
+def _plain(text: str) -> str:
+    """``text`` with only characters that a run id may hold."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:40] or "run"

@@ -1,0 +1,184 @@
+"""``ftrain launch``: everything between the command line and the front."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftrain.comms.addresses import (
+    bound_address,
+    check_bind,
+    format_address,
+    is_loopback,
+    listen_tcp,
+    parse_address,
+)
+from ftrain.comms.environment import default_run_dir, secret_from_environment
+from ftrain.comms.errors import UsageError
+from ftrain.configs.schema import FtrainConfig, LaunchConfig
+from ftrain.launch.console import Console
+from ftrain.launch.job import JobSpec, write_job
+from ftrain.launch.options import LaunchRequest, parse_launch
+from ftrain.launch.resolve import resolve, to_yaml
+from ftrain.launch.run_directory import RunDirectory, open_run_directory
+from ftrain.launch.script import check_script
+from ftrain.recovery.faults import check_schedule
+
+_LOOPBACK = LaunchConfig().bind
+
+
+def launch(tokens: Sequence[str]) -> int:
+    """Run ``ftrain launch`` with these arguments; returns the exit code.
+
+    Raises a typed error in one sentence for all that can be known before anything is started.
+    """
+    request = parse_launch(tokens)
+    config = resolve(request.overrides)
+    if request.print_config:
+        sys.stdout.write(to_yaml(config))
+        return 0
+    if not request.argv:
+        raise UsageError(
+            "no script: ftrain launch [options] [group=choice key=value ...] train.py; see"
+            " ftrain launch --help"
+        )
+    script = check_script(request.argv[0], module=request.module)
+    settings = config.launch
+    nodes = settings.local_nodes or settings.nnodes
+    world_size = nodes * settings.nproc_per_node
+    check_schedule(config.faults, nodes=nodes, world_size=world_size)
+    secret = _secret(settings)
+    listener = _listen(settings, secret is not None)
+    directory: RunDirectory | None = None
+    try:
+        directory = open_run_directory(
+            Path(settings.run_dir or default_run_dir(script.stem)),
+            script,
+            world_size=world_size,
+            run_id=settings.run_id,
+            node_rank=settings.node_rank,
+        )
+        job = _job(request, config, directory, secret or secrets.token_hex(32), listener)
+        return asyncio.run(_run(job, directory, listener, request.notes))
+    finally:
+        if listener is not None:
+            listener.close()
+        if directory is not None:
+            directory.close()
+
+
+async def _run(
+    job: JobSpec,
+    directory: RunDirectory,
+    listener: socket.socket | None,
+    notes: Sequence[str],
+) -> int:
+    from ftrain.launch.front import Front
+
+    events = job.config.events
+    console = Console(progress_piped_every_s=events.progress_piped_every_s)
+    for note in (*notes, *directory.notes):
+        console.line(f"ftrain: {note}")
+    name = (
+        "job.json" if not job.config.launch.node_rank else f"job-{job.config.launch.node_rank}.json"
+    )
+    return await Front(job, write_job(job, name), directory, console, listener).run()
+
+
+def _secret(settings: LaunchConfig) -> str | None:
+    """The user's secret as hex; None when this launch may make its own."""
+    secret = secret_from_environment()
+    if settings.nnodes > 1 and not settings.local_nodes:
+        for key, option in (("rdzv_endpoint", "--rdzv-endpoint HOST:PORT"), ("run_id", "--run-id")):
+            if not getattr(settings, key):
+                raise UsageError(f"--nnodes {settings.nnodes} needs {option}, equal on every node")
+        if secret is None:
+            raise UsageError(
+                f"--nnodes {settings.nnodes} needs a secret: set FTRAIN_SECRET to the same value"
+                " on every node"
+            )
+    return secret
+
+
+def _listen(settings: LaunchConfig, secret_given: bool) -> socket.socket | None:
+    """The coordinator's listening socket, on the host that runs it.
+
+    Its address is the rendezvous endpoint when there is one, else a free port of ``launch.bind``.
+    """
+    host, port = settings.bind, 0
+    if settings.rdzv_endpoint:
+        endpoint_host, port = parse_address(settings.rdzv_endpoint)
+        if settings.bind == _LOOPBACK:
+            host = endpoint_host
+    if settings.nnodes > 1 and not settings.local_nodes:
+        if port == 0:
+            raise UsageError(f"--rdzv-endpoint {settings.rdzv_endpoint}: name a port other than 0")
+        if settings.node_rank > 0:
+            return None
+    check_bind(host, secret_given)
+    return listen_tcp(format_address(host, port))
+
+
+def _job(
+    request: LaunchRequest,
+    config: FtrainConfig,
+    directory: RunDirectory,
+    secret: str,
+    listener: socket.socket | None,
+) -> JobSpec:
+    """The job with every default filled in."""
+    settings = config.launch
+    spread = settings.nnodes > 1 and not settings.local_nodes
+    host = settings.host
+    if spread and host == _LOOPBACK:
+        host = _own_address(settings.rdzv_endpoint)
+    settings = dataclasses.replace(
+        settings,
+        run_id=directory.record.run_id,
+        run_dir=str(directory.path),
+        log_dir=str(Path(settings.log_dir or directory.path / "logs").absolute()),
+        host=host,
+        bind=host if spread and settings.bind == _LOOPBACK else settings.bind,
+    )
+    durable = config.checkpoint
+    durable = dataclasses.replace(
+        durable, dir=str(Path(durable.dir or directory.path / "checkpoints").absolute())
+    )
+    if spread:
+        coordinator = settings.rdzv_endpoint
+    else:
+        assert listener is not None
+        coordinator = bound_address(listener)
+    return JobSpec(
+        run_id=directory.record.run_id,
+        secret=secret,
+        run_dir=str(directory.path),
+        config=dataclasses.replace(config, launch=settings, checkpoint=durable),
+        argv=request.argv,
+        module=request.module,
+        coordinator=coordinator,
+        front_pid=os.getpid(),
+    )
+
+
+def _own_address(endpoint: str) -> str:
+    """This host's address on the way to ``endpoint``; no packet is sent."""
+    host, port = parse_address(endpoint)
+    if is_loopback(host):
+        return _LOOPBACK
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UsageError(
+            f"--rdzv-endpoint {endpoint} can't be reached from here ({error.strerror}): check the"
+            " name, or say --local-addr"
+        ) from None

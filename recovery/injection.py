@@ -1,0 +1,274 @@
+"""The fault injector: breaks a running job on a schedule, and writes down what it did.
+
+``python -m ftrain.recovery.injection --job <run_dir>/job.json`` is started by the front.  It is no
+part of what it breaks: it knows a node by its file (``node_file``), the ranks by their telemetry
+pages, and writes the ground truth to ``<run_dir>/faults.jsonl``, one event before each fault
+(``fault_begin``) and one after (``fault_end``).  Such a file can be replayed (``faults.replay``).
+
+A fault at a phase shorter than the injector's own reaction (inside the optimizer, at a boundary),
+or one that is code inside the rank, is armed in the rank's page, and the rank commits it itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ftrain.comms.errors import ConfigError, FtrainError, RunDirectoryError
+from ftrain.comms.events import EventLog, read_events
+from ftrain.comms.process import die_with_parent
+from ftrain.comms.protocol.phases import Phase
+from ftrain.configs.schema import FaultConfig, FtrainConfig
+from ftrain.recovery.faults import (
+    CATALOGUE,
+    PHASES,
+    FaultKind,
+    Target,
+    check_fault,
+    check_schedule,
+)
+from ftrain.recovery.sightings import Sighting, Sightings
+from ftrain.recovery.strikes import Strike, Tools
+from ftrain.recovery.victims import check_memory_trap
+
+FAULTS_FILE = "faults.jsonl"
+_LOG_BYTES_MAX = 64 * 1024 * 1024
+_NEAR_S = 0.0005  # between two looks when the moment is near
+_FAR_S = 0.05
+_ARM_S = 0.05  # what arming a rank may take
+_PHASE_MISSES = 50  # steps in which the wanted phase was too short to be seen; then any will do
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InjectorJob:
+    """What the injector needs of ``job.json``."""
+
+    run_dir: str
+    config: FtrainConfig
+    front_pid: int
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes of the job."""
+        return self.config.launch.local_nodes or self.config.launch.nnodes
+
+    @property
+    def local_world(self) -> int:
+        """Ranks per node."""
+        return self.config.launch.nproc_per_node
+
+
+def read_injector_job(path: str | os.PathLike[str]) -> InjectorJob:
+    """Read a job file; raises :class:`RunDirectoryError` when it is not one."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=InjectorJob)
+    except FileNotFoundError:
+        raise RunDirectoryError(
+            f"{path} does not exist: no job was launched in this run directory"
+        ) from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise RunDirectoryError(f"{path} can't be read as a job file: {error}") from None
+
+
+class Injector:
+    """Commits faults on one job. :meth:`run` returns the ``fault_end`` events."""
+
+    def __init__(self, job: InjectorJob, faults: Sequence[FaultConfig], seed: int) -> None:
+        self._job = job
+        self._faults = faults
+        self._seed = seed
+        self._began_s = time.monotonic()
+        self._sightings = Sightings(job.run_dir, job.nodes)
+        self._log = EventLog(Path(job.run_dir) / FAULTS_FILE, _LOG_BYTES_MAX)
+        self._tools = Tools(Path(job.run_dir), self._sightings, self._log, self._check_running)
+        if any(CATALOGUE[fault.kind].kind is FaultKind.OOM for fault in faults):
+            check_memory_trap()
+
+    async def run(self) -> list[dict[str, Any]]:
+        """Commit every fault of the schedule, each when it is due."""
+        tasks = [
+            asyncio.create_task(self._follow(index, fault))
+            for index, fault in enumerate(self._faults)
+        ]
+        try:
+            return [end for ends in await asyncio.gather(*tasks) for end in ends]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._sightings.close()
+            self._log.close()
+
+    async def _follow(self, index: int, fault: FaultConfig) -> list[dict[str, Any]]:
+        """Everything that one line of the schedule asks for."""
+        chance = random.Random(f"{self._seed}:{index}")
+        repeats = fault.count_max if fault.mtbf_s > 0 else 1
+        ends = []
+        for number in range(repeats):
+            if fault.mtbf_s > 0:
+                await asyncio.sleep(chance.expovariate(1.0 / fault.mtbf_s))
+            strike = Strike(
+                f"{os.getpid()}-{index}-{number}",
+                self._with_victim(fault, chance),
+                CATALOGUE[fault.kind],
+                self._began_s,
+                self._tools,
+            )
+            await self._wait(strike)
+            ends.append(await strike.commit())
+        return ends
+
+    def _with_victim(self, fault: FaultConfig, chance: random.Random) -> FaultConfig:
+        """The fault with its victim drawn, where it says random."""
+        target = CATALOGUE[fault.kind].target
+        per_node = self._job.local_world
+        if target is Target.RANK and fault.rank < 0:
+            node = fault.node if fault.node >= 0 else chance.randrange(self._job.nodes)
+            return replace(fault, rank=node * per_node + chance.randrange(per_node), node=-1)
+        if target is Target.NODE and fault.node < 0:
+            node = fault.rank // per_node if fault.rank >= 0 else chance.randrange(self._job.nodes)
+            return replace(fault, node=node)
+        return fault
+
+    async def _wait(self, strike: Strike) -> None:
+        """Until the fault is due; what a rank can time better itself is due at once."""
+        fault = strike.fault
+        if fault.at_s >= 0:
+            await asyncio.sleep(self._began_s + fault.at_s - time.monotonic())
+        if strike.timed_by_rank:
+            if fault.at_step >= 0:
+                await self._wait_for_step(replace(fault, phase="any"), early=True)
+            return
+        if fault.phase == "recovery":
+            await self._wait_for_recovery(fault)
+        elif fault.at_step >= 0 or fault.phase != "any":
+            await self._wait_for_step(fault)
+        await asyncio.sleep(fault.delay_s)
+
+    async def _wait_for_recovery(self, fault: FaultConfig) -> None:
+        """Until ranks start again, in a later formation than the first, after ``at_step``."""
+        while True:
+            self._look()
+            if self._sightings.reached >= fault.at_step:
+                for seen in self._candidates(fault):
+                    later = seen.file.epoch > self._sightings.first_epoch
+                    if later and seen.phase in PHASES["recovery"]:
+                        return
+            await asyncio.sleep(_NEAR_S)
+
+    async def _wait_for_step(self, fault: FaultConfig, *, early: bool = False) -> None:
+        """Until the victim (any rank, if it is none) is at the step and in the phase; or so long
+        before that there is time to arm it."""
+        enough = -1  # step from which the phase is no longer waited for
+        while True:
+            self._look()
+            wait_s = _FAR_S
+            for seen in self._candidates(fault):
+                ahead = fault.at_step - seen.step
+                if early:
+                    ahead -= 2 + int(_ARM_S / seen.median_s if seen.median_s else 0)
+                if ahead <= 0:
+                    enough = enough if enough >= 0 else seen.step + _PHASE_MISSES
+                    if seen.phase in PHASES[fault.phase] or seen.step >= enough:
+                        return
+                near_s = max(_NEAR_S, (ahead - 1) * seen.median_s / 2)
+                wait_s = min(wait_s, near_s)
+            await asyncio.sleep(wait_s)
+
+    def _candidates(self, fault: FaultConfig) -> list[Sighting]:
+        """Ranks whose progress says that the fault is due."""
+        node = fault.node if CATALOGUE[fault.kind].target is Target.NODE else -1
+        rank = fault.rank if node < 0 else -1
+        return list(self._sightings.ranks(node=node, rank=rank))
+
+    def _look(self) -> None:
+        self._check_running()
+        self._sightings.look()
+
+    def _check_running(self) -> None:
+        if self._job.front_pid and not Path(f"/proc/{self._job.front_pid}").exists():
+            raise RunDirectoryError(
+                f"no job runs in {self._job.run_dir}: launch it before breaking it"
+            )
+
+
+def inject_now(run_dir: str | os.PathLike[str], fault: FaultConfig) -> dict[str, Any]:
+    """Commit one fault on the job that runs in ``run_dir``; returns what was written of its end.
+
+    At once, or at ``at_step``, ``at_s`` or in ``phase`` where the fault says so.  Raises
+    :class:`ConfigError` for a fault that this job can't have, :class:`RunDirectoryError` when no
+    job runs there.
+    """
+    job = read_injector_job(Path(run_dir) / "job.json")
+    check_fault(fault, nodes=job.nodes, world_size=job.nodes * job.local_world, now=True)
+    seed = random.SystemRandom().getrandbits(32)
+    return asyncio.run(Injector(job, (fault,), seed).run())[-1]
+
+
+def replay_schedule(path: str | os.PathLike[str]) -> tuple[FaultConfig, ...]:
+    """The schedule that commits again what a ``faults.jsonl`` says was done, each at its step.
+
+    Raises :class:`ConfigError` when the file holds no fault.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    for event in read_events(path):
+        if event["kind"] in ("fault_begin", "fault_end"):
+            done[event["id"]] = {**done.get(event["id"], {}), **event}
+    if not done:
+        raise ConfigError(
+            f"faults.replay={path}: no fault is written there; was it a faults.jsonl?"
+        )
+    try:
+        return tuple(_again(event) for event in done.values())
+    except (KeyError, ValueError, msgspec.ValidationError) as error:
+        raise ConfigError(f"faults.replay={path}: a fault can't be read: {error}") from None
+
+
+def _again(event: dict[str, Any]) -> FaultConfig:
+    fault = msgspec.convert(event["config"], FaultConfig)
+    still = replace(fault, at_step=-1, at_s=-1.0, mtbf_s=-1.0, count_max=1, delay_s=0.0)
+    if fault.phase == "recovery":  # which boundary it began from, and which phase, are its own
+        return replace(still, at_step=event["reached"], delay_s=fault.delay_s)
+    if event["step"] < 0:
+        return replace(still, at_s=event["elapsed_s"])
+    return replace(still, at_step=event["step"], phase=_phase_name(event["phase"]))
+
+
+def _phase_name(phase: str) -> str:
+    names = {Phase.STEP: "forward_backward", Phase.OPTIMIZER: "optimizer"}
+    names[Phase.BOUNDARY] = "boundary"
+    return names.get(Phase[phase.upper()], "any") if phase else "any"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Follow the schedule of a job to its end; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ftrain.recovery.injection")
+    parser.add_argument("--job", required=True, help="path of the job file")
+    try:
+        job = read_injector_job(parser.parse_args(arguments).job)
+        if job.front_pid:
+            die_with_parent(job.front_pid)
+        (Path(job.run_dir) / "hold-coordinator").unlink(missing_ok=True)  # of a killed injector
+        faults = job.config.faults
+        if faults.replay:
+            faults = replace(faults, schedule=(*faults.schedule, *replay_schedule(faults.replay)))
+        check_schedule(faults, nodes=job.nodes, world_size=job.nodes * job.local_world)
+        asyncio.run(Injector(job, faults.schedule, faults.seed).run())
+    except FtrainError as error:
+        sys.stderr.write(f"ftrain: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

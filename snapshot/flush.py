@@ -1,0 +1,142 @@
+"""Writes committed versions from memory to the durable level, beside the captures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.manifest import file_name
+from ftrain.comms.errors import FtrainError
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.snapshot.protocol.messages import Flush, Flushed, FlushedFile, FlushRefused
+from ftrain.snapshot.store import Image, SlotStore, places_of
+
+_NICE = 10  # of the writing thread: training goes first
+_REMEMBERED = 64
+
+
+class Flusher:
+    """One flush at a time. ``answer`` gets a Flushed or FlushRefused for each Flush."""
+
+    def __init__(
+        self,
+        store: SlotStore,
+        directory: str,
+        answer: Callable[[Flushed | FlushRefused], None],
+    ) -> None:
+        self._store = store
+        self._durable = DurableStore(directory) if directory else None
+        self._answer = answer
+        self._waiting: Flush | None = None  # for a version to be committed
+        self._writing: Flush | None = None
+        self._next: Flush | None = None  # came while another was written
+        self._recent: deque[VersionId] = deque(maxlen=_REMEMBERED)  # committed
+        self._thread = ThreadPoolExecutor(1, "ftrain-flush", _lower_priority)
+        self._task: asyncio.Task[None] | None = None
+
+    def request(self, flush: Flush) -> None:
+        """The agent wants a durable version; the same order again changes nothing."""
+        if flush in (self._waiting, self._writing, self._next):
+            return
+        if self._writing is not None:
+            if self._next is not None:
+                self._refuse(self._next, "a newer order took its place")
+            self._next = flush
+            return
+        if self._waiting is not None:
+            self._refuse(self._waiting, "a newer order took its place")
+            self._waiting = None
+        self._consider(flush)
+
+    def committed(self, version: VersionId) -> None:
+        """Every node of the group holds ``version``."""
+        self._recent.append(version)
+        waiting = self._waiting
+        if waiting is None or version.epoch < waiting.version.epoch:
+            return
+        if version.epoch > waiting.version.epoch:
+            self._waiting = None
+            self._refuse(waiting, f"epoch {waiting.version.epoch} is over")
+        elif version.step >= waiting.version.step:
+            self._waiting = None
+            self._write(waiting, version)
+
+    def group_changed(self) -> None:
+        """Another epoch began: nothing of an older one will be committed any more."""
+        waiting = self._waiting
+        if waiting is not None and waiting.version.epoch < self._store.custody.epoch:
+            self._waiting = None
+            self._refuse(waiting, f"epoch {waiting.version.epoch} is over")
+
+    def close(self) -> None:
+        """Stop; a file being written is finished or left without a name."""
+        if self._task is not None:
+            self._task.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _consider(self, flush: Flush) -> None:
+        asked, custody = flush.version, self._store.custody
+        newest = custody.committed
+        agreed = asked in self._recent or asked in (newest, custody.base)
+        if agreed and custody.complete(asked):
+            self._write(flush, asked)
+        elif asked.epoch != custody.epoch:
+            self._refuse(flush, f"this node has no step {asked.step} of epoch {asked.epoch}")
+        elif newest is not None and newest >= asked:
+            self._refuse(flush, f"step {asked.step} was passed: step {newest.step} is committed")
+        else:
+            self._waiting = flush
+
+    def _write(self, flush: Flush, version: VersionId) -> None:
+        durable = self._durable
+        if durable is None:
+            self._refuse(flush, "there is no durable level (checkpoint.enabled=false)")
+            return
+        images = self._store.images(version, self._store.custody.local_ranks)
+        self._store.custody.pin(places_of(images))
+        self._writing = flush
+        self._task = asyncio.get_running_loop().create_task(
+            self._write_all(durable, flush, version, images)
+        )
+
+    async def _write_all(
+        self, durable: DurableStore, flush: Flush, version: VersionId, images: list[Image]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        answer: Flushed | FlushRefused
+        files = []
+        try:
+            for image in images:
+                record = await loop.run_in_executor(
+                    self._thread,
+                    durable.write_image,
+                    flush.fence,
+                    version,
+                    image.rank,
+                    image.view,
+                )
+                path = f"{flush.fence}/{version.step}/{file_name(image.rank)}"
+                files.append(FlushedFile(record.rank, path, record.nbytes, record.digest))
+            answer = Flushed(flush.version, version, flush.fence, tuple(files))
+        except (FtrainError, OSError) as error:
+            answer = FlushRefused(flush.version, flush.fence, str(error))
+        finally:
+            self._store.custody.unpin(places_of(images))
+        self._writing = None
+        self._answer(answer)
+        following, self._next = self._next, None
+        if following is not None:
+            self._consider(following)
+
+    def _refuse(self, flush: Flush, reason: str) -> None:
+        self._answer(FlushRefused(flush.version, flush.fence, reason))
+
+
+def _lower_priority() -> None:
+    """On Linux a thread has a priority of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

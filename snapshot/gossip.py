@@ -1,0 +1,206 @@
+"""Group commit without a central message: each node tells the others what it has sealed.
+
+Every node decides for itself; :class:`VersionCommit` makes sure that all decide the same.  Each
+pair of nodes has two connections, each used in one direction.  What has not been sent yet may be
+replaced by something newer, so a slow or dead peer costs a few messages of memory and no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
+from ftrain.comms.channel import Identity, connect
+from ftrain.comms.driver import Driver
+from ftrain.comms.errors import AuthenticationError, FtrainError, RemoteProtocolError
+from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
+from ftrain.comms.protocol.ready import Address
+from ftrain.snapshot.protocol.messages import Peer, SetGroup, Standing
+from ftrain.snapshot.store import SlotStore
+
+TICK_S = 0.05
+_QUEUED_VERSIONS_MAX = 8
+_RETRY_S_MIN = 0.02
+_RETRY_S_MAX = 1.0
+_CONNECT_S_MAX = 5.0
+
+
+class Gossip:
+    """This node's part in the group's commit.
+
+    Args:
+        store: whose sealed versions are announced, and which keeps the others' small images.
+        identity: of this manager (role ``smp``).
+        on_committed: every node of the group holds this version.
+        on_trouble: one sentence for the user.
+    """
+
+    def __init__(
+        self,
+        store: SlotStore,
+        identity: Identity,
+        secret: bytes,
+        *,
+        on_committed: Callable[[VersionId], None],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._identity = identity
+        self._secret = secret
+        self._on_committed = on_committed
+        self._on_trouble = on_trouble
+        self._commit = VersionCommit(me=identity.node)
+        self._driver: Driver[None] = Driver(
+            self._commit, persist=lambda _: None, send=self._send, perform=self._perform
+        )
+        self._peers: dict[int, PeerLink] = {}
+        self._announced: set[VersionId] = set()
+        self._ticking: asyncio.Task[None] | None = None
+
+    def set_group(self, group: SetGroup) -> None:
+        """Another membership, or a peer's new address."""
+        members = sorted([self._identity.node, *(peer.node for peer in group.peers)])
+        self._commit.new_group(group.epoch, members, members)
+        self._announced = {v for v in self._announced if v.epoch >= group.epoch}
+        wanted = {peer.node: peer for peer in group.peers}
+        for node in [node for node, link in self._peers.items() if wanted.get(node) != link.peer]:
+            self._peers.pop(node).close()
+        for node, peer in wanted.items():
+            if node not in self._peers:
+                self._peers[node] = PeerLink(peer, self._identity, self._secret, self._on_trouble)
+        if self._peers and self._ticking is None:
+            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        self._driver.pump()
+
+    def sealed(self, version: VersionId) -> None:
+        """``version`` is complete on this node."""
+        if version not in self._announced:
+            self._announced.add(version)
+            who = self._identity
+            payload = (
+                self._store.announcement(version, who.node, who.incarnation)
+                if self._peers
+                else Sealed(version, who.node, who.incarnation, (), ())
+            )
+            self._commit.sealed_here(version, payload)
+            self._driver.pump()
+
+    def tell_standing(self) -> None:
+        """Let the others know which versions this node has passed over."""
+        standing = self._store.custody.standing() if self._peers else None
+        if standing is not None:
+            floor, possible = standing
+            who = self._identity
+            for link in self._peers.values():
+                link.post(Standing(who.node, who.incarnation, floor, possible))
+
+    def receive(self, message: object, peer: Identity) -> None:
+        """A message of another node; what is not of this group's members is dropped here.
+
+        RemoteProtocolError for what a manager never says.
+        """
+        link = self._peers.get(peer.node)
+        if link is None or link.peer.incarnation != peer.incarnation:
+            return
+        if isinstance(message, Sealed):
+            if (message.node, message.incarnation) != (peer.node, peer.incarnation):
+                raise RemoteProtocolError(f"{peer} speaks for node {message.node}")
+            if message.version.epoch == self._store.custody.epoch:
+                self._store.keep_smalls(message)
+            self._driver.receive(message)
+        elif isinstance(message, SealedSeen):
+            self._driver.receive(message)
+        elif isinstance(message, Standing):
+            self._store.custody.hear(peer.node, message.floor, message.possible)
+        else:
+            raise RemoteProtocolError(f"{peer} sent a {type(message).__name__}")
+
+    def close(self) -> None:
+        """End every connection."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+        for link in self._peers.values():
+            link.close()
+
+    def _send(self, address: Address, message: object) -> None:
+        link = self._peers.get(address) if isinstance(address, int) else None
+        if link is not None:
+            link.post(message)
+
+    def _perform(self, effect: object) -> None:
+        if isinstance(effect, Committed):
+            self._announced = {v for v in self._announced if v >= effect.version}
+            self._on_committed(effect.version)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._peers:
+                self._driver.tick()
+                if self._behind():
+                    self.tell_standing()
+
+    def _behind(self) -> bool:
+        """Whether something sealed here still waits for the others."""
+        custody = self._store.custody
+        newest = custody.committed
+        return any(
+            version.epoch == custody.epoch and (newest is None or version > newest)
+            for version in custody.sealed_versions()
+        )
+
+
+class PeerLink:
+    """Sends to one peer, reconnecting for ever; holds the newest few messages meanwhile."""
+
+    def __init__(
+        self, peer: Peer, identity: Identity, secret: bytes, on_trouble: Callable[[str], None]
+    ) -> None:
+        self.peer = peer
+        self._identity = identity
+        self._secret = secret
+        self._on_trouble = on_trouble
+        self._queue: dict[object, object] = {}  # what it is about -> message, oldest first
+        self._news = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def post(self, message: object) -> None:
+        """Send soon; replaces an unsent message about the same."""
+        key: object = message.version if isinstance(message, Sealed) else type(message)
+        self._queue.pop(key, None)
+        self._queue[key] = message
+        versions = [key for key in self._queue if isinstance(key, VersionId)]
+        if len(versions) > _QUEUED_VERSIONS_MAX:
+            del self._queue[min(versions)]
+        self._news.set()
+
+    def close(self) -> None:
+        """Stop."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        if not self.peer.address:
+            return  # a new SetGroup will bring it
+        retry_s, warned = _RETRY_S_MIN, False
+        while True:
+            try:
+                channel = await connect(
+                    self.peer.address, self._identity, self._secret, timeout_s=_CONNECT_S_MAX
+                )
+                retry_s = _RETRY_S_MIN
+                async with channel:
+                    while True:
+                        await self._news.wait()
+                        while self._queue:
+                            message = self._queue.pop(next(iter(self._queue)))
+                            await channel.send(message)
+                        self._news.clear()
+            except AuthenticationError as error:
+                if not warned:
+                    self._on_trouble(f"node {self.peer.node} refuses this node's versions: {error}")
+                warned, retry_s = True, _RETRY_S_MAX
+            except (FtrainError, OSError):
+                pass  # it will be back, or a new group comes without it
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, _RETRY_S_MAX)

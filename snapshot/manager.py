@@ -1,0 +1,264 @@
+"""The snapshot manager's process: owns a node's snapshot memory, so that it outlives the ranks.
+
+``python -m ftrain.snapshot.manager --fd N``: descriptor N is a local socket to the agent that
+started it, whose first message is :class:`Setup`.  The process ends with the agent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ftrain.comms.channel import Channel, Identity, Server, serve
+from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
+from ftrain.comms.local import LocalSocket, from_descriptor
+from ftrain.comms.process import die_with_parent, set_oom_score_adj
+from ftrain.comms.protocol.messages import Held, Notice, VersionId
+from ftrain.snapshot.fetch import serve_fetch
+from ftrain.snapshot.flush import Flusher
+from ftrain.snapshot.gossip import Gossip
+from ftrain.snapshot.links import LocalLink
+from ftrain.snapshot.protocol.custody import SlotState
+from ftrain.snapshot.protocol.messages import (
+    AskInventory,
+    CapturesFinished,
+    Committed,
+    Drop,
+    FetchRequest,
+    FinishCaptures,
+    Flush,
+    Hold,
+    Inventory,
+    ManagerStarted,
+    RankDied,
+    SetGroup,
+    Setup,
+)
+from ftrain.snapshot.ranks import RankServer
+from ftrain.snapshot.store import SlotStore
+
+_SETUP_S_MAX = 30.0
+_OOM_SCORE = -500  # what it holds is the way back for everybody else
+
+
+class Manager:
+    """Everything one snapshot manager does, in one event loop."""
+
+    def __init__(self, sock: LocalSocket, setup: Setup, fds: Sequence[int]) -> None:
+        self._setup = setup
+        self._over = asyncio.Event()
+        self._finishing: dict[int, asyncio.TimerHandle] = {}  # epoch -> deadline
+        self._news: VersionId | None = None  # committed, the agent was not told yet
+        secret = bytes.fromhex(setup.secret)
+        identity = Identity(setup.run_id, "smp", setup.node, setup.incarnation)
+        self._store = SlotStore(
+            run_id=setup.run_id,
+            slots=setup.slots,
+            memory_share_max=setup.memory_share_max,
+            taken_bytes=sum(os.fstat(fd).st_size for fd in fds),
+        )
+        for taken, fd in zip(setup.taken, fds, strict=True):
+            self._store.adopt(taken.rank, taken.slot, fd)
+        self._ranks = RankServer(
+            self._store,
+            on_sealed=self._image_sealed,
+            on_change=self._captures_changed,
+            on_hold=self._hold,
+            on_trouble=self._trouble,
+        )
+        self._gossip = Gossip(
+            self._store,
+            identity,
+            secret,
+            on_committed=self._committed,
+            on_trouble=self._trouble,
+        )
+        self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
+        self._flusher = Flusher(self._store, setup.checkpoint_dir, self._link.post)
+        self._identity = identity
+        self._secret = secret
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            SetGroup: self._set_group,
+            RankDied: self._rank_died,
+            FinishCaptures: self._finish_captures,
+            AskInventory: lambda _: self._link.post(Inventory(self._inventory())),
+            Flush: self._flusher.request,
+        }
+
+    async def run(self) -> None:
+        """Serve until the agent is gone."""
+        server: Server = await serve(
+            f"{self._setup.bind}:0", self._identity, self._secret, self._from_node
+        )
+        self._ranks.listen(self._setup.socket_path)
+        port = server.address.rpartition(":")[2]
+        self._link.post(ManagerStarted(f"{self._setup.host}:{port}", self._inventory()))
+        try:
+            await self._over.wait()
+        finally:
+            self._ranks.close()
+            self._gossip.close()
+            self._flusher.close()
+            self._link.close()
+            server.close()
+            await server.wait_closed()
+
+    # ------------------------------------------------------------ the agent
+
+    def _from_agent(self, message: object, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            self._trouble(f"the snapshot manager does not know what a {type(message).__name__} is")
+            return
+        try:
+            handler(message)
+        except FtrainError as error:  # the memory must not be lost because of one message
+            self._trouble(f"the snapshot manager can't obey a {type(message).__name__}: {error}")
+
+    def _set_group(self, group: SetGroup) -> None:
+        custody = self._store.custody
+        new_epoch = group.epoch > custody.epoch
+        ranks = range(group.first_rank, group.first_rank + group.local_world)
+        if not custody.set_group(group.epoch, ranks, group.base):
+            return
+        if new_epoch:
+            self._store.takeover.new_epoch()
+            for epoch in [epoch for epoch in self._finishing if epoch < group.epoch]:
+                self._answer_finishing(epoch)
+        self._gossip.set_group(group)
+        for version in reversed(self._store.custody.sealed_versions()):  # a new manager's finds;
+            self._image_sealed(version)  # newest first: what is older needs no commit any more
+        self._ranks.group_changed()
+        self._flusher.group_changed()
+        for rank in group.dead:
+            self._rank_died(RankDied(group.epoch, rank))
+
+    def _rank_died(self, death: RankDied) -> None:
+        takeover = self._store.takeover
+        if death.epoch != self._store.custody.epoch or death.rank in takeover.dead:
+            return
+        takeover.died(death.rank)
+        self._store.reload_rank(death.rank)
+        for version in reversed(self._store.custody.sealed_versions()):
+            self._image_sealed(version)
+        self._captures_changed()
+
+    def _finish_captures(self, order: FinishCaptures) -> None:
+        if order.epoch in self._finishing:
+            return
+        if order.epoch != self._store.custody.epoch:
+            self._link.post(CapturesFinished(order.epoch, self._inventory()))
+            return
+        loop = asyncio.get_running_loop()
+        self._finishing[order.epoch] = loop.call_later(
+            max(0.0, order.deadline_s), self._answer_finishing, order.epoch
+        )
+        self._captures_changed()
+
+    def _answer_finishing(self, epoch: int) -> None:
+        self._finishing.pop(epoch).cancel()
+        for rank in self._store.takeover.dead:
+            self._store.reload_rank(rank)
+        self._link.post(CapturesFinished(epoch, self._inventory()))
+
+    def _inventory(self) -> tuple[Held, ...]:
+        return self._store.inventory()
+
+    def _hold(self, rank: int, slot: int, fd: int, nbytes: int) -> None:
+        self._link.post(Hold(rank, slot, nbytes), [fd])
+
+    def _trouble(self, text: str) -> None:
+        self._link.post(Notice("warning", text, {"node": self._setup.node}))
+
+    # ------------------------------------------------------------ captures and commit
+
+    def _image_sealed(self, version: VersionId) -> None:
+        custody = self._store.custody
+        if version.epoch == custody.epoch and custody.complete(version):
+            self._gossip.sealed(version)
+
+    def _captures_changed(self) -> None:
+        """Somebody began, sealed, died or answered: hand out what a survivor can finish."""
+        takeover, custody = self._store.takeover, self._store.custody
+        for task in takeover.tasks(self._ranks.connected()):
+            self._ranks.ask(task)
+        if self._passed_over():
+            self._gossip.tell_standing()
+        if custody.epoch in self._finishing and not takeover.waiting():
+            self._answer_finishing(custody.epoch)
+
+    def _passed_over(self) -> bool:
+        """Whether something is held here that this node will never complete."""
+        custody = self._store.custody
+        return any(
+            slot.state is not SlotState.EMPTY
+            and slot.version is not None
+            and slot.version.epoch == custody.epoch
+            and (custody.committed is None or slot.version > custody.committed)
+            and not custody.possible(slot.version)
+            for rank in custody.local_ranks
+            for slot in custody.slots(rank)
+        )
+
+    def _committed(self, version: VersionId) -> None:
+        self._store.custody.commit(version)
+        self._flusher.committed(version)
+        for rank, slot in self._store.drop_surplus():
+            self._link.post(Drop(rank, slot))
+        if self._news is None:
+            asyncio.get_running_loop().call_soon(self._tell_committed)
+        self._news = version
+
+    def _tell_committed(self) -> None:
+        if self._news is not None:
+            self._link.post(Committed(self._news))
+            self._news = None
+
+    # ------------------------------------------------------------ other nodes
+
+    async def _from_node(self, channel: Channel) -> None:
+        """One authenticated connection from another node's manager or rank."""
+        try:
+            while True:
+                message = await channel.receive()
+                if isinstance(message, FetchRequest):
+                    await serve_fetch(self._store, channel, message)
+                elif channel.peer.role == "smp":
+                    self._gossip.receive(message, channel.peer)
+                else:
+                    raise RemoteProtocolError(f"{channel.peer} sent a {type(message).__name__}")
+        except PeerLostError:
+            return
+        except FtrainError as error:
+            self._trouble(f"the snapshot manager closed its connection to {channel.peer}: {error}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="ftrain.snapshot.manager")
+    parser.add_argument("--fd", type=int, required=True, help="local socket to the agent")
+    sock = from_descriptor(parser.parse_args(argv).fd)
+    die_with_parent(sock.peer_pid)
+    set_oom_score_adj(_OOM_SCORE)
+    sock.settimeout(_SETUP_S_MAX)
+    try:
+        setup, fds = sock.receive()
+    except (PeerLostError, TimeoutError):
+        return 1  # the agent changed its mind
+    if not isinstance(setup, Setup) or len(fds) != len(setup.taken):
+        raise RemoteProtocolError("the first message to a snapshot manager has to be its Setup")
+
+    async def serve_agent() -> None:
+        await Manager(sock, setup, fds).run()
+
+    asyncio.run(serve_agent())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

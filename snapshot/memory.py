@@ -1,0 +1,109 @@
+"""Memory that outlives its writer: anonymous files, mapped by ranks and the snapshot manager.
+
+A memfd has no name, so nothing is left behind when the last process that holds it is gone.  Pages
+are taken from the system when a slot is made (:func:`os.posix_fallocate`), not at the first write:
+memory that does not fit is then an error with a number in it rather than a killed process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+from ftrain.comms.errors import MemoryShortError
+from ftrain.comms.process import available_memory_bytes
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; mmap.mmap(..., MAP_POPULATE) would hold the GIL
+_GIB = 1 << 30
+_PAGE_BYTES = mmap.PAGESIZE
+
+
+class Region:
+    """One memfd and this process's map of it; the descriptor is owned."""
+
+    __slots__ = ("fd", "nbytes", "view")
+
+    def __init__(self, fd: int) -> None:
+        """Take over ``fd`` and map the whole of it."""
+        self.fd = fd
+        self.nbytes = os.fstat(fd).st_size
+        self.view = map_fd(fd, self.nbytes)
+
+    @classmethod
+    def create(cls, name: str, nbytes: int) -> Region:
+        """New memory, all of it allocated; MemoryShortError."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            allocate(fd, nbytes)
+        except MemoryShortError:
+            os.close(fd)
+            raise
+        return cls(fd)
+
+    def close(self) -> None:
+        """Close the descriptor; the map goes when nobody uses the view any more."""
+        os.close(self.fd)
+        self.view = memoryview(b"")
+
+
+def allocate(fd: int, nbytes: int) -> None:
+    """Make a memfd at least this long, with all its pages; MemoryShortError."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        raise MemoryShortError(
+            f"no {nbytes / _GIB:.2f} GiB of memory for a snapshot slot ({error.strerror}): "
+            "lower snapshot.slots or free memory on this host"
+        ) from None
+
+
+def map_fd(fd: int, nbytes: int, *, writable: bool = True) -> memoryview:
+    """Map ``nbytes`` of a memfd; unmapped when the view and what was cut from it are gone."""
+    if nbytes == 0:
+        return memoryview(b"")
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return memoryview(mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection))
+
+
+def populate(view: memoryview) -> None:
+    """Enter the pages of a writable map into this process's page table, without the GIL.
+
+    Saves a page fault per 4 KiB later; where the kernel does not know how, nothing happens.
+    """
+    if view.nbytes:
+        anchor = ctypes.c_char.from_buffer(view)
+        size = -(-view.nbytes // _PAGE_BYTES) * _PAGE_BYTES
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(
+            ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), _MADV_POPULATE_WRITE
+        )
+
+
+class Budget:
+    """How much memory the slots of one node may take, of what was available at the start."""
+
+    def __init__(self, *, share_max: float, slots: int, taken_bytes: int) -> None:
+        self._share_max = share_max
+        self._slots = slots
+        self._taken_bytes = taken_bytes
+        self._available_bytes = available_memory_bytes() + taken_bytes
+
+    def take(self, rank: int, nbytes: int) -> None:
+        """Count ``nbytes`` more for ``rank``'s slots; MemoryShortError when that is too much."""
+        limit = int(self._available_bytes * self._share_max)
+        total = self._taken_bytes + nbytes
+        free = available_memory_bytes()
+        if total > limit or nbytes > free:
+            raise MemoryShortError(
+                f"rank {rank}'s {self._slots} snapshot slots need {nbytes / _GIB:.2f} GiB more, "
+                f"{total / _GIB:.2f} GiB on this node in all, but only {limit / _GIB:.2f} GiB may "
+                f"be used (snapshot.memory_share_max={self._share_max:g} of "
+                f"{self._available_bytes / _GIB:.2f} GiB) and {free / _GIB:.2f} GiB are free: "
+                "lower snapshot.slots, raise snapshot.memory_share_max, or use fewer ranks"
+            )
+        self._taken_bytes = total
+
+    def give_back(self, nbytes: int) -> None:
+        """``nbytes`` were not taken after all, or are free again."""
+        self._taken_bytes -= nbytes

@@ -1,0 +1,392 @@
+"""Durable versions on a real file system, with the faults that file systems have."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from image_samples import TOPOLOGY, make_identity, make_image, make_plan
+
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.image import ImageReader, ImageWriter
+from ftrain.checkpoint.manifest import DurableVersion, FileRecord, read_manifest
+from ftrain.checkpoint.retention import KeepLast
+from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
+from ftrain.comms.protocol.messages import VersionId
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DurableStore:
+    return DurableStore(tmp_path / "run" / "checkpoints")
+
+
+def save(
+    store: DurableStore, fence: int, step: int, world_size: int = 2, run_id: str = "run"
+) -> DurableVersion:
+    """Write and publish a version with random data."""
+    for rank in range(world_size):
+        identity = make_identity(step, rank, world_size, run_id, epoch=fence)
+        image = make_image(identity, seed=step * 10 + rank)
+        store.write_image(fence, VersionId(fence, step), rank, image)
+    return read_manifest(store.publish_written(fence, VersionId(fence, step), run_id, world_size))
+
+
+def files(store: DurableStore) -> set[str]:
+    return {
+        str(path.relative_to(store.directory))
+        for path in store.directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_what_is_published_is_loaded(store: DurableStore) -> None:
+    assert store.versions() == ()
+    version = save(store, 3, 7)
+    assert store.versions() == (version,)
+    assert (version.key, version.version, version.world_size) == ((3, 7), VersionId(3, 7), 2)
+    assert version.path == store.directory / "3" / "7.json"
+    assert files(store) == {"3/7.json", "3/7/rank0.ftr", "3/7/rank1.ftr"}
+    assert version.nbytes == sum(version.file(rank).stat().st_size for rank in range(2))
+    for rank in range(2):
+        reader = store.load(version, rank)
+        assert reader.raw == make_image(make_identity(7, rank), seed=70 + rank)
+        assert store.load(str(version.path), rank, verify=False).digest == reader.digest
+
+
+def test_a_slots_unused_bytes_are_not_written(store: DurableStore) -> None:
+    image = bytes(make_image()) + bytes(50_000)
+    record = store.write_image(3, VersionId(3, 7), 0, memoryview(image))
+    assert record == store.file_record(3, VersionId(3, 7), 0)
+    assert record.nbytes == len(image) - 50_000
+    assert (store.directory / "3/7/rank0.ftr").stat().st_size == record.nbytes
+
+
+def test_versions_are_ordered_and_ungranted_fences_invisible(store: DurableStore) -> None:
+    for fence, step in ((1, 500), (2, 30), (10, 4), (2, 100), (9, 900)):
+        save(store, fence, step, world_size=1)
+    keys = [version.key for version in store.versions()]
+    assert keys == [(10, 4), (9, 900), (2, 100), (2, 30), (1, 500)]
+    granted = [version.key for version in store.versions(granted={1, 2})]
+    assert granted == [(2, 100), (2, 30), (1, 500)]
+
+
+def test_nothing_is_published_twice(store: DurableStore) -> None:
+    version = save(store, 3, 7)
+    before = version.path.read_bytes()
+    assert store.publish_written(3, VersionId(3, 7), "run", 2) == version.path  # asked again
+    with pytest.raises(StateError, match="published already"):
+        store.write_image(3, VersionId(3, 7), 0, make_image(seed=9))
+    with pytest.raises(StateError, match="exists already and differs"):
+        store.publish(3, VersionId(2, 7), "run", TOPOLOGY, 2, version.manifest.files)
+    assert version.path.read_bytes() == before
+    assert files(store) == {"3/7.json", "3/7/rank0.ftr", "3/7/rank1.ftr"}
+
+
+_PUBLISHER = """
+import sys
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.manifest import FileRecord
+from ftrain.comms.errors import StateError
+from ftrain.comms.protocol.messages import VersionId
+store, version = DurableStore(sys.argv[1]), VersionId(3, 7)
+record = store.file_record(3, version, 0)
+sys.stdin.readline()
+try:
+    store.publish(3, version, "run", sys.argv[2], 1, [record])
+except StateError:
+    raise SystemExit(9)
+"""
+
+
+def test_of_many_publishers_one_wins(store: DurableStore) -> None:
+    store.write_image(3, VersionId(3, 7), 0, make_image(make_identity(7, 0, 1)))
+    publishers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PUBLISHER, store.directory, f"{number:032x}"],
+            stdin=subprocess.PIPE,
+        )
+        for number in range(4)
+    ]
+    for publisher in publishers:
+        assert publisher.stdin is not None
+        publisher.stdin.write(b"\n")
+        publisher.stdin.flush()
+    codes = []
+    for publisher in publishers:
+        with publisher:
+            codes.append(publisher.wait())
+    assert sorted(codes) == [0, 9, 9, 9]
+    (version,) = store.versions()
+    assert version.manifest.topology == f"{codes.index(0):032x}"
+    assert files(store) == {"3/7.json", "3/7/rank0.ftr"}
+
+
+def test_files_must_be_there_to_be_published(store: DurableStore) -> None:
+    version = VersionId(3, 7)
+    record = store.write_image(3, version, 0, make_image())
+    with pytest.raises(CorruptionError, match=r"rank1\.ftr can't be read"):
+        store.publish_written(3, version, "run", 2)
+    with pytest.raises(CorruptionError, match="one file for each"):
+        store.publish(3, version, "run", TOPOLOGY, 2, [record])
+    with pytest.raises(CorruptionError, match=r"rank1\.ftr is missing"):
+        store.publish(3, version, "run", TOPOLOGY, 2, [record, FileRecord(1, 10, "0" * 32)])
+    store.write_image(3, version, 1, make_image(make_identity(7, 1, world_size=3)))
+    with pytest.raises(CorruptionError, match="world size"):
+        store.publish_written(3, version, "run", 2)
+    with pytest.raises(CorruptionError, match="run"):
+        store.publish_written(3, version, "another run", 2)
+    with pytest.raises(StateError, match="no ranks"):
+        store.publish_written(3, version, "run", 0)
+    assert store.versions() == ()
+
+
+def test_only_the_sealed_image_asked_for_is_written(store: DurableStore) -> None:
+    plan = make_plan()
+    slot = bytearray(plan.total_bytes)
+    ImageWriter(slot, plan, make_identity()).begin(b"")
+    with pytest.raises(StateError, match="WRITING"):
+        store.write_image(3, VersionId(3, 7), 0, slot)
+    with pytest.raises(StateError, match="rank"):
+        store.write_image(3, VersionId(3, 7), 1, make_image())
+    with pytest.raises(StateError, match="step=7"):
+        store.write_image(3, VersionId(3, 8), 0, make_image())
+    with pytest.raises(StateError, match="negative"):
+        store.write_image(-1, VersionId(3, 7), 0, make_image())
+    image = make_image()
+    image[-1] ^= 1
+    with pytest.raises(CorruptionError, match="chunk 1 does not match"):
+        store.write_image(3, VersionId(3, 7), 0, image)
+    assert files(store) == set()
+
+
+def test_damage_is_noticed_and_the_older_version_loads(store: DurableStore) -> None:
+    older, newer = save(store, 3, 7), save(store, 3, 8)
+    path = newer.file(1)
+    whole = path.read_bytes()
+    data_offset = ImageReader(whole).header.layout.data_offset
+
+    for at, what in (
+        (data_offset + 5000, "chunk 1"),
+        (4096, "index"),
+        (2100, "not the file|header"),
+    ):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CorruptionError, match=what):
+            store.load(newer, 1)
+    path.write_bytes(older.file(1).read_bytes())  # a file that verifies, but of another version
+    with pytest.raises(CorruptionError, match="not the file"):
+        store.load(newer, 1)
+
+    path.write_bytes(whole[:-1])
+    survey = store.survey()
+    assert survey.versions == (older,)
+    assert len(survey.problems) == 1
+    assert "take the next older version" in survey.problems[0]
+    with pytest.raises(CorruptionError):
+        store.load(newer, 1)
+    path.unlink()
+    assert "is missing" in store.survey().problems[0]
+    path.symlink_to(older.file(1))
+    with pytest.raises(CorruptionError, match="can't be read"):
+        store.load(newer, 1)
+    assert store.load(older, 1).identity.version.step == 7
+
+
+def test_torn_and_foreign_manifests_are_reported(store: DurableStore) -> None:
+    version = save(store, 3, 7)
+    text = version.path.read_bytes()
+    for length in range(0, len(text) - 2, 7):
+        version.path.write_bytes(text[:length])
+        survey = store.survey()
+        assert survey.versions == ()
+        assert len(survey.problems) == 1
+        assert "is no manifest" in survey.problems[0]
+    good = json.loads(text)
+    for change in (
+        {"step": 8},
+        {"fence": 4},
+        {"step": "../../etc"},
+        {"world_size": 0, "files": []},
+        {"files": good["files"][:1]},
+        {"files": good["files"][::-1]},
+        {"files": [{"rank": "../x", "nbytes": 1, "digest": "0" * 32}]},
+        {"files": [{"rank": 0, "nbytes": -1, "digest": "0" * 32}]},
+        {"format": 2},
+    ):
+        version.path.write_text(json.dumps(good | change))
+        survey = store.survey()
+        assert survey.versions == ()
+        assert len(survey.problems) == 1
+    for content in ("[" * 100_000, "null", "[]", "\0", '{"a": 1}'):
+        version.path.write_text(content)
+        assert len(store.survey().problems) == 1
+
+
+def test_strange_names_are_passed_over(store: DurableStore) -> None:
+    version = save(store, 3, 7)
+    for name in ("3/007.json", "3/x.json", "3/-1.json", "03/7.json", "notes/1.json", "5.json"):
+        path = store.directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(version.path.read_bytes())
+    (store.directory / "3" / "9.json").symlink_to(version.path)
+    (store.directory / "8").symlink_to(store.directory / "3")
+    assert store.survey().versions == (version,)
+    assert store.survey().problems == ()
+
+
+def test_sweep_keeps_what_the_policy_keeps(store: DurableStore) -> None:
+    for step in (1, 2, 3):
+        save(store, 3, step, world_size=1)
+    save(store, 9, 99, world_size=1)  # of a zombie
+    save(store, 3, 50, world_size=1, run_id="another run")
+    store.write_image(3, VersionId(3, 60), 0, make_image(make_identity(60)))  # never published
+    store.write_image(4, VersionId(3, 61), 0, make_image(make_identity(61)))  # being written
+    (store.directory / "3/1/notes.txt").write_text("the user's")
+    (store.directory / "3/3/rank0.ftr.123.new").write_text("of a killed writer")
+    (store.directory / "3/70.json.123.new").write_text("of a killed publisher")
+    torn = store.directory / "3" / "80.json"
+    torn.write_text("{")
+
+    removed = store.sweep(KeepLast(2), "run", granted={3}, active={(4, 61)})
+    assert files(store) == {
+        "3/2.json",
+        "3/2/rank0.ftr",
+        "3/3.json",
+        "3/3/rank0.ftr",
+        "3/50.json",
+        "3/50/rank0.ftr",
+        "3/80.json",
+        "3/1/notes.txt",
+        "4/61/rank0.ftr",
+    }
+    assert store.directory / "3/1.json" in removed
+    assert not (store.directory / "9").exists()
+    assert [v.key for v in store.versions({3})] == [(3, 50), (3, 3), (3, 2)]
+    assert store.sweep(KeepLast(2), "run", granted={3}, active={(4, 61)}) == ()
+
+
+def test_a_loaded_image_outlives_its_file(store: DurableStore) -> None:
+    reader = store.load(save(store, 3, 1), 0)
+    save(store, 3, 2)
+    store.sweep(KeepLast(1), "run")
+    assert not (store.directory / "3/1").exists()
+    reader.verify()
+
+
+_WRITER = """
+import sys
+from image_samples import make_identity, make_image, make_plan
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.comms.protocol.messages import VersionId
+store = DurableStore(sys.argv[1])
+plan = make_plan((200_000, 3_000_000))
+first = int(sys.argv[2])
+for step in range(first, first + 1000):
+    image = make_image(make_identity(step, 0, 1), plan, seed=1)
+    store.write_image(3, VersionId(3, step), 0, image)
+    store.publish_written(3, VersionId(3, step), "run", 1)
+    print(flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_only_whole_versions(store: DurableStore) -> None:
+    rng = random.Random(7)
+    for attempt in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, store.directory, str(attempt * 1000)],
+            cwd=HERE,
+            stdout=subprocess.PIPE,
+        )
+        with process:
+            assert process.stdout is not None
+            for _ in range(rng.randrange(1, 4)):
+                process.stdout.readline()
+            time.sleep(rng.random() * 0.02)
+            process.kill()
+        survey = store.survey()
+        assert survey.problems == ()
+        for version in survey.versions:
+            store.load(version, 0)
+        assert survey.versions
+        store.sweep(KeepLast(2), "run")
+        assert not [name for name in files(store) if "new" in name]
+        assert len(store.versions()) == min(2, len(survey.versions))
+
+
+_REFUSED = """
+import os, resource, sys
+from image_samples import make_image
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.comms.errors import RunDirectoryError
+from ftrain.comms.protocol.messages import VersionId
+image = make_image()
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+if sys.argv[2] == "nobody" and os.geteuid() == 0:
+    os.setgroups([])
+    os.setresuid(65534, 65534, 65534)
+try:
+    DurableStore(sys.argv[1]).write_image(3, VersionId(3, 7), 0, image)
+except RunDirectoryError as error:
+    print(error)
+    raise SystemExit(error.exit_code)
+"""
+
+
+def _refusal(directory: Path, how: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _REFUSED, directory, how], cwd=HERE, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "bytes were needed" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    return done.stdout
+
+
+def test_a_file_too_large_is_said_and_removed(tmp_path: Path) -> None:
+    assert "File too large" in _refusal(tmp_path, "limit")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_read_only_directory_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    assert "Permission denied" in _refusal(tmp_path, "nobody")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "3").write_text("")
+    refusal = _refusal(tmp_path, "plain")
+    assert "Not a directory" in refusal or "File exists" in refusal
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_said_and_older_versions_stay(small_disk: Path) -> None:
+    store = DurableStore(small_disk)
+    version = save(store, 3, 1)
+    plan = make_plan((100, 50_000))
+    with pytest.raises(RunDirectoryError, match=r"No space left.*are free; make room"):
+        store.write_image(3, VersionId(3, 2), 0, make_image(make_identity(2), plan))
+    assert files(store) == {"3/1.json", "3/1/rank0.ftr", "3/1/rank1.ftr"}
+    assert store.load(version, 0).small
+    save(store, 3, 3, world_size=1)

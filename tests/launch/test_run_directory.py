@@ -1,0 +1,91 @@
+"""Whose a run directory is, and numbers that never come again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ftrain.comms.errors import RunDirectoryError
+from ftrain.launch.run_directory import open_run_directory, read_run_record
+from ftrain.launch.script import Script, check_script
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """A script on disk."""
+    path = tmp_path / "my train!.py"
+    path.write_text("x = 1\n")
+    return check_script(str(path), module=False)
+
+
+def test_identity_is_kept(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "a" / "run"
+    first = open_run_directory(run, script, world_size=2)
+    first.close()
+    second = open_run_directory(run, script, world_size=2)
+    second.close()
+    assert second.record == first.record == read_run_record(run)
+    assert first.record.run_id.startswith("my-train-")
+    assert second.notes == ()
+
+
+def test_chosen_run_id(tmp_path: Path, script: Script) -> None:
+    directory = open_run_directory(tmp_path / "run", script, world_size=1, run_id="exp:7_a.b")
+    directory.close()
+    assert directory.record.run_id == "exp:7_a.b"
+
+
+def test_edited_script_is_noted_once(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    open_run_directory(run, script, world_size=1).close()
+    Path(script.path).write_text("x = 2\n")
+    edited = check_script(script.path, module=False)
+    notes = []
+    for _ in range(2):
+        directory = open_run_directory(run, edited, world_size=1)
+        directory.close()
+        notes.append(len(directory.notes))
+    assert notes == [1, 0]
+
+
+def test_moved_script_is_the_same(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    open_run_directory(run, script, world_size=1).close()
+    moved = Path(script.path).rename(tmp_path / "moved.py")
+    open_run_directory(run, check_script(str(moved), module=False), world_size=1).close()
+    assert read_run_record(run).script == str(moved)
+
+
+def test_incarnations_never_come_again(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    numbers = []
+    for _ in range(3):
+        directory = open_run_directory(run, script, world_size=1)
+        numbers += [directory.next_incarnation(0), directory.next_incarnation(0)]
+        assert directory.next_incarnation(1) >= 1
+        directory.close()
+    assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failed_opening_lets_go(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    open_run_directory(run, script, world_size=1).close()
+    with pytest.raises(RunDirectoryError):
+        open_run_directory(run, script, world_size=3)
+    open_run_directory(run, script, world_size=1).close()
+
+
+def test_module_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "trial_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemError('imported')\n")
+    (package / "__main__.py").write_text("y = 1\n")
+    (package / "train.py").write_text("x = 1\n")
+    found = check_script("trial_package.train", module=True)
+    assert (found.path, found.stem) == (str(package / "train.py"), "train")
+    whole = check_script("trial_package", module=True)
+    assert (whole.path, whole.stem) == (str(package / "__main__.py"), "trial_package")

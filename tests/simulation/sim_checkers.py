@@ -1,0 +1,91 @@
+"""What must always hold, judged from outside the machines by one who sees everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ftrain.comms.protocol.messages import Formation, VersionId
+
+
+class Violation(AssertionError):
+    """An invariant is broken."""
+
+
+def demand(truth: bool, what: str) -> None:
+    """Raise :class:`Violation` unless ``truth``."""
+    if not truth:
+        raise Violation(what)
+
+
+@dataclass(slots=True)
+class Checkers:
+    """God's notebook."""
+
+    granted: int = 0  # newest epoch that was asked to be formed
+    formations: dict[int, tuple[object, ...]] = field(default_factory=dict)
+    steps_lost: int = 0
+    published: list[tuple[int, VersionId]] = field(default_factory=list)
+
+    def epoch_granted(self, epoch: int) -> None:
+        """A formation of ``epoch`` is asked for."""
+        demand(epoch > self.granted, f"epoch {epoch} granted after {self.granted}")
+        self.granted = epoch
+
+    def formation_announced(self, formation: Formation) -> None:
+        """A formation goes out to a node: one membership per epoch."""
+        # A snapshot manager may get a new address within an epoch; nothing else may change.
+        members = tuple((p.node, p.incarnation, p.first_rank) for p in formation.places)
+        fixed = (members, formation.store_port, formation.restore)
+        known = self.formations.setdefault(formation.epoch, fixed)
+        demand(known == fixed, f"two memberships in epoch {formation.epoch}: {known}, {fixed}")
+
+    def ranks_forked(self, node: int, incarnation: int, formation: Formation) -> None:
+        """A node begins to fork."""
+        demand(
+            formation.epoch == self.granted,
+            f"node {node} forks for epoch {formation.epoch} while {self.granted} is granted",
+        )
+        place = next(p for p in formation.places if p.node == node)
+        demand(
+            place.incarnation == incarnation,
+            f"node {node} incarnation {incarnation} forks as incarnation {place.incarnation}",
+        )
+
+    def alive_epochs(self, epochs: set[int]) -> None:
+        """The epochs of all ranks alive at one moment."""
+        demand(len(epochs) <= 1, f"ranks of epochs {sorted(epochs)} are alive at once")
+
+    def plan_chosen(self, chosen: VersionId | None, best: VersionId | None) -> None:
+        """A restore plan was made, while all the memory it speaks of is there."""
+        demand(chosen == best, f"plan restores {chosen}, newest restorable is {best}")
+
+    def manifest_published(self, fence: int, version: VersionId, written: set[int], nodes: int) -> None:
+        """A manifest appears; ``written``: nodes with durable files of it under that fence."""
+        demand(fence == self.granted, f"published under fence {fence}, epoch {self.granted} granted")
+        demand(
+            written == set(range(nodes)),
+            f"manifest of {version} under fence {fence}, but only nodes {written} wrote it",
+        )
+        self.published.append((fence, version))
+
+
+@dataclass(slots=True)
+class CommitChecker:
+    """What one decider may call committed, in one life of its memory."""
+
+    node: int
+    newest: VersionId | None = None
+    seen: set[VersionId] = field(default_factory=set)
+
+    def process_restarted(self) -> None:
+        """A new process learns the same again, from the surviving memory."""
+        self.seen.clear()
+
+    def committed(self, version: VersionId, lacks: str) -> None:
+        """The decider says so; ``lacks``: what god sees missing of the version here."""
+        demand(not lacks, f"node {self.node} counts {version} as committed, but {lacks}")
+        demand(version not in self.seen, f"node {self.node} committed {version} twice")
+        later = [v for v in self.seen if v > version]
+        demand(not later, f"node {self.node} went back from {later} to {version}")
+        self.seen.add(version)
+        self.newest = max(version, self.newest or version)

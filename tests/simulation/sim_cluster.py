@@ -1,0 +1,504 @@
+"""The simulated world: one coordinator, some nodes, a network, a disk, and everything that breaks.
+
+The machines and the driver are the real ones.  Every random decision comes from the seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from sim_checkers import Checkers, Violation, demand
+from sim_memory import newest_restorable
+from sim_network import Network
+from sim_node import Life, SimNode, SimRank
+from sim_schedule import FAULTY_TICKS, Fault, Schedule
+
+from ftrain.checkpoint.protocol.commit import VersionCommit
+from ftrain.comms.driver import Driver
+from ftrain.comms.protocol.effects import EndJob, Form, Incident, Publish
+from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
+from ftrain.comms.protocol.messages import (
+    Directive,
+    Formation,
+    NodeGone,
+    Order,
+    StopRequest,
+    VersionId,
+)
+from ftrain.comms.protocol.node import NodeMember
+from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
+
+SETTLE_TICKS_MAX = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """What is simulated; mutants replace one of them."""
+
+    membership: Callable[..., Membership] = Membership
+    node: Callable[..., NodeMember] = NodeMember
+    commit: Callable[..., VersionCommit] = VersionCommit
+    driver: Callable[..., Driver[Any]] = Driver
+    choose_restore: Callable[..., Any] = choose_restore
+    same_incarnation: bool = False  # an agent that starts again calls itself what it was called
+
+
+class Crashed(Exception):
+    """The coordinator's process ends here."""
+
+
+class Cluster:
+    """One run of one schedule."""
+
+    def __init__(self, schedule: Schedule, machines: Machines) -> None:
+        self.options = schedule.options
+        self.machines = machines
+        self.rng = random.Random(schedule.seed)
+        self.now = 0
+        self.delivered: Counter[str] = Counter()
+        self.network = Network(self.rng, self.options.delay_ticks_max, self.delivered)
+        self.checkers = Checkers()
+        self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
+        self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
+        self.disk: MembershipHard | None = None
+        self.slow_disk_until = -1
+        self.reached = 0  # highest boundary of any rank since the last formation
+        self.furthest = 0  # ever
+        self.incidents: list[Incident] = []
+        self.reasons: list[str] = []
+        self._faults = list(schedule.faults)
+        self._armed: list[tuple[str, int]] = []  # faults that wait for their moment
+        self._jobs: list[tuple[int, int, Life, Callable[[], None], Callable[[], None]]] = []
+        self._job_count = 0
+        self._crash_at = ""
+        self._crash_ticks = 0
+        self._coordinator_back = 0
+        self._coordinator_stalled_until = -1
+        self._coordinator_life = Life()
+        self._node_back: dict[int, int] = {}
+        self._stop_asked = False
+        self.membership: Membership | None = None
+        self.nodes = [SimNode(self, n, 1) for n in range(self.options.nodes)]
+        self._start_coordinator()
+
+    # ------------------------------------------------------------------ time
+
+    def run(self) -> None:
+        """Faulty weather, then fair weather in which progress is demanded."""
+        while self.now < FAULTY_TICKS + 20:
+            self.tick()
+        self._heal()
+        goal = self._goal()
+        began = self.now
+        while not goal():
+            if self.now - began > SETTLE_TICKS_MAX:
+                raise Violation(f"no progress in fair weather: {self.why_not()}")
+            self.tick()
+
+    def tick(self) -> None:
+        """One tick of the world."""
+        self.now += 1
+        while self._faults and self._faults[0].at <= self.now:
+            self._inject(self._faults.pop(0))
+        self._restart_the_dead()
+        self.network.deliver(self.now, self._deliver)
+        while self._jobs and self._jobs[0][0] <= self.now:
+            _, _, life, answer, pump = heapq.heappop(self._jobs)
+            if life.alive:
+                answer()
+                self._guarded(pump)
+        self._step_ranks()
+        for node in self.nodes:
+            if node.life.alive:
+                node.tick()
+        if self.membership is not None and self.now >= self._coordinator_stalled_until:
+            self._guarded(self.coordinator.tick)
+        every = self.options.flush_every_ticks
+        if every and self.now % every == 0 and self.membership is not None:
+            self.membership.request_flush()
+        self.checkers.alive_epochs({r.epoch for r in self._alive_ranks()})
+
+    def later(
+        self, life: Life, answer: Callable[[], None], pump: Callable[[], None], ticks: int = -1
+    ) -> None:
+        """Do something after some work; not when ``life`` is over by then."""
+        work = self.rng.randint(0, self.options.work_ticks_max) if ticks < 0 else ticks
+        self._job_count += 1
+        heapq.heappush(self._jobs, (self.now + work, self._job_count, life, answer, pump))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Run a piece of the coordinator, which may be killed in the middle of it."""
+        try:
+            call()
+        except Crashed:
+            self._kill_coordinator(self._crash_ticks)
+
+    def _deliver(self, target: Hashable, message: object) -> None:
+        if target == "coordinator":
+            if self.membership is not None:
+                self._guarded(lambda: self.coordinator.receive(message))
+        elif isinstance(target, int):
+            if self.nodes[target].life.alive:
+                self.nodes[target].driver.receive(message)
+        elif isinstance(target, tuple) and self.nodes[target[1]].life.alive:
+            self.nodes[target[1]].hear_gossip(message)
+
+    # ------------------------------------------------------------------ coordinator
+
+    def _start_coordinator(self) -> None:
+        self._coordinator_life = Life()
+        self._crash_at = ""
+        self.membership = self.machines.membership(
+            nodes=self.options.nodes,
+            hard=self.disk,
+            max_restarts=self.options.max_restarts,
+            lease_ticks=self.options.lease_ticks,
+            flush_ticks=100,
+        )
+        self.coordinator = self.machines.driver(
+            self.membership, self._persist, self._direct, self._perform
+        )
+        self._guarded(self.coordinator.pump)
+
+    def _kill_coordinator(self, down_ticks: int) -> None:
+        self.membership = None
+        self._crash_at = ""
+        self._coordinator_life.alive = False
+        self._coordinator_back = self.now + down_ticks
+
+    def _crash_point(self, name: str) -> None:
+        if self._crash_at == name:
+            self.delivered[f"coordinator dies {name}"] += 1
+            raise Crashed
+
+    def _persist(self, hard: MembershipHard) -> None:
+        self._crash_point("before_persist")
+        self.disk = hard
+        self._crash_point("after_persist")
+
+    def _direct(self, address: Hashable, directive: object) -> None:
+        assert isinstance(directive, Directive)
+        if directive.order is Order.RUN and directive.formation is not None:
+            self.checkers.formation_announced(directive.formation)
+        self.network.send(self.now, "coordinator", address, directive)
+        self._crash_point("mid_send")
+
+    def _perform(self, effect: object) -> None:
+        self._crash_point("before_effect")
+        assert self.membership is not None
+        membership, pump = self.membership, self.coordinator.pump
+        match effect:
+            case Form():
+                self.checkers.epoch_granted(effect.epoch)
+                self.later(self._coordinator_life, lambda: self._form(membership, effect), pump)
+            case Publish():
+                slow = self.rng.randint(5, 60) if self.now < self.slow_disk_until else -1
+                self.delivered["slow publication"] += slow > 0
+                self.later(
+                    self._coordinator_life, lambda: self._publish(membership, effect), pump, slow
+                )
+            case Incident():
+                self.incidents.append(effect)
+                lost = self.checkers.steps_lost
+                counted = sum(i.steps_recomputed for i in self.incidents)
+                demand(counted <= lost, f"{counted} steps recomputed are told, {lost} were lost")
+            case EndJob():
+                self._check_end(effect)
+
+    def _form(self, membership: Membership, form: Form) -> None:
+        if self.take("form_fails", 0):
+            membership.formed(form.epoch, None, "no port is free")
+            return
+        world = sum(p.local_world for p in form.places)
+        published = [(f, v) for f, v in self.checkers.published if f in membership.hard.granted]
+        durable = None
+        if published:
+            fence, version = max(published, key=lambda p: (p[0], p[1].step))
+            durable = DurableVersion(fence, version.step, "p", world)
+        plan = self.machines.choose_restore(dict(form.held), world, durable)
+        current = {n.number: n.incarnation for n in self.nodes if n.life.alive}
+        if membership.phase is not Phase.FORMING or membership.hard.epoch != form.epoch:
+            return
+        step = 0 if plan.version is None else plan.version.step
+        self.checkers.steps_lost += max(0, self.reached - step)
+        self.reached = step
+        if all(current.get(p.node) == p.incarnation for p in form.places):
+            best = newest_restorable([n.memory for n in self.nodes], world)
+            if durable is not None:
+                durable_id = VersionId(durable.fence, durable.step)
+                best = max(best or durable_id, durable_id)
+            self.checkers.plan_chosen(plan.version, best)
+        formation = Formation(form.epoch, form.places, "h", form.epoch, plan, form.restarts)
+        membership.formed(form.epoch, formation)
+
+    def _publish(self, membership: Membership, publish: Publish) -> None:
+        if self.take("torn_write", -1):
+            membership.publish_failed("input/output error")
+            return
+        if (publish.fence, publish.version) not in self.checkers.published:
+            written = self.files.get((publish.fence, publish.version), set())
+            self.checkers.manifest_published(
+                publish.fence, publish.version, written, self.options.nodes
+            )
+        membership.published(publish.fence, publish.version)
+
+    def _check_end(self, end: EndJob) -> None:
+        if end.exit_code == 0:
+            demand(self.furthest >= self.options.steps_total, f"exit 0 before the last step: {end.reason}")
+        elif end.exit_code == 75:
+            demand(self._stop_asked, f"exit 75 unasked: {end.reason}")
+            if self.checkers.published:
+                return
+            demand(not self.sealed or "nothing" in end.reason, f"exit 75 unsaved: {end.reason}")
+        else:
+            demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
+
+    # ------------------------------------------------------------------ ranks
+
+    def _alive_ranks(self) -> list[SimRank]:
+        return [r for n in self.nodes if n.life.alive for r in n.alive_ranks()]
+
+    def restorable(self, version: VersionId | None) -> bool:
+        """Whether ``version`` can still be read from the memory of the nodes that are alive."""
+        memories = [n.memory for n in self.nodes if n.life.alive]
+        world = self.options.nodes * self.options.local_world
+        if version is None or not memories:
+            return version is None
+        best = newest_restorable(memories, world)
+        return best is not None and best >= version
+
+    def _step_ranks(self) -> None:
+        everyone: dict[int, list[SimRank]] = {}
+        for node in self.nodes:
+            for rank in node.ranks.values():
+                everyone.setdefault(rank.epoch, []).append(rank)
+        for node in self.nodes:
+            if node.life.alive:
+                for rank in node.alive_ranks():
+                    self._step(node, rank, everyone[rank.epoch])
+
+    def _step(self, node: SimNode, rank: SimRank, group: list[SimRank]) -> None:
+        rng, options = self.rng, self.options
+        if rank.boundary < 0 or rng.random() > options.step_probability:
+            return
+        if rank.capturing is not None and rng.random() < 0.6:
+            node.seal(rank)
+        if rank.in_step:
+            if rank.joined <= rank.boundary:
+                rank.joined = rank.boundary + 1
+            complete = len(group) == rank.world_size and all(
+                r.joined > rank.boundary for r in group
+            )
+            if complete and rank.capturing is None:  # the optimizer waits for the capture
+                rank.boundary += 1
+                rank.in_step = False
+                self.reached = max(self.reached, rank.boundary)
+                self.furthest = max(self.furthest, rank.boundary)
+                node.begin_capture(rank)
+        elif rank.boundary >= options.steps_total or 0 <= rank.stop_at <= rank.boundary:
+            if rank.capturing is None:
+                rank.alive, rank.ended = False, True
+        elif not rank.hold or rank.stop_at > rank.boundary:
+            rank.in_step = True
+
+    # ------------------------------------------------------------------ faults
+
+    def _inject(self, fault: Fault) -> None:
+        node = self.nodes[fault.node % len(self.nodes)]
+        getattr(self, f"_fault_{fault.kind}")(fault, node)
+
+    def take(self, kind: str, node: int) -> bool:
+        """Whether a fault was waiting for this moment (``node`` -1 or 0: anybody's)."""
+        for armed in self._armed:
+            if armed[0] == kind and (node <= 0 or armed[1] == node):
+                self._armed.remove(armed)
+                self.delivered[kind.replace("_", " ")] += 1
+                return True
+        return False
+
+    def _fault_rank_dies(self, fault: Fault, node: SimNode) -> None:
+        victims = node.alive_ranks() if node.life.alive else []
+        if victims:
+            self.delivered["rank dies"] += 1
+            victim = victims[fault.other % len(victims)]
+            node.kill(victim.rank, "signal", "SIGKILL")
+
+    def _fault_rank_raises(self, fault: Fault, node: SimNode) -> None:
+        victims = node.alive_ranks() if node.life.alive else []
+        if victims:
+            self.delivered["rank raises"] += 1
+            node.kill(victims[0].rank, "exception", "ValueError: bad shape")
+
+    def _fault_node_dies(self, fault: Fault, node: SimNode) -> None:
+        if node.life.alive:
+            self.delivered["node dies"] += 1
+            self._kill_node(node, fault.ticks)
+
+    def _kill_node(self, node: SimNode, down_ticks: int) -> None:
+        node.life.alive = False
+        for rank in node.ranks.values():
+            rank.alive = False
+        self._node_back[node.number] = self.now + down_ticks
+        self._tell_gone(node)
+
+    def _tell_gone(self, node: SimNode) -> None:
+        gone = NodeGone(node.number, node.incarnation, "SIGKILL")
+        self.network.send(self.now, "front", "coordinator", gone)
+
+    def _fault_smp_dies(self, fault: Fault, node: SimNode) -> None:
+        if node.life.alive:
+            self.delivered["smp dies"] += 1
+            if node.flush is not None:
+                node.flush = None
+                node.member.flush_refused("the snapshot manager died")
+            node.start_smp()
+
+    def _fault_coordinator_dies(self, fault: Fault, node: SimNode) -> None:
+        if self.membership is None:
+            return
+        self._crash_ticks = fault.ticks
+        if fault.detail == "now":
+            self.delivered["coordinator dies now"] += 1
+            self._kill_coordinator(fault.ticks)
+        else:
+            self._crash_at = fault.detail
+
+    def _fault_cut(self, fault: Fault, node: SimNode) -> None:
+        self.delivered["cut"] += 1
+        other = self.nodes[fault.other % len(self.nodes)]
+        if other is node or fault.other % 2:
+            self.network.cut(node.number, "coordinator", self.now + fault.ticks)
+        else:
+            self.network.cut(("smp", node.number), ("smp", other.number), self.now + fault.ticks)
+
+    def _fault_replay(self, fault: Fault, node: SimNode) -> None:
+        self.network.replay(self.now + fault.ticks)
+
+    def _fault_delay(self, fault: Fault, node: SimNode) -> None:
+        self.network.delay(self.now + fault.ticks)
+
+    def _fault_stall(self, fault: Fault, node: SimNode) -> None:
+        self.delivered["stall"] += 1
+        if fault.other % 2:
+            node.stalled_until = self.now + fault.ticks
+        else:
+            self._coordinator_stalled_until = self.now + fault.ticks
+
+    def _fault_clock_jump(self, fault: Fault, node: SimNode) -> None:
+        self.delivered["clock jump"] += 1
+        for _ in range(fault.ticks):
+            if fault.other % 2 and node.life.alive:
+                node.driver.tick()
+                node.smp.tick()
+            elif self.membership is not None:
+                self._guarded(self.coordinator.tick)
+
+    def _fault_slow_disk(self, fault: Fault, node: SimNode) -> None:
+        self.slow_disk_until = self.now + 2 * fault.ticks
+
+    def _fault_disk_full(self, fault: Fault, node: SimNode) -> None:
+        node.disk_full_until = self.now + 2 * fault.ticks
+
+    def _arm(self, fault: Fault, node: SimNode) -> None:
+        self._armed.append((fault.kind, node.number))
+
+    _fault_torn_write = _fault_form_fails = _fault_fork_fails = _arm
+
+    def _fault_flush(self, fault: Fault, node: SimNode) -> None:
+        if self.membership is not None:
+            self.delivered["flush asked"] += 1
+            self.membership.request_flush()
+            self._guarded(self.coordinator.pump)
+
+    def _fault_stop(self, fault: Fault, node: SimNode) -> None:
+        if self.membership is not None:
+            self.delivered["stop asked"] += 1
+            self._stop_asked = True
+            self._guarded(lambda: self.coordinator.receive(StopRequest("Ctrl-C")))
+
+    def _fault_signal(self, fault: Fault, node: SimNode) -> None:
+        if node.life.alive:
+            self.delivered["signal"] += 1
+            self._stop_asked = True
+            node.member.signal("SIGTERM")
+            node.driver.pump()
+
+    # ------------------------------------------------------------------ coming back
+
+    def _restart_the_dead(self) -> None:
+        if self.membership is None and self.now >= self._coordinator_back:
+            self._start_coordinator()
+        for number, back in list(self._node_back.items()):
+            old = self.nodes[number]
+            if self.now % 4 == 0:
+                self._tell_gone(old)  # the front says so until there is a successor
+            if self.now >= back:
+                del self._node_back[number]
+                fresh = old.incarnation + (not self.machines.same_incarnation)
+                self.nodes[number] = SimNode(self, number, fresh)
+
+    def _heal(self) -> None:
+        self.network.heal()
+        self._armed.clear()
+        self._crash_at = ""
+        self._coordinator_back = self.now
+        self._coordinator_stalled_until = self.slow_disk_until = -1
+        self._node_back = {n: self.now for n in self._node_back}
+        for node in self.nodes:
+            node.stalled_until = node.disk_full_until = -1
+
+    def _goal(self) -> Callable[[], bool]:
+        """Every node runs, ten steps further, with a version committed on each and one durable."""
+        reached = max((r.boundary for r in self._alive_ranks()), default=0) + 10
+        durable = max((f for f, _ in self.checkers.published), default=0)
+        began = self.now
+
+        def met() -> bool:
+            membership = self.membership
+            if membership is None:
+                return False
+            if membership.phase is Phase.FINISHED:
+                return all(not n.life.alive for n in self.nodes) and not self._node_back
+            if membership.hard.stop_cause or membership.phase is not Phase.RUNNING:
+                return False
+            if self.now - began > 250 and self.now % 40 == 0:
+                membership.request_flush()
+            newest = max((v for _, v in self.checkers.published), default=VersionId(0, 0))
+            return (
+                all(r.boundary >= min(reached, self.options.steps_total) for r in self._alive_ranks())
+                and all(n.commit.newest is not None for n in self.nodes)
+                and all(
+                    n.commit.newest and n.commit.newest.epoch == membership.hard.epoch
+                    for n in self.nodes
+                )
+                and newest.epoch == membership.hard.epoch
+                and durable >= 0
+            )
+
+        if self.membership is not None:
+            self.membership.request_flush()
+        return met
+
+    def why_not(self) -> str:
+        """Where everything stands."""
+        m = self.membership
+        lines = ["coordinator down" if m is None else f"{m.phase}: {m.reason}; {m.hard}"]
+        for n in self.nodes:
+            ranks = [(r.rank, r.epoch, r.boundary, r.alive, r.in_step) for r in n.ranks.values()]
+            lines.append(
+                f"node {n.number}.{n.incarnation} alive={n.life.alive} {n.member.phase} epoch "
+                f"{n.member.epoch} newest {n.commit.newest} ranks {ranks} flush {n.flush}"
+            )
+        return "\n    ".join(lines)
+
+
+def simulate(schedule: Schedule, machines: Machines | None = None) -> Cluster:
+    """Run a schedule; raises :class:`Violation`, or whatever error a machine raises."""
+    cluster = Cluster(schedule, machines or Machines())
+    cluster.run()
+    return cluster

@@ -1,0 +1,130 @@
+"""Fault schedules: plain values, drawn from a seed, that can be printed, replayed and shrunk."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+FAULTY_TICKS = 160
+"""Faults begin before this tick; afterwards the world is healed and progress is demanded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What kind of world and weather a seed draws; levels differ by seed (swarm testing)."""
+
+    nodes: int = 2
+    local_world: int = 2
+    delay_ticks_max: int = 2
+    work_ticks_max: int = 4  # of forking, forming, flushing, publishing
+    steps_total: int = 10**9
+    step_probability: float = 0.7
+    sharded: bool = False  # no rank's state is on another one (else every node has a whole copy)
+    slots: int = 3
+    max_restarts: int = 10**6
+    lease_ticks: int = 25
+    flush_every_ticks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something bad at a tick. ``node`` and ``other`` are taken modulo what there is."""
+
+    at: int
+    kind: str
+    node: int = 0
+    other: int = 0
+    ticks: int = 0  # how long, or how late
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Everything that a run of the simulator depends on."""
+
+    seed: int
+    options: Options
+    faults: tuple[Fault, ...]
+
+    def __str__(self) -> str:
+        lines = [f"seed {self.seed}: {self.options}"]
+        return "\n".join(lines + [f"  {fault}" for fault in self.faults])
+
+
+KINDS = (
+    "rank_dies",
+    "rank_raises",
+    "node_dies",
+    "smp_dies",
+    "coordinator_dies",
+    "cut",
+    "replay",
+    "delay",
+    "stall",
+    "clock_jump",
+    "slow_disk",
+    "disk_full",
+    "torn_write",
+    "form_fails",
+    "fork_fails",
+    "flush",
+    "stop",
+    "signal",
+)
+# A stop ends the job: rarely, else schedules are short.
+_WEIGHTS = {"stop": 0.35, "signal": 0.25, "form_fails": 0.8, "flush": 1.5, "replay": 1.5}
+CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
+
+
+def draw(seed: int) -> Schedule:
+    """The schedule of a seed."""
+    rng = random.Random(seed)
+    options = Options(
+        nodes=rng.choice((1, 2, 2, 3)),
+        local_world=rng.choice((1, 2)),
+        delay_ticks_max=rng.choice((0, 1, 2, 4)),
+        work_ticks_max=rng.choice((1, 3, 8)),
+        steps_total=rng.choice((10**9, 10**9, 10**9, 30)),
+        step_probability=rng.choice((0.5, 0.9)),
+        sharded=rng.random() < 0.25,
+        slots=rng.choice((2, 3)),
+        lease_ticks=rng.choice((15, 30)),
+        flush_every_ticks=rng.choice((0, 0, 20)),
+    )
+    kinds = [kind for kind in KINDS if rng.random() < 0.6] or list(KINDS)
+    weights = [_WEIGHTS.get(kind, 1.0) for kind in kinds]
+    faults = [
+        Fault(
+            at=rng.randrange(5, FAULTY_TICKS),
+            kind=kind,
+            node=rng.randrange(12),
+            other=rng.randrange(12),
+            ticks=rng.choice((1, 3, 10, 40, 60)),
+            detail=rng.choice(CRASH_POINTS) if kind == "coordinator_dies" else "",
+        )
+        for kind in rng.choices(kinds, weights, k=rng.randint(6, 16))
+    ]
+    return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
+
+
+def draw_commit(seed: int) -> Schedule:
+    """A schedule for the world of snapshot managers alone."""
+    rng = random.Random(seed)
+    options = Options(
+        nodes=rng.choice((2, 3, 4)),
+        delay_ticks_max=rng.choice((0, 1, 3, 6)),
+        step_probability=rng.choice((0.2, 0.6)),
+        slots=rng.choice((2, 3)),
+    )
+    kinds = ("smp_dies", "node_dies", "cut", "replay", "delay", "stall", "regroup", "passed_over")
+    faults = [
+        Fault(
+            at=rng.randrange(3, FAULTY_TICKS),
+            kind=rng.choice(kinds),
+            node=rng.randrange(12),
+            other=rng.randrange(12),
+            ticks=rng.choice((1, 3, 10, 40, 60)),
+        )
+        for _ in range(rng.randint(6, 14))
+    ]
+    return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
