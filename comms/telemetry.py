@@ -4,8 +4,8 @@ The agent creates the page (a memfd), the rank writes it, and the agent, the obs
 else read it.  An aligned 8-byte store is atomic on every platform torch runs on, so a reader never
 sees half a word; nothing here waits for anybody.  Times are CLOCK_MONOTONIC nanoseconds.
 
-The page is 64 KiB: the words below take its first 2 KiB, the boundary ring the next 2 KiB; the rest is
-reserved for per-collective records.
+The page is 64 KiB: the words below take its first 2 KiB, the boundary ring the next 2 KiB; the
+rest is reserved for per-collective records.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ class Word(IntEnum):
     FAULT_STEP = 34  # injector -> rank: not before this boundary
     FAULT_PHASE = 35  # injector -> rank: in this Phase, plus one; 0 = in any
     FAULT_ARG = 36  # injector -> rank: exit code, seconds or bytes, as the kind has it
-    FAULT_FIRED_NS = 37  # the rank committed the fault
+    FAULT_FIRED_NS = 37  # the rank committed a fault; these three outlive clear()
+    FAULT_FIRED_STEP = 38
+    FAULT_FIRED_PHASE = 39
+
+
+_OUTLIVING = (Word.FAULT_FIRED_NS, Word.FAULT_FIRED_STEP, Word.FAULT_FIRED_PHASE)
 
 
 class TelemetryPage:
@@ -89,8 +94,11 @@ class TelemetryPage:
         return fd
 
     def clear(self) -> None:
-        """Zero the page, for the next process in the same place."""
+        """Zero the page, but for what the last process broke, for the next one in its place."""
+        kept = {word: self._words[word] for word in _OUTLIVING}
         self._map[:] = bytes(PAGE_BYTES)
+        for word, value in kept.items():
+            self._words[word] = value
         self._words[Word.MAGIC] = _MAGIC
 
     def __getitem__(self, word: Word) -> int:

@@ -1,8 +1,8 @@
 """A node's agent: starts the node's processes, watches them, and does what the coordinator wants.
 
 ``python -m ftrain.launch.agent --job J --node N --incarnation I``, started by the front.  All
-decisions are those of :class:`NodeMember`; this is its engine.  Everything below the agent ends with
-it: its death is the node's death.
+decisions are those of :class:`NodeMember`; this is its engine.  Everything below the agent ends
+with it: its death is the node's death.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.driver import Driver
 from ftrain.comms.environment import inherited_environment
-from ftrain.comms.errors import AuthenticationError, FtrainError, PeerLostError
+from ftrain.comms.errors import FtrainError
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
@@ -33,8 +32,8 @@ from ftrain.comms.protocol.effects import (
     ReleaseRanks,
     UpdatePeers,
 )
-from ftrain.comms.protocol.messages import Directive, Held, Notice, RankFailure, VersionId
-from ftrain.comms.protocol.node import NodeMember, Phase
+from ftrain.comms.protocol.messages import Held, Notice, RankFailure, VersionId
+from ftrain.comms.protocol.node import NodeMember
 from ftrain.launch.contract import (
     own_environment,
     place_of,
@@ -49,6 +48,7 @@ from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback
 from ftrain.launch.reaper import Reaper
+from ftrain.launch.uplink import Uplink
 from ftrain.launch.worker_messages import (
     Forked,
     ForkFailed,
@@ -68,8 +68,6 @@ _FIRST_STEP_POLL_S = 0.005
 _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reached a boundary
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
 _DRAIN_S = 2.0
-_RECONNECT_S_MIN, _RECONNECT_S_MAX = 0.02, 0.5
-_NOTICES_MAX = 100  # kept while there is no coordinator
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -84,8 +82,18 @@ class Agent:
         self._machine = NodeMember(
             node=node, incarnation=incarnation, local_world=job.local_world, host=launch.host
         )
+        self._uplink = Uplink(
+            job,
+            node,
+            incarnation,
+            report=lambda: self._machine.report,
+            on_directive=lambda directive: self._driver.receive(directive),
+        )
         self._driver: Driver[None] = Driver(
-            self._machine, lambda _: None, self._send, self._perform
+            self._machine,
+            persist=lambda _: None,
+            send=lambda _, report: self._uplink.send(report),
+            perform=lambda effect: self._effects[type(effect)](effect),
         )
         self._loop = asyncio.get_running_loop()
         self._reaper = Reaper()
@@ -118,10 +126,9 @@ class Agent:
         self._stopped_ns = 0
         self._committed: VersionId | None = None
         self._total_steps = 0
+        self._save_step = 0
         self._observer: Observer | None = None
         self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
-        self._channel: Channel | None = None
-        self._notices: list[Notice] = []
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._effects: dict[type, Callable[[Any], None]] = {
             ForkRanks: self._fork_ranks,
@@ -136,6 +143,7 @@ class Agent:
 
     async def run(self) -> int:
         """Serve until the job is over; returns the exit code, with every child gone."""
+        self._loop.set_exception_handler(self._unexpected)
         for number in _STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._signalled, number.name)
         if self._manager is not None:
@@ -144,7 +152,7 @@ class Agent:
         self._write_node_file()
         tasks = [
             self._loop.create_task(coroutine)
-            for coroutine in (self._follow_coordinator(), self._tick(), self._observe())
+            for coroutine in (self._uplink.run(), self._tick(), self._observe())
         ]
         for task in tasks:
             task.add_done_callback(self._task_ended)
@@ -171,59 +179,24 @@ class Agent:
         if not self._over.done():
             self._over.set_result(code)
 
+    def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback failed: a bug. What is known here may be wrong; the next agent takes over."""
+        loop.default_exception_handler(context)
+        if not self._over.done():
+            error = context.get("exception")
+            self._over.set_exception(error or RuntimeError(context["message"]))
+
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) and not self._over.done():
             self._over.set_exception(error)
 
     # ------------------------------------------------------------------ the driver's side
 
-    def _send(self, address: object, message: object) -> None:
-        if self._channel is not None:
-            with suppress(PeerLostError):  # said again on the next connection
-                self._channel.post(message)
-
-    def _perform(self, effect: object) -> None:
-        self._effects[type(effect)](effect)
-
-    def _say(self, kind: str, text: str, **data: object) -> None:
-        """News for whoever watches the job; kept until the coordinator can be reached."""
-        self._notices = [*self._notices, Notice(kind, text, data)][-_NOTICES_MAX:]
-        self._flush_notices()
-
-    def _flush_notices(self) -> None:
-        while self._notices and self._channel is not None and not self._channel.closed:
-            self._send("coordinator", self._notices.pop(0))
-
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self._tell_progress()
             self._driver.tick()
-
-    async def _follow_coordinator(self) -> None:
-        """Stay connected to the coordinator, whichever process it is."""
-        identity = Identity(self._job.run_id, "agent", self._node, self._incarnation)
-        secret = bytes.fromhex(self._job.secret)
-        pause_s = _RECONNECT_S_MIN
-        while True:
-            try:
-                channel = await connect(self._job.coordinator, identity, secret)
-                async with channel:
-                    self._channel, pause_s = channel, _RECONNECT_S_MIN
-                    self._flush_notices()
-                    channel.post(self._machine.report)
-                    while True:
-                        message = await channel.receive()
-                        if isinstance(message, Directive):
-                            self._driver.receive(message)
-            except AuthenticationError as error:
-                print(f"ftrain: node {self._node}: {error}", file=sys.stderr)
-                self._leave(error.exit_code)
-                return
-            except FtrainError:
-                self._channel = None
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RECONNECT_S_MAX)
 
     def _signalled(self, name: str) -> None:
         self._machine.signal(name)
@@ -236,7 +209,7 @@ class Agent:
         self._server.post(Preload(job.argv, job.module, job.config.launch.preload))
 
     def _fork_ranks(self, effect: ForkRanks) -> None:
-        formation, launch = effect.formation, self._job.config.launch
+        formation = effect.formation
         if self._manager is not None:
             self._manager.set_group(formation)
         place = place_of(formation, self._node)
@@ -247,35 +220,32 @@ class Agent:
         if not self._server.running:
             self._forks_failed("the worker server is being started again")
             return
-        fds: list[int] = []
-        for rank in group.ranks:
-            prefix = f"[node{self._node} rank{rank.rank}] "
-            redirects = parse_std(launch.redirects, rank.seat.local_rank)
-            tee = parse_std(launch.tee, rank.seat.local_rank)
-            rank.seat.directory.mkdir(parents=True, exist_ok=True)
-            for kind in ("stdout", "stderr"):
-                fds.append(
-                    self._pump.open(kind, rank.seat.directory, prefix, redirects=redirects, tee=tee)
-                )
-            fds.append(rank.page_fd)
+        smp_socket = self._manager.socket_path if self._manager is not None else ""
         environment = shared_environment(
-            self._job,
-            formation,
-            place,
-            smp_socket=self._manager.socket_path if self._manager is not None else "",
-            start_ns=time.monotonic_ns(),
-            threads=self._threads,
+            self._job, formation, place, smp_socket=smp_socket, threads=self._threads
         )
         specs = tuple(
             RankSpec(rank.rank, own_environment(rank.seat), rank.seat.error_file)
             for rank in group.ranks
         )
+        fds = [fd for rank in group.ranks for fd in self._open_outputs(rank)]
         self._forking = True
         self._server.post(ForkRequest(formation.epoch, specs, environment), fds)
-        pages = {rank.page_fd for rank in group.ranks}
-        for fd in fds:
-            if fd not in pages:
-                os.close(fd)
+        for fd in set(fds) - {rank.page_fd for rank in group.ranks}:
+            os.close(fd)
+
+    def _open_outputs(self, rank: LocalRank) -> tuple[int, int, int]:
+        """A rank's stdout, stderr and telemetry page; the first two are to be closed."""
+        launch, seat = self._job.config.launch, rank.seat
+        prefix = f"[node{self._node} rank{rank.rank}] "
+        redirects = parse_std(launch.redirects, seat.local_rank)
+        tee = parse_std(launch.tee, seat.local_rank)
+        seat.directory.mkdir(parents=True, exist_ok=True)
+        out, err = (
+            self._pump.open(kind, seat.directory, prefix, redirects=redirects, tee=tee)
+            for kind in ("stdout", "stderr")
+        )
+        return out, err, rank.page_fd
 
     def _from_server(self, message: Any, fds: list[int]) -> None:
         for fd in fds:
@@ -285,10 +255,10 @@ class Agent:
         elif isinstance(message, ForkFailed) and self._is_current(message.epoch):
             self._forks_failed(message.cause)
         elif isinstance(message, ScriptEdited):
-            self._say("warning", f"{message.path} was edited: the ranks run the new text")
+            self._uplink.say("warning", f"{message.path} was edited: the ranks run the new text")
         elif isinstance(message, ServerReady):
             for problem in message.problems:
-                self._say("warning", f"node {self._node}: {problem}")
+                self._uplink.say("warning", f"node {self._node}: {problem}")
 
     def _is_current(self, epoch: int) -> bool:
         return self._group is not None and self._group.epoch == epoch
@@ -323,7 +293,9 @@ class Agent:
         self._settle(group)
 
     def _server_down(self, how: str) -> None:
-        self._say("info", f"node {self._node}: the worker server ended ({how}); ranks are not hit")
+        self._uplink.say(
+            "info", f"node {self._node}: the worker server ended ({how}); ranks are not hit"
+        )
         self._write_node_file()
         if self._forking:
             self._forks_failed(f"the worker server ended: {how}")
@@ -386,7 +358,10 @@ class Agent:
         )
         if progress.total_steps != self._total_steps:
             self._total_steps = progress.total_steps
-            self._say("total_steps", "", total_steps=self._total_steps)
+            self._uplink.say("total_steps", "", total_steps=self._total_steps)
+        if progress.save_step > self._save_step:
+            self._uplink.say("save", "", step=progress.save_step)
+        self._save_step = progress.save_step
 
     def _hold_ranks(self, effect: HoldRanks) -> None:
         if self._group is not None:
@@ -424,7 +399,9 @@ class Agent:
                 rank = group.of(verdict.rank)
                 if verdict.action != RESTART:
                     where = f"rank {rank.rank} (node {self._node})"
-                    self._say("warning", f"{where}: {verdict.evidence}; its stack is in its log")
+                    self._uplink.say(
+                        "warning", f"{where}: {verdict.evidence}; its stack is in its log"
+                    )
                 elif rank.alive and not rank.blamed:
                     rank.blamed = True
                     failure = RankFailure(rank.rank, verdict.kind, verdict.evidence, now_ns)
@@ -466,7 +443,7 @@ class Agent:
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:
-        self._say("warning", f"node {self._node}: no answer from the snapshot manager")
+        self._uplink.say("warning", f"node {self._node}: no answer from the snapshot manager")
         self._tell_gone(())
 
     def _tell_gone(self, held: tuple[Held, ...]) -> None:
@@ -499,7 +476,7 @@ class Agent:
             self._captures_finished(self._machine.epoch, held)
 
     def _manager_down(self, how: str) -> None:
-        self._say(
+        self._uplink.say(
             "warning", f"node {self._node}: the snapshot manager ended ({how}); no version is lost"
         )
         self._write_node_file()
@@ -522,7 +499,7 @@ class Agent:
             self._machine.flush_refused(message.reason)
             self._driver.pump()
         elif isinstance(message, Notice):
-            self._say(message.kind, message.text, **message.data)
+            self._uplink.say(message.kind, message.text, **message.data)
 
     def _update_peers(self, effect: UpdatePeers) -> None:
         if self._manager is not None and self._group is not None:

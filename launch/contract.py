@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,6 @@ def shared_environment(
     place: NodePlace,
     *,
     smp_socket: str,
-    start_ns: int,
     threads: int,
 ) -> dict[str, str]:
     """The variables that are equal in all ranks of a node."""
@@ -79,7 +79,7 @@ def shared_environment(
         smp_socket=smp_socket,
         telemetry_fd=TELEMETRY_FD,
         secret=job.secret,
-        start_ns=start_ns,
+        start_ns=time.monotonic_ns(),
     )
     world_size = formation.world_size
     return {

@@ -94,6 +94,7 @@ class Coordinator:
         """Serve until the front ends this process."""
         identity = Identity(self._job.run_id, "coordinator", 0, os.getpid())
         secret = bytes.fromhex(self._job.secret)
+        asyncio.get_running_loop().set_exception_handler(self._unexpected)
         server = await serve(listener, identity, secret, self._handle)
         (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
         self._events.write("launch", launch=self._launch, pid=os.getpid(), run_id=self._job.run_id)
@@ -112,6 +113,12 @@ class Coordinator:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+
+    def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback or a connection's handler failed: a bug. The next process starts afresh."""
+        loop.default_exception_handler(context)
+        if not self._failed.done():
+            self._failed.set_exception(context.get("exception") or RuntimeError(context["message"]))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -267,6 +274,8 @@ class Coordinator:
         if report.failures and self._tracebacks.add(report.epoch, report.failures):
             loop = asyncio.get_running_loop()
             loop.call_later(_TRACEBACKS_S, self._show_tracebacks, report.epoch)
+        if report.step_s > 0:
+            self._account.step_s = report.step_s
         self._input(self._machine.receive, report)
 
     def _hear_notice(self, notice: Notice) -> None:
@@ -323,7 +332,7 @@ class Coordinator:
                 continue
             first = reports[0]
             step = min(report.step for report in reports)
-            self._account.step, self._account.step_s = step, first.step_s
+            self._account.step = step
             committed = [r.committed.step for r in reports if r.committed is not None]
             data: dict[str, object] = {
                 "step": step,

@@ -128,9 +128,10 @@ class Front:
         if not self._exit_code.done():
             self._exit_code.set_result(code)
 
-    def _fail(self, sentence: str) -> None:
-        self._console.line(f"ftrain: {sentence}", "error")
-        self._end(FAILED)
+    def _fail(self, sentence: str, code: int = FAILED) -> None:
+        if not self._exit_code.done():
+            self._console.line(f"ftrain: {sentence}", "error")
+            self._end(code)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -311,7 +312,7 @@ class Front:
                     self._channel.post(message)
                 await self._listen(self._channel)
             except AuthenticationError as error:
-                self._fail(str(error))
+                self._fail(str(error), error.exit_code)
                 return
             except FtrainError:
                 pass  # it is being restarted, or not up yet

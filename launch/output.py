@@ -114,6 +114,8 @@ class OutputPump:
 
     def close(self, timeout_s: float) -> None:
         """Pass on what is still in the pipes, then end the thread; at the deadline give up."""
+        if self._closing:
+            return
         self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout_s)

@@ -49,6 +49,7 @@ class Progress:
     loss: float
     step_s: float  # median
     total_steps: int  # 0 unknown
+    save_step: int  # boundary of the newest session.save() of all ranks, plus one
 
 
 class PageStore:
@@ -162,6 +163,7 @@ class RankGroup:
             loss=pages[0].loss,
             step_s=median_ns / _SECOND_NS,
             total_steps=pages[0][Word.TOTAL_STEPS],
+            save_step=min(page[Word.SAVE_STEP] for page in pages),
         )
 
     def hold(self) -> None:

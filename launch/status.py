@@ -106,10 +106,13 @@ def _node(file: NodeFile) -> NodeStatus:
 
 
 def _is_alive(file: NodeFile, pid: int) -> bool:
+    """Whether the process that the file means still runs (a zombie does not)."""
     try:
-        return start_ticks(pid) == file.starts.get(pid)
-    except ProcessLookupError:
+        same = start_ticks(pid) == file.starts.get(pid)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
         return False
+    return same and state not in "ZX"
 
 
 def _rank(agent_pid: int, rank: NodeRank, pid: int) -> RankStatus:
@@ -160,8 +163,8 @@ def _print_tables(status: RunStatus) -> None:
     table = Table("node", "rank", "pid", "doing", "for", "step", "loss", "step time", "snapshot")
     for node in status.nodes:
         name = f"{node.node} (epoch {node.epoch})"
-        if not node.agent_pid:
-            table.add_row(name, "", "", "its agent is gone")
+        if not node.agent_pid or not node.ranks:
+            table.add_row(name, "", "", "starting" if node.agent_pid else "its agent is gone")
         for rank in node.ranks:
             total = f"/{rank.total_steps}" if rank.total_steps else ""
             table.add_row(

@@ -179,7 +179,6 @@ def arm(page: TelemetryPage, kind: FaultKind, step: int = 0, phase: Phase | None
     page[Word.FAULT_STEP] = step
     page[Word.FAULT_PHASE] = 0 if phase is None else phase + 1
     page[Word.FAULT_ARG] = OOM_ALLOWANCE_BYTES if kind is FaultKind.OOM else 0
-    page[Word.FAULT_FIRED_NS] = 0
     page[Word.FAULT_KIND] = kind  # last: the rank looks at this word first
 
 
@@ -199,8 +198,10 @@ def poll_fault(page: TelemetryPage, step: int, phase: Phase) -> FaultKind | None
         return None
     kind = FaultKind(number)
     argument = page[Word.FAULT_ARG]
-    page[Word.FAULT_KIND] = 0  # once only, whatever becomes of this process
+    page[Word.FAULT_FIRED_STEP] = step
+    page[Word.FAULT_FIRED_PHASE] = phase
     page[Word.FAULT_FIRED_NS] = time.monotonic_ns()
+    page[Word.FAULT_KIND] = 0  # once only, whatever becomes of this process
     fire_in_rank(kind, argument)
     return kind if kind is FaultKind.SKIP_COLLECTIVE else None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrain.comms.events import EventLog
+from ftrain.comms.protocol.phases import Phase
 from ftrain.comms.telemetry import Word
 from ftrain.configs.schema import FaultConfig
 from ftrain.recovery.faults import OOM_ALLOWANCE_BYTES, PHASES, FaultKind, FaultSpec, Target, arm
@@ -117,18 +118,21 @@ class Strike:
             step = max(0, self.fault.at_step)
             wanted = PHASES[self.fault.phase]
             phase = wanted[0] if len(wanted) == 1 else None
+        began_ns = time.monotonic_ns()
         armed: Sighting | None = None
         while True:
             ended = victim.ended  # before the page is read: it may fire and end in between
-            if armed is not None and armed.page[Word.FAULT_FIRED_NS]:
-                self._facts["struck_ns"] = armed.page[Word.FAULT_FIRED_NS]
-                self._see(armed)
+            if armed is not None and armed.page[Word.FAULT_FIRED_NS] >= began_ns:
+                self._see_fired(armed)
                 return True
             if ended:
                 return False
             seen = self._sighting()
             if seen is not None and seen.entry.pid == victim.pid:
-                if armed is None or not seen.page[Word.FAULT_KIND]:  # the agent cleared it since
+                # In this order: the rank says that it fired, then forgets that it is armed.  It
+                # may also be unarmed because the agent cleared the page.
+                unarmed = not seen.page[Word.FAULT_KIND]
+                if unarmed and seen.page[Word.FAULT_FIRED_NS] < began_ns:
                     arm(seen.page, self.spec.kind, step, phase)
                 armed = seen
             await asyncio.sleep(_POLL_S)
@@ -250,6 +254,14 @@ class Strike:
         self._facts |= {"epoch": seen.file.epoch, "node": seen.file.node}
         if self.spec.target is Target.JOB:
             self._facts["node"] = -1
+
+    def _see_fired(self, seen: Sighting) -> None:
+        """Note what the rank wrote down when it committed the fault."""
+        page = seen.page
+        self._facts["struck_ns"] = page[Word.FAULT_FIRED_NS]
+        self._facts["step"] = page[Word.FAULT_FIRED_STEP]
+        self._facts["phase"] = Phase(page[Word.FAULT_FIRED_PHASE]).name.lower()
+        self._facts["epoch"] = seen.file.epoch
 
     def _write(self, kind: str, **fields: object) -> dict[str, Any]:
         event = {"id": self.id, "fault": self.spec.name, **self._facts, **fields}

@@ -105,9 +105,10 @@ class SnapshotKeeper:
             images = durable_images(self._context, plan, self._world_size)
             return restore_from(state, images, self._rank, verify=True)
         version = plan.version
+        held_here = self._context.node in plan.sources  # a node that took another's place has none
         local = [
             ImageReader(opened.buffer, where=f"rank {opened.rank}'s share in memory")
-            for opened in self._client.open(version)
+            for opened in (self._client.open(version) if held_here else ())
         ]
         try:
             sources = _RemoteSources(self._context, plan)
@@ -116,7 +117,8 @@ class SnapshotKeeper:
             )
         finally:
             del local
-            self._client.release(version)
+            if held_here:
+                self._client.release(version)
 
     def capture(
         self,

@@ -141,6 +141,7 @@ class SnapshotClient:
                 self.denied = answer.reason
                 return None
             self._slot, self._writing = answer.slot, version
+            self._enter(answer.slot)
             return self._slots[self._slot].view
 
     def sealed(self, version: VersionId, held: Held) -> None:
@@ -162,10 +163,7 @@ class SnapshotClient:
             self._slot, self._writing = -1, None
             if isinstance(answer, Granted):
                 self._slot = answer.slot
-                slot = self._slots[answer.slot]
-                if not slot.entered:
-                    populate(slot.view)
-                    slot.entered = True
+                self._enter(answer.slot)
 
     # ------------------------------------------------------------ reading
 
@@ -237,6 +235,12 @@ class SnapshotClient:
 
     # ------------------------------------------------------------ conversation
 
+    def _enter(self, number: int) -> None:
+        slot = self._slots[number]
+        if not slot.entered:
+            populate(slot.view)
+            slot.entered = True
+
     def _wait(self, longest_s: float) -> float:
         return _ABSENT_S_MAX if self._absent else longest_s
 
@@ -300,7 +304,7 @@ class SnapshotClient:
                 self._disconnect()
                 if time.monotonic() + retry_s >= deadline_s:
                     raise PeerLostError(f"{UNAVAILABLE}: nobody answers at {self._path}") from None
-            time.sleep(retry_s)
+            time.sleep(retry_s)  # nothing tells when somebody listens at a path
             retry_s = min(2 * retry_s, _RETRY_S_MAX)
 
     def _greet(self, deadline_s: float) -> None:

@@ -73,6 +73,12 @@ class Flusher:
             self._waiting = None
             self._refuse(waiting, f"epoch {waiting.version.epoch} is over")
 
+    def rank_ended(self) -> None:
+        """A local rank ended: perhaps nobody is left to capture what is waited for."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._consider(waiting)
+
     def close(self) -> None:
         """Stop; a file being written is finished or left without a name."""
         if self._task is not None:
@@ -89,8 +95,17 @@ class Flusher:
             self._refuse(flush, f"this node has no step {asked.step} of epoch {asked.epoch}")
         elif newest is not None and newest >= asked:
             self._refuse(flush, f"step {asked.step} was passed: step {newest.step} is committed")
+        elif self._hopeless(asked):
+            self._refuse(flush, f"every rank ended, and none captured step {asked.step}")
         else:
             self._waiting = flush
+
+    def _hopeless(self, asked: VersionId) -> bool:
+        """Whether no rank is left that could still complete ``asked`` or a later version."""
+        custody, takeover = self._store.custody, self._store.takeover
+        if not takeover.dead.issuperset(custody.local_ranks) or takeover.waiting():
+            return False
+        return not any(custody.complete(v) for v in custody.sealed_versions() if v >= asked)
 
     def _write(self, flush: Flush, version: VersionId) -> None:
         durable = self._durable

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.channel import Identity, connect
@@ -16,7 +17,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.errors import AuthenticationError, FtrainError, RemoteProtocolError
 from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
 from ftrain.comms.protocol.ready import Address
-from ftrain.snapshot.protocol.messages import Peer, SetGroup, Standing
+from ftrain.snapshot.protocol.messages import Peer, SetGroup, Standing, Whereabouts
 from ftrain.snapshot.store import SlotStore
 
 TICK_S = 0.05
@@ -32,6 +33,7 @@ class Gossip:
     Args:
         store: whose sealed versions are announced, and which keeps the others' small images.
         identity: of this manager (role ``smp``).
+        address: where it listens.
         on_committed: every node of the group holds this version.
         on_trouble: one sentence for the user.
     """
@@ -42,6 +44,7 @@ class Gossip:
         identity: Identity,
         secret: bytes,
         *,
+        address: str,
         on_committed: Callable[[VersionId], None],
         on_trouble: Callable[[str], None],
     ) -> None:
@@ -55,6 +58,8 @@ class Gossip:
             self._commit, persist=lambda _: None, send=self._send, perform=self._perform
         )
         self._peers: dict[int, PeerLink] = {}
+        self._hail = Whereabouts(identity.node, identity.incarnation, address)
+        self._addresses: dict[tuple[int, int], str] = {}  # (node, incarnation): as it says itself
         self._announced: set[VersionId] = set()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -63,12 +68,12 @@ class Gossip:
         members = sorted([self._identity.node, *(peer.node for peer in group.peers)])
         self._commit.new_group(group.epoch, members, members)
         self._announced = {v for v in self._announced if v.epoch >= group.epoch}
-        wanted = {peer.node: peer for peer in group.peers}
+        wanted = {peer.node: self._located(peer) for peer in group.peers}
         for node in [node for node, link in self._peers.items() if wanted.get(node) != link.peer]:
             self._peers.pop(node).close()
         for node, peer in wanted.items():
             if node not in self._peers:
-                self._peers[node] = PeerLink(peer, self._identity, self._secret, self._on_trouble)
+                self._peers[node] = self._link(peer)
         if self._peers and self._ticking is None:
             self._ticking = asyncio.get_running_loop().create_task(self._tick())
         self._driver.pump()
@@ -113,6 +118,11 @@ class Gossip:
             self._driver.receive(message)
         elif isinstance(message, Standing):
             self._store.custody.hear(peer.node, message.floor, message.possible)
+        elif isinstance(message, Whereabouts):
+            self._addresses[peer.node, peer.incarnation] = message.address
+            if link.peer.address != message.address:
+                link.close()
+                self._peers[peer.node] = self._link(self._located(link.peer))
         else:
             raise RemoteProtocolError(f"{peer} sent a {type(message).__name__}")
 
@@ -122,6 +132,14 @@ class Gossip:
             self._ticking.cancel()
         for link in self._peers.values():
             link.close()
+
+    def _located(self, peer: Peer) -> Peer:
+        """The peer at the address that it gave itself, which is newer than its agent's word."""
+        address = self._addresses.get((peer.node, peer.incarnation), peer.address)
+        return replace(peer, address=address)
+
+    def _link(self, peer: Peer) -> PeerLink:
+        return PeerLink(peer, self._identity, self._secret, self._hail, self._on_trouble)
 
     def _send(self, address: Address, message: object) -> None:
         link = self._peers.get(address) if isinstance(address, int) else None
@@ -155,11 +173,17 @@ class PeerLink:
     """Sends to one peer, reconnecting for ever; holds the newest few messages meanwhile."""
 
     def __init__(
-        self, peer: Peer, identity: Identity, secret: bytes, on_trouble: Callable[[str], None]
+        self,
+        peer: Peer,
+        identity: Identity,
+        secret: bytes,
+        hail: Whereabouts,
+        on_trouble: Callable[[str], None],
     ) -> None:
         self.peer = peer
         self._identity = identity
         self._secret = secret
+        self._hail = hail
         self._on_trouble = on_trouble
         self._queue: dict[object, object] = {}  # what it is about -> message, oldest first
         self._news = asyncio.Event()
@@ -181,7 +205,7 @@ class PeerLink:
 
     async def _run(self) -> None:
         if not self.peer.address:
-            return  # a new SetGroup will bring it
+            return  # its own word or a new SetGroup will bring it
         retry_s, warned = _RETRY_S_MIN, False
         while True:
             try:
@@ -190,6 +214,7 @@ class PeerLink:
                 )
                 retry_s = _RETRY_S_MIN
                 async with channel:
+                    await channel.send(self._hail)
                     while True:
                         await self._news.wait()
                         while self._queue:

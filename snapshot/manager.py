@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ftrain.comms.channel import Channel, Identity, Server, serve
+from ftrain.comms.addresses import bound_address, format_address, listen_tcp, parse_address
+from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.local import LocalSocket, from_descriptor
 from ftrain.comms.process import die_with_parent, set_oom_score_adj
@@ -21,7 +22,6 @@ from ftrain.snapshot.fetch import serve_fetch
 from ftrain.snapshot.flush import Flusher
 from ftrain.snapshot.gossip import Gossip
 from ftrain.snapshot.links import LocalLink
-from ftrain.snapshot.protocol.custody import SlotState
 from ftrain.snapshot.protocol.messages import (
     AskInventory,
     CapturesFinished,
@@ -62,9 +62,13 @@ class Manager:
         )
         for taken, fd in zip(setup.taken, fds, strict=True):
             self._store.adopt(taken.rank, taken.slot, fd)
+        self._listener = listen_tcp(format_address(setup.bind, 0))
+        port = parse_address(bound_address(self._listener))[1]
+        self._address = format_address(setup.host, port)
         self._ranks = RankServer(
             self._store,
             on_sealed=self._image_sealed,
+            on_skipped=lambda: self._gossip.tell_standing(),
             on_change=self._captures_changed,
             on_hold=self._hold,
             on_trouble=self._trouble,
@@ -73,6 +77,7 @@ class Manager:
             self._store,
             identity,
             secret,
+            address=self._address,
             on_committed=self._committed,
             on_trouble=self._trouble,
         )
@@ -90,12 +95,9 @@ class Manager:
 
     async def run(self) -> None:
         """Serve until the agent is gone."""
-        server: Server = await serve(
-            f"{self._setup.bind}:0", self._identity, self._secret, self._from_node
-        )
+        server = await serve(self._listener, self._identity, self._secret, self._from_node)
         self._ranks.listen(self._setup.socket_path)
-        port = server.address.rpartition(":")[2]
-        self._link.post(ManagerStarted(f"{self._setup.host}:{port}", self._inventory()))
+        self._link.post(ManagerStarted(self._address, self._inventory()))
         try:
             await self._over.wait()
         finally:
@@ -147,6 +149,7 @@ class Manager:
         for version in reversed(self._store.custody.sealed_versions()):
             self._image_sealed(version)
         self._captures_changed()
+        self._flusher.rank_ended()
 
     def _finish_captures(self, order: FinishCaptures) -> None:
         if order.epoch in self._finishing:
@@ -187,23 +190,8 @@ class Manager:
         takeover, custody = self._store.takeover, self._store.custody
         for task in takeover.tasks(self._ranks.connected()):
             self._ranks.ask(task)
-        if self._passed_over():
-            self._gossip.tell_standing()
         if custody.epoch in self._finishing and not takeover.waiting():
             self._answer_finishing(custody.epoch)
-
-    def _passed_over(self) -> bool:
-        """Whether something is held here that this node will never complete."""
-        custody = self._store.custody
-        return any(
-            slot.state is not SlotState.EMPTY
-            and slot.version is not None
-            and slot.version.epoch == custody.epoch
-            and (custody.committed is None or slot.version > custody.committed)
-            and not custody.possible(slot.version)
-            for rank in custody.local_ranks
-            for slot in custody.slots(rank)
-        )
 
     def _committed(self, version: VersionId) -> None:
         self._store.custody.commit(version)

@@ -17,6 +17,7 @@ from ftrain.comms.process import available_memory_bytes
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; mmap.mmap(..., MAP_POPULATE) would hold the GIL
 _GIB = 1 << 30
 _PAGE_BYTES = mmap.PAGESIZE
+_BLOCK_BYTES = 512  # unit of st_blocks
 
 
 class Region:
@@ -49,13 +50,21 @@ class Region:
 
 def allocate(fd: int, nbytes: int) -> None:
     """Make a memfd at least this long, with all its pages; MemoryShortError."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        raise MemoryShortError(
-            f"no {nbytes / _GIB:.2f} GiB of memory for a snapshot slot ({error.strerror}): "
-            "lower snapshot.slots or free memory on this host"
-        ) from None
+    # Asked first, because the kernel would rather kill some process than say that it has no more.
+    free = available_memory_bytes()
+    missing = nbytes - os.fstat(fd).st_blocks * _BLOCK_BYTES
+    why = f"{free / _GIB:.2f} GiB are free"
+    if missing < free:
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+        else:
+            return
+    raise MemoryShortError(
+        f"no {nbytes / _GIB:.2f} GiB of memory for a snapshot slot ({why}): "
+        "lower snapshot.slots or free memory on this host"
+    )
 
 
 def map_fd(fd: int, nbytes: int, *, writable: bool = True) -> memoryview:

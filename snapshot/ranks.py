@@ -49,6 +49,7 @@ class RankServer:
     Args:
         store: what they write to and read from.
         on_sealed: a rank's image of this version was sealed.
+        on_skipped: a rank will not hold some version.
         on_change: a rank began, ended or answered: captures may be finishable now, or not any more.
         on_hold: keep this slot's descriptor: rank, slot, descriptor, bytes.
         on_trouble: one sentence for the user.
@@ -59,12 +60,14 @@ class RankServer:
         store: SlotStore,
         *,
         on_sealed: Callable[[VersionId], None],
+        on_skipped: Callable[[], None],
         on_change: Callable[[], None],
         on_hold: Callable[[int, int, int, int], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self.store = store
         self.on_sealed = on_sealed
+        self.on_skipped = on_skipped
         self.on_change = on_change
         self.on_hold = on_hold
         self.on_trouble = on_trouble
@@ -284,6 +287,8 @@ class _RankSession:
         grant = self._store.grant(self.rank, version)
         if grant.slot < 0:
             self.link.post(Denied(request, grant.reason))
+            if version is not None:
+                self._server.on_skipped()
         else:
             self.link.post(Granted(request, grant.slot))
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ftrain.checkpoint.header import RECORD_BYTES, read_record
 from ftrain.checkpoint.image import (
     ImageReader,
     ImageState,
@@ -17,7 +18,7 @@ from ftrain.checkpoint.image import (
     small_image,
 )
 from ftrain.comms.errors import CorruptionError, MemoryShortError, RemoteProtocolError, StateError
-from ftrain.comms.protocol.messages import Held, Sealed, VersionId
+from ftrain.comms.protocol.messages import Held, Sealed, Share, VersionId
 from ftrain.snapshot.memory import Budget, Region, allocate
 from ftrain.snapshot.protocol.custody import Custody, Grant, SlotState
 from ftrain.snapshot.protocol.takeover import Takeover
@@ -51,6 +52,7 @@ class SlotStore:
         self._budget = Budget(share_max=memory_share_max, slots=slots, taken_bytes=taken_bytes)
         self._regions: dict[Place, Region] = {}
         self._held: dict[Place, Held] = {}
+        self._shares: dict[int, tuple[bytes, tuple[Share, ...]]] = {}  # by rank: of which index
         self._smalls: dict[VersionId, dict[int, tuple[Held, bytes]]] = {}
 
     # ------------------------------------------------------------ memory
@@ -150,12 +152,16 @@ class SlotStore:
         state = self.custody.slots(rank)[slot]
         if state.state is SlotState.SEALED and state.version == version:
             return  # said twice
-        reader = self.reader(rank, slot)
-        reader.require(run_id=self.run_id, rank=rank, state=ImageState.SEALED)
-        if reader.identity.version != version or not reader.whole:
-            raise StateError(f"{reader.where} is not a whole image of {version}")
+        held = self._glance(rank, slot)
+        if held is None:
+            reader = self.reader(rank, slot)
+            reader.require(run_id=self.run_id, rank=rank, state=ImageState.SEALED)
+            held = held_of(reader)
+            self._shares[rank] = (reader.header.index_digest, reader.shares)
+        if held.version != version or not held.whole:
+            raise StateError(f"slot {slot} of rank {rank} is not a whole image of {version}")
         self.custody.seal(rank, slot, version)
-        self._held[rank, slot] = held_of(reader)
+        self._held[rank, slot] = held
 
     def reload(self, rank: int, slot: int) -> None:
         """Nobody writes this slot any more (that we know of): it holds what its header says."""
@@ -241,6 +247,19 @@ class SlotStore:
         self._trim_smalls()
 
     # ------------------------------------------------------------ inside
+
+    def _glance(self, rank: int, slot: int) -> Held | None:
+        """The record of a sealed image from its header alone, if its index is the same as last
+        time: reading the index of a large model costs more than all the rest of a step."""
+        record = bytes(self._regions[rank, slot].view[RECORD_BYTES : 2 * RECORD_BYTES])
+        header = read_record(record, f"slot {slot} of rank {rank}")
+        index_digest, shares = self._shares.get(rank, (b"", ()))
+        if header is None or header.state is not ImageState.SEALED:
+            return None
+        who = header.identity
+        if header.index_digest != index_digest or (who.run_id, who.rank) != (self.run_id, rank):
+            return None
+        return Held(who.version, rank, header.digest, shares, header.whole, header.collectives)
 
     def _as_small(self, held: Held, data: bytes, version: VersionId) -> Held:
         try:

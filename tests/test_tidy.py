@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -269,8 +269,9 @@ RULES: tuple[Callable[[Source], Complaints], ...] = (
 )
 
 
+@cache
 def sources() -> list[Source]:
-    """Every Python file of the repository."""
+    """Every Python file of the repository, parsed once."""
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     paths.append(ROOT / "ftrain" / "__init__.py")
     return [Source(path.relative_to(ROOT).as_posix(), path.read_text()) for path in sorted(paths)]

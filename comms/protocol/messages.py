@@ -208,7 +208,7 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class SealedSeen:
-    """What the sender has of the receiver, and of its own, in one epoch: the whole lists.
+    """Which announcements of the receiver's the sender has, in one epoch: the whole list.
 
     Answers each :class:`Sealed`; also sent unasked by who waits or has just started, so that a
     snapshot manager that lost what it was told is told again.
@@ -216,10 +216,8 @@ class SealedSeen:
 
     epoch: int
     node: int | str  # the sender
-    versions: tuple[VersionId, ...]  # the receiver's announcements that it has
+    versions: tuple[VersionId, ...]
     newest: VersionId | None = None  # committed at the sender: it needs nothing older
-    reached: VersionId | None = None  # the sender will never seal a version up to this one …
-    own: tuple[VersionId, ...] = ()  # … except these, which it has sealed or is capturing
 
 
 @dataclass(frozen=True, slots=True)

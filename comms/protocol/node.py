@@ -135,6 +135,18 @@ _REPORTED: Mapping[Phase, NodeState] = MappingProxyType(
 _RANK_OF_ORDER: Mapping[Order, int] = MappingProxyType(
     {Order.RUN: 0, Order.PAUSE: 1, Order.STOP_AT: 2, Order.STOP: 3, Order.FINISH: 4}
 )
+# What a report says of an epoch in which nothing has happened yet.
+_NOTHING_YET: Mapping[str, object] = MappingProxyType(
+    {
+        "failures": (),
+        "phases": Phases(),
+        "step": 0,
+        "step_max": 0,
+        "pausing": False,
+        "boundaries": (),
+        "stopped_at": -1,
+    }
+)
 _AT_WORK = (Phase.STARTING, Phase.RUNNING)
 _AT_REST = (Phase.IDLE, Phase.STOPPED)
 
@@ -266,16 +278,8 @@ class NodeMember:
         self._holding, self._stop_step = False, -1
         version = wanted.formation.restore.version
         step = 0 if version is None else version.step
-        self._tell(
-            epoch=self._epoch,
-            failures=(),
-            phases=Phases(),
-            step=step,
-            step_max=step,
-            pausing=False,
-            boundaries=(),
-            stopped_at=-1,
-        )
+        self._tell(epoch=self._epoch, **_NOTHING_YET)
+        self._tell(step=step, step_max=step)
         self._effects.append(ForkRanks(wanted.formation))
         self._enter(Event.RUN)
 
@@ -284,7 +288,7 @@ class NodeMember:
             if self._wanted.epoch > self._epoch or self._phase is Phase.IDLE:
                 # Nothing runs: promise that nothing of this epoch ever will.
                 self._epoch = max(self._epoch, self._wanted.epoch)
-                self._tell(epoch=self._epoch, failures=(), stopped_at=-1, pausing=False)
+                self._tell(epoch=self._epoch, **_NOTHING_YET)
                 self._enter(Event.STOP)
         elif self._phase in (Phase.BROKEN, Phase.DONE):
             self._kill()

@@ -74,22 +74,28 @@ class Verdict:
 
 
 class _Stillness:
-    """Since when something used next to no CPU time and did no I/O."""
+    """Since when something used next to no CPU time and did no I/O.
 
-    __slots__ = ("_cpu_ns", "_io_bytes", "since_ns")
+    A leaky bucket: CPU time fills it, the idle share drains it, and what overflows is movement.
+    """
+
+    __slots__ = ("_cpu_ns", "_filled_ns", "_io_bytes", "_seen_ns", "since_ns")
 
     def __init__(self) -> None:
-        self._cpu_ns = self._io_bytes = self.since_ns = -1
+        self._cpu_ns = self._io_bytes = self._seen_ns = self.since_ns = -1
+        self._filled_ns = 0.0
 
     def update(self, now_ns: int, cpu_ns: int, io_bytes: int, state: str) -> None:
-        allowed_ns = _IDLE_NS + _IDLE_SHARE * (now_ns - self.since_ns)
+        drained_ns = _IDLE_SHARE * (now_ns - self._seen_ns)
+        self._filled_ns = max(0.0, self._filled_ns + cpu_ns - self._cpu_ns - drained_ns)
         if (
             self.since_ns < 0
             or state in _BUSY_STATES
             or io_bytes != self._io_bytes
-            or cpu_ns - self._cpu_ns > allowed_ns
+            or self._filled_ns > _IDLE_NS
         ):
-            self.since_ns, self._cpu_ns, self._io_bytes = now_ns, cpu_ns, io_bytes
+            self.since_ns, self._filled_ns = now_ns, 0.0
+        self._seen_ns, self._cpu_ns, self._io_bytes = now_ns, cpu_ns, io_bytes
 
 
 class _Track:

@@ -348,6 +348,15 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where the sender's manager listens: a new one, after a crash, has another port."""
+
+    node: int
+    incarnation: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchRequest:
     """Send me images of ``version``: of these ranks, or of all when empty."""
 
@@ -405,6 +414,7 @@ MESSAGES: tuple[type, ...] = (
     Opened,
     FinishTask,
     Standing,
+    Whereabouts,
     FetchRequest,
     FetchedImage,
     FetchDone,

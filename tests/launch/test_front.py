@@ -28,6 +28,7 @@ def began(launch: Launch) -> set[str]:
     return {path.name for path in launch.folder.glob("began-*")}
 
 
+@pytest.mark.slow
 def test_scripts_run_to_their_end(tmp_path: Path) -> None:
     with launched(tmp_path, HELLO, "--nproc-per-node", "2", "--local-nodes", "2") as launch:
         assert launch.wait() == 0, launch.shown
@@ -39,7 +40,7 @@ def test_scripts_run_to_their_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("import sys; sys.exit(3)", "exit code 3"),
+        pytest.param("import sys; sys.exit(3)", "exit code 3", marks=pytest.mark.slow),
         ("x = 1\nraise ValueError('bad shape')", "ValueError: bad shape"),
     ],
 )
@@ -59,6 +60,7 @@ def test_nothing_outlives_a_killed_front(tmp_path: Path) -> None:
         assert launch.gone_after(1.0)
 
 
+@pytest.mark.slow
 def test_coordinator_comes_back_and_nobody_notices(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
         wait_for(lambda: began(launch))
@@ -70,6 +72,7 @@ def test_coordinator_comes_back_and_nobody_notices(tmp_path: Path) -> None:
         assert len(began(launch)) == 1  # the rank was never restarted
 
 
+@pytest.mark.slow
 def test_coordinator_is_held_down(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
         wait_for(lambda: began(launch))
@@ -84,6 +87,7 @@ def test_coordinator_is_held_down(tmp_path: Path) -> None:
         assert launch.wait() == 0, launch.shown
 
 
+@pytest.mark.slow
 def test_a_dead_agent_is_replaced(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
         wait_for(lambda: began(launch))
@@ -105,6 +109,7 @@ def test_second_interrupt_forces(tmp_path: Path) -> None:
         assert "Traceback" not in launch.shown
 
 
+@pytest.mark.slow
 def test_one_launch_per_run_directory(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
         wait_for(lambda: began(launch))

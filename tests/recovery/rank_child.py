@@ -1,4 +1,4 @@
-"""A stand-in for a rank: ``python rank_child.py TELEMETRY_FD BEHAVIOUR``, with a real page and beat.
+"""A stand-in for a rank: ``python rank_child.py PARENT BEHAVIOUR PAGE_FD``, with a page and a beat.
 
 ``train`` goes through steps of a few ms and commits the faults that are armed for it; the others
 hang, or are slow, in one particular way after a first healthy moment.
@@ -89,9 +89,9 @@ def write(page: TelemetryPage) -> None:
 
 
 def main() -> None:
-    die_with_parent(os.getppid())
+    die_with_parent(int(sys.argv[1]))
     faulthandler.register(STACK_SIGNAL, all_threads=True)
-    page = TelemetryPage(int(sys.argv[1]))
+    page = TelemetryPage(int(sys.argv[3]))
     behaviour = globals()[sys.argv[2]]
     page[Word.PID] = os.getpid()
     if behaviour is not train:

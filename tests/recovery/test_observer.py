@@ -19,7 +19,7 @@ from ftrain.configs.schema import DetectionConfig
 from ftrain.recovery.observer import Observer, request_stack
 from ftrain.recovery.protocol.watchdog import Verdict
 
-CONFIG = DetectionConfig(hang_s=0.8, poll_s=0.05, gil_busy_s=30, user_warn_s=30)
+CONFIG = DetectionConfig(hang_s=0.6, poll_s=0.05, gil_busy_s=30, user_warn_s=30)
 CHILD = Path(__file__).with_name("rank_child.py")
 
 
@@ -44,7 +44,7 @@ class Ranks:
 
 @contextmanager
 def running(
-    *behaviours: str, config: DetectionConfig = CONFIG, stderr: int = -1
+    *behaviours: str, config: DetectionConfig = CONFIG, stderr: int | None = None
 ) -> Iterator[Ranks]:
     fds = [TelemetryPage.create() for _ in behaviours]
     pages = [TelemetryPage(fd) for fd in fds]
@@ -53,7 +53,7 @@ def running(
     try:
         for fd, page, behaviour in zip(fds, pages, behaviours, strict=True):
             page.clear()
-            command = [sys.executable, str(CHILD), str(fd), behaviour]
+            command = [sys.executable, str(CHILD), str(os.getpid()), behaviour, str(fd)]
             processes.append(subprocess.Popen(command, pass_fds=[fd], stderr=stderr))
         for rank, process in enumerate(processes):
             while not pages[rank][Word.SESSION_NS]:
@@ -86,9 +86,9 @@ def test_stopped_rank_is_named_within_the_limit() -> None:
 def test_continued_rank_is_let_off() -> None:
     with running("sleep", "sleep") as ranks:
         ranks.processes[1].send_signal(signal.SIGSTOP)
-        assert ranks.watch(0.35) == []
+        assert ranks.watch(0.2) == []
         ranks.processes[1].send_signal(signal.SIGCONT)
-        assert ranks.watch(0.8) == []
+        assert ranks.watch(0.7) == []
 
 
 def test_rank_asleep_with_the_gil_is_named() -> None:
@@ -111,7 +111,7 @@ def test_ranks_that_all_wait_are_stalled() -> None:
 
 def test_slow_ranks_are_left_alone() -> None:
     with running("wait_in_collective", "burn_with_gil", "burn", "write", "sleep") as ranks:
-        assert ranks.watch(2.5) == []
+        assert ranks.watch(1.5) == []
 
 
 def test_gil_held_with_cpu_time_gets_its_own_limit() -> None:

@@ -7,19 +7,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from watchdog_scenarios import SCENARIOS
+from watchdog_scenarios import SCENARIOS, healthy
 from watchdog_world import World, named
 
 from ftrain.comms.protocol.phases import Phase, Where
 from ftrain.recovery.protocol import watchdog
 from ftrain.recovery.protocol.watchdog import Verdict, Watchdog
 
-QUICK = [scenario for scenario in SCENARIOS if "hour" not in scenario.__name__]
-
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_scenario(scenario: Callable[[], None]) -> None:
     scenario()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_an_hour_of_healthy_training(seed: int) -> None:
+    healthy(seed, hours=1.0)
 
 
 def _never(*_: Any) -> Iterator[Verdict]:
@@ -60,7 +64,7 @@ def test_broken_variant_is_caught(
     what: str, owner: object, name: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, value)
-    for scenario in QUICK:
+    for scenario in SCENARIOS:
         try:
             scenario()
         except AssertionError:

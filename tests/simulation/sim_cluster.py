@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim_checkers import Checkers, Violation, demand
-from sim_memory import newest_restorable
+from sim_memory import restorable
 from sim_network import Network
 from sim_node import Life, SimNode, SimRank
 from sim_schedule import FAULTY_TICKS, Fault, Schedule
@@ -228,7 +228,13 @@ class Cluster:
         self.checkers.steps_lost += max(0, self.reached - step)
         self.reached = step
         if all(current.get(p.node) == p.incarnation for p in form.places):
-            best = newest_restorable([n.memory for n in self.nodes], world)
+            best = max(
+                restorable(form.held, world, sharded=self.options.sharded), default=None
+            )
+            demand(
+                plan.level != "memory" or self.restorable(plan.version),
+                f"{plan.version} is planned, but is not in memory",
+            )
             if durable is not None:
                 durable_id = VersionId(durable.fence, durable.step)
                 best = max(best or durable_id, durable_id)
@@ -265,12 +271,9 @@ class Cluster:
 
     def restorable(self, version: VersionId | None) -> bool:
         """Whether ``version`` can still be read from the memory of the nodes that are alive."""
-        memories = [n.memory for n in self.nodes if n.life.alive]
+        held = [(n.number, n.memory.held()) for n in self.nodes if n.life.alive]
         world = self.options.nodes * self.options.local_world
-        if version is None or not memories:
-            return version is None
-        best = newest_restorable(memories, world)
-        return best is not None and best >= version
+        return version in restorable(held, world, sharded=self.options.sharded)
 
     def _step_ranks(self) -> None:
         everyone: dict[int, list[SimRank]] = {}
@@ -286,7 +289,7 @@ class Cluster:
         rng, options = self.rng, self.options
         if rank.boundary < 0 or rng.random() > options.step_probability:
             return
-        if rank.capturing is not None and rng.random() < 0.6:
+        if rank.capturing >= 0 and rng.random() < 0.6:
             node.seal(rank)
         if rank.in_step:
             if rank.joined <= rank.boundary:
@@ -294,14 +297,14 @@ class Cluster:
             complete = len(group) == rank.world_size and all(
                 r.joined > rank.boundary for r in group
             )
-            if complete and rank.capturing is None:  # the optimizer waits for the capture
+            if complete and rank.capturing < 0:  # the optimizer waits for the capture
                 rank.boundary += 1
                 rank.in_step = False
                 self.reached = max(self.reached, rank.boundary)
                 self.furthest = max(self.furthest, rank.boundary)
                 node.begin_capture(rank)
         elif rank.boundary >= options.steps_total or 0 <= rank.stop_at <= rank.boundary:
-            if rank.capturing is None:
+            if rank.capturing < 0:
                 rank.alive, rank.ended = False, True
         elif not rank.hold or rank.stop_at > rank.boundary:
             rank.in_step = True

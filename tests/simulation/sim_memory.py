@@ -2,74 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from ftrain.checkpoint.protocol.commit import VersionCommit
 from ftrain.comms.protocol.messages import Held, Share, VersionId
+
+_SMALL_VERSIONS_KEPT = 4
+
+
+@dataclass(slots=True)
+class Image:
+    """What one slot holds: an image that is being written, or a sealed one."""
+
+    version: VersionId
+    sealed: bool = False
 
 
 @dataclass(slots=True)
 class Memory:
-    """Sealed images of the node's own ranks, and other nodes' small sections."""
+    """The node's slots, and other nodes' small sections."""
 
     node: int
-    slots: int
     sharded: bool
     first_rank: int = 0
     local_world: int = 1
     world_size: int = 1
-    whole: dict[VersionId, set[int]] = field(default_factory=dict)  # version -> ranks sealed
-    smalls: dict[VersionId, set[int]] = field(default_factory=dict)
-    restored: VersionId | None = None  # what the present ranks began with
+    images: dict[tuple[int, int], Image] = field(default_factory=dict)  # (rank, slot)
+    smalls: dict[VersionId, dict[int, Held]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> range:
         """The node's own ranks."""
         return range(self.first_rank, self.first_rank + self.local_world)
 
-    def begin(self, version: VersionId, commit: VersionCommit) -> bool:
-        """Make room for a version; False when every slot is still needed."""
-        if version in self.whole:
-            return True
-        newest = commit.newest
-        needed = {newest, self.restored if newest is None or newest.epoch < version.epoch else None}
-        for old in sorted(self.whole):
-            if len(self.whole) < self.slots:
-                break
-            if old not in needed and (old.epoch < version.epoch or commit.droppable(old)):
-                del self.whole[old]
-        if len(self.whole) >= self.slots:
-            return False
-        self.whole[version] = set()
-        return True
+    def keep_smalls(self, held: Sequence[Held], needed: Callable[[VersionId], bool]) -> None:
+        """Keep another node's small sections, of the newest versions and of the ``needed`` ones."""
+        for record in held:
+            self.smalls.setdefault(record.version, {})[record.rank] = record
+        spare = [v for v in sorted(self.smalls) if not needed(v)]
+        for version in spare[:-_SMALL_VERSIONS_KEPT]:
+            del self.smalls[version]
 
-    def seal(self, version: VersionId, rank: int) -> bool:
-        """One rank's image is whole; True when it was the last of this node's."""
-        self.whole[version].add(rank)
-        return self.sealed(version)
+    def sealed(self, version: VersionId) -> set[int]:
+        """The ranks whose sealed image of ``version`` is here."""
+        return {r for (r, _), i in self.images.items() if i.sealed and i.version == version}
 
-    def sealed(self, version: VersionId) -> bool:
-        """Whether all local ranks sealed ``version``."""
-        return self.whole.get(version, set()) == set(self.ranks)
-
-    def committed(self, version: VersionId) -> None:
-        """Drop what is strictly older."""
-        self.whole = {v: r for v, r in self.whole.items() if v >= version}
-        self.smalls = {v: r for v, r in self.smalls.items() if v >= version}
+    def known(self, version: VersionId) -> set[int]:
+        """The ranks whose small section of ``version`` is here."""
+        return self.sealed(version) | set(self.smalls.get(version, ()))
 
     def held(self) -> tuple[Held, ...]:
         """The inventory."""
         found = [
-            Held(v, rank, "", self._shares(rank), True, -1)
-            for v, ranks in sorted(self.whole.items())
-            for rank in sorted(ranks)
+            Held(image.version, rank, "", self._shares(rank), True, -1)
+            for (rank, _), image in self.images.items()
+            if image.sealed
         ]
         found += [
-            Held(v, rank, "", (), False, -1)
-            for v, ranks in sorted(self.smalls.items())
-            for rank in sorted(ranks)
+            replace(held, whole=False)  # it still names the shares that its rank had
+            for ranks in self.smalls.values()
+            for held in ranks.values()
         ]
-        return tuple(found)
+        return tuple(sorted(found, key=lambda h: (h.version, h.rank, h.whole)))
 
     def _shares(self, rank: int) -> tuple[Share, ...]:
         if self.sharded:
@@ -77,19 +71,21 @@ class Memory:
         return (Share("all", self.node, rank - self.first_rank, self.local_world),)
 
 
-def newest_restorable(memories: list[Memory], world_size: int) -> VersionId | None:
-    """The dumb twin of the plan: what god sees restorable in these memories."""
-    versions = {v for m in memories for v in (*m.whole, *m.smalls)}
-    best = None
-    for version in sorted(versions):
-        smalls = {r for m in memories for d in (m.whole, m.smalls) for r in d.get(version, ())}
-        if smalls != set(range(world_size)):
-            continue
-        if memories[0].sharded:
-            whole = {r for m in memories for r in m.whole.get(version, ())}
-            if whole != smalls:
-                continue
-        elif not any(m.whole.get(version, set()) >= set(m.ranks) for m in memories):
-            continue
-        best = version
-    return best
+def restorable(
+    held: Sequence[tuple[int, Sequence[Held]]], world_size: int, *, sharded: bool
+) -> set[VersionId]:
+    """The dumb twin of the restore plan: every version that these nodes can restore together."""
+    found = set()
+    everyone = set(range(world_size))
+    for version in {h.version for _, records in held for h in records}:
+        smalls, whole, complete_nodes = set(), set(), 0
+        for node, records in held:
+            mine = [h for h in records if h.version == version]
+            smalls |= {h.rank for h in mine}
+            whole |= {h.rank for h in mine if h.whole}
+            parts = {s.part for h in mine if h.whole for s in h.shares if s.node == node}
+            counts = {s.parts for h in mine if h.whole for s in h.shares}
+            complete_nodes += bool(counts) and parts == set(range(max(counts)))
+        if smalls == everyone and (whole == everyone if sharded else complete_nodes):
+            found.add(version)
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sim_checkers import CommitChecker, demand
-from sim_memory import Memory
+from sim_memory import Image, Memory
 
 from ftrain.checkpoint.protocol.commit import Committed
 from ftrain.comms.protocol.effects import (
@@ -27,6 +27,8 @@ from ftrain.comms.protocol.messages import (
     Sealed,
     VersionId,
 )
+from ftrain.snapshot.protocol.custody import Custody
+from ftrain.snapshot.protocol.messages import Standing
 
 if TYPE_CHECKING:
     from sim_cluster import Cluster
@@ -48,7 +50,7 @@ class SimRank:
     ended: bool = False  # with code 0
     hold: bool = False
     stop_at: int = -1
-    capturing: VersionId | None = None
+    capturing: int = -1  # slot
 
 
 @dataclass(slots=True)
@@ -71,10 +73,9 @@ class SimNode:
         self.ranks: dict[int, SimRank] = {}
         self.formation: Formation | None = None
         self.stalled_until = -1
-        self.memory = Memory(number, options.slots, options.sharded)
+        self.memory = Memory(number, options.sharded)
         self.checker = CommitChecker(number)
         self.smp_starts = 0
-        self.passed = VersionId(0, 0)
         self.flush: tuple[FlushVersion, int] | None = None
         self.disk_full_until = -1
         self.member = cluster.machines.node(
@@ -129,7 +130,6 @@ class SimNode:
         self.memory.first_rank = place.first_rank
         self.memory.local_world = place.local_world
         self.memory.world_size = formation.world_size
-        self.memory.restored = formation.restore.version
         self._set_group(formation)
         if self.cluster.take("fork_fails", self.number):
             failure = RankFailure(place.first_rank, "fork", "out of processes", self.cluster.now)
@@ -154,11 +154,14 @@ class SimNode:
     def _finish_captures(self, epoch: int) -> None:
         rng = self.cluster.rng
         for rank in self.ranks.values():
-            if rank.capturing is not None and (rank.alive or rng.random() < 0.5):
-                self._seal(rank)
-        for version in sorted({r.capturing for r in self.ranks.values() if r.capturing}):
-            self.commit.passed_here(version)
-        self.smp.pump()
+            if rank.capturing < 0:
+                continue
+            if rank.alive or rng.random() < 0.5:
+                self.seal(rank)
+            else:
+                del self.memory.images[rank.rank, rank.capturing]
+                self.custody.abandon(rank.rank, rank.capturing)
+                rank.capturing = -1
         self.member.captures_finished(epoch, self.memory.held())
 
     def alive_ranks(self) -> list[SimRank]:
@@ -182,6 +185,8 @@ class SimNode:
         self._watch_flush()
         self.driver.tick()
         self.smp.tick()
+        if self.cluster.now % 3 == 0 and self._behind():
+            self._tell_standing()
 
     def _observe(self) -> None:
         ranks = list(self.ranks.values())
@@ -192,37 +197,34 @@ class SimNode:
         if all(b >= 0 for b in boundaries):
             newest = self.commit.newest
             self.member.progress(min(boundaries), max(boundaries), newest, 0.0, 0.0)
-        began = self.memory.restored.step if self.memory.restored else 0
+        restored = self.formation.restore.version if self.formation else None
+        began = restored.step if restored else 0
         if all(b > began for b in boundaries):
             self.member.ranks_stepped(epoch, Phases(stepped_ns=self.cluster.now))
         if all(r.ended for r in ranks):
             self.member.ranks_done(epoch, ranks[0].stop_at if ranks[0].stop_at >= 0 else -1)
-            self.ranks = {}
 
     # ------------------------------------------------------------------ ranks
 
     def begin_capture(self, rank: SimRank) -> None:
         """A boundary was reached: capture it if there is a slot."""
         version = VersionId(rank.epoch, rank.boundary)
-        if version > self.passed and self.memory.begin(version, self.commit):
-            rank.capturing = version
-            self.commit.began_here(version)
+        grant = self.custody.grant(rank.rank, version)
+        if grant.slot >= 0:
+            self.memory.images[rank.rank, grant.slot] = Image(version)
+            rank.capturing = grant.slot
         else:
-            self.passed = max(self.passed, version)  # denied to one rank is denied to all
-            self.commit.passed_here(version)
-        self.smp.pump()
-
-    def _seal(self, rank: SimRank) -> None:
-        version, rank.capturing = rank.capturing, None
-        if version is not None and version in self.memory.whole:
-            self.cluster.sealed.setdefault(version, set()).add(rank.rank)
-            if self.memory.seal(version, rank.rank):
-                self.commit.sealed_here(version, self._payload(version))
-                self.smp.pump()
+            self._tell_standing()
 
     def seal(self, rank: SimRank) -> None:
         """The capture behind this rank's step is done."""
-        self._seal(rank)
+        image = self.memory.images[rank.rank, rank.capturing]
+        image.sealed = True
+        self.custody.seal(rank.rank, rank.capturing, image.version)
+        rank.capturing = -1
+        self.cluster.sealed.setdefault(image.version, set()).add(rank.rank)
+        self._image_sealed(image.version)
+        self.smp.pump()
 
     # ------------------------------------------------------------------ snapshot manager
 
@@ -230,15 +232,16 @@ class SimNode:
         """A new snapshot manager process over the memory that is there."""
         self.smp_starts += 1
         self.checker.process_restarted()
+        self.custody = Custody(self.cluster.options.slots)
+        for (rank, slot), image in sorted(self.memory.images.items()):
+            if image.sealed:
+                self.custody.seal(rank, slot, image.version)
+            else:
+                self.custody.writes(rank, slot, image.version)
         self.commit = self.cluster.machines.commit(me=self.number)
         self.smp = self.cluster.machines.driver(
             self.commit, lambda _: None, self._gossip, self._committed
         )
-        for version in sorted(self.memory.whole):
-            if self.memory.sealed(version):
-                self.commit.sealed_here(version, self._payload(version))
-            else:
-                self.commit.began_here(version)
         if self.formation is not None:
             self._set_group(self.formation)
         self.smp.pump()
@@ -247,35 +250,65 @@ class SimNode:
 
     def _set_group(self, formation: Formation) -> None:
         nodes = [p.node for p in formation.places]
+        restore = formation.restore
+        base = restore.version if restore.level == "memory" else None
+        self.custody.set_group(formation.epoch, self.memory.ranks, base)
         self.commit.new_group(formation.epoch, nodes, nodes)
+        for version in reversed(self.custody.sealed_versions()):
+            self._image_sealed(version)
         self.smp.pump()
 
-    def _payload(self, version: VersionId) -> Sealed:
-        mine = tuple(h for h in self.memory.held() if h.whole and h.version == version)
-        return Sealed(version, self.number, self.incarnation, mine, tuple(b"" for _ in mine))
+    def _image_sealed(self, version: VersionId) -> None:
+        if version.epoch == self.custody.epoch and self.custody.complete(version):
+            mine = tuple(h for h in self.memory.held() if h.whole and h.version == version)
+            sealed = Sealed(version, self.number, self.incarnation, mine, tuple(b"" for _ in mine))
+            self.commit.sealed_here(version, sealed)
 
     def _gossip(self, address: object, message: object) -> None:
         network = self.cluster.network
         network.send(self.cluster.now, ("smp", self.number), ("smp", address), message)
 
+    def _tell_standing(self) -> None:
+        standing = self.custody.standing()
+        if standing is not None and self.formation is not None:
+            for place in self.formation.places:
+                if place.node != self.number:
+                    self._gossip(place.node, Standing(self.number, self.incarnation, *standing))
+
+    def _behind(self) -> bool:
+        newest = self.custody.committed
+        return any(
+            version.epoch == self.custody.epoch and (newest is None or version > newest)
+            for version in self.custody.sealed_versions()
+        )
+
     def hear_gossip(self, message: object) -> None:
         """A message from another snapshot manager: small sections are kept, then it is judged."""
-        if isinstance(message, Sealed) and not self.commit.droppable(message.version):
-            ranks = {h.rank for h in message.held}
-            self.memory.smalls.setdefault(message.version, set()).update(ranks)
+        places = () if self.formation is None else self.formation.places
+        if isinstance(message, Standing):
+            if (message.node, message.incarnation) in {(p.node, p.incarnation) for p in places}:
+                self.custody.hear(message.node, message.floor, message.possible)
+            return
+        if isinstance(message, Sealed) and message.version.epoch == self.custody.epoch:
+            self.memory.keep_smalls(message.held, self._needs)
         self.smp.receive(message)
+
+    def _needs(self, version: VersionId) -> bool:
+        anchor = self.custody.anchor
+        if version in (anchor, self.custody.base):
+            return True
+        return (anchor is None or version > anchor) and not self.custody.dead(version)
 
     def _committed(self, effect: object) -> None:
         assert isinstance(effect, Committed)
         version = effect.version
         lacks = ""
-        if not self.memory.sealed(version):
+        if self.memory.sealed(version) != set(self.memory.ranks):
             lacks = "its own ranks have not sealed it"
-        everyone = {r for d in (self.memory.whole, self.memory.smalls) for r in d.get(version, ())}
-        if everyone != set(range(self.memory.world_size)):
-            lacks = f"only ranks {everyone} have"
+        if self.memory.known(version) != set(range(self.memory.world_size)):
+            lacks = f"only ranks {self.memory.known(version)} have"
         self.checker.committed(version, lacks)
-        self.memory.committed(version)
+        self.custody.commit(version)
 
     def _watch_flush(self) -> None:
         if self.flush is None:
@@ -284,16 +317,19 @@ class SimNode:
         newest = self.commit.newest
         # A version that the coordinator knows to be whole everywhere may be of an older group, which
         # can't commit here any more.
-        if self.memory.sealed(order.version) and (
+        if self._whole(order.version) and (
             newest == order.version or order.version.epoch < self.commit.epoch
         ):
             self._write(order, order.version)
         elif newest is not None and newest > order.version and since == self.cluster.now - 1:
             self._refuse("passed over")
-        elif newest is not None and newest >= order.version and self.memory.sealed(newest):
+        elif newest is not None and newest >= order.version and self._whole(newest):
             self._write(order, newest)
         elif self.cluster.now - since > _FLUSH_PATIENCE_TICKS:
             self._refuse("not committed in time")
+
+    def _whole(self, version: VersionId) -> bool:
+        return self.memory.sealed(version) == set(self.memory.ranks)
 
     def _refuse(self, why: str) -> None:
         self.flush = None

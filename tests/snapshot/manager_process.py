@@ -56,7 +56,14 @@ class Manager:
     """One snapshot manager, as its agent sees it. Closes itself as a context manager."""
 
     def __init__(
-        self, directory: Path, *, node: int = 0, incarnation: int = 100, slots: int = 3, **more: Any
+        self,
+        directory: Path,
+        *,
+        node: int = 0,
+        incarnation: int = 100,
+        slots: int = 3,
+        wait: bool = True,
+        **more: Any,
     ) -> None:
         self.directory = directory
         self.node = node
@@ -72,9 +79,9 @@ class Manager:
         self.inbox: list[object] = []
         self.notices: list[str] = []
         self.address = ""
-        self.start()
+        self.start(wait=wait)
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         """Start a manager over the memory that is held."""
         self.link, theirs = local.pair()
         fd = theirs.fileno()
@@ -95,6 +102,11 @@ class Manager:
             **self.settings,
         )
         self.link.send(setup, [self.memory[place] for place in places])
+        if wait:
+            self.wait_started()
+
+    def wait_started(self) -> None:
+        """Wait until it serves."""
         started = self.expect(ManagerStarted)
         self.address, self.held = started.address, started.held
 
@@ -324,7 +336,8 @@ class Rank:
 
 def state(rank: int, step: int, nbytes: int = 20_000) -> bytes:
     """What a rank captures at a step."""
-    return random.Random(rank * 1_000_003 + step).randbytes(nbytes)
+    some = random.Random(rank * 1_000_003 + step).randbytes(min(nbytes, 10_007))
+    return (some * (nbytes // len(some) + 1))[:nbytes]
 
 
 def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
