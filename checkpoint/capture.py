@@ -139,8 +139,8 @@ def _bound(total: int, part: int, parts: int) -> int:
 class _Job:
     version: VersionId
     tensors: tuple[LazyTensor, ...]
-    small: bytes
-    collectives: int
+    writer: ImageWriter
+    buffer: memoryview
     ready: torch.cuda.Event | None
 
 
@@ -193,17 +193,23 @@ class CaptureEngine:
         small: bytes,
         collectives: int = -1,
     ) -> None:
-        """Begin to capture ``version``; returns at once unless writes outside the optimizer were
-        seen before, in which case it returns when everything is copied."""
-        ready = None
-        if any(tensor.tensor.is_cuda for tensor in tensors):
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+        """Begin to capture ``version``: ``small`` is in the image when this returns, the tensors
+        follow behind the step (unless writes outside the optimizer were seen before: then they are
+        copied when this returns)."""
         with self._lock:
             while self._job is not None:  # the version before was not waited for: no step was made
                 self._lock.wait()
-            self._job = self._live = _Job(version, tensors, small, collectives, ready)
-            self._written = None
+            self._live, self._written = None, None
+        try:
+            job = self._begin(version, tensors, small, collectives)
+        except (FtrainError, OSError, RuntimeError) as error:
+            self._skip(str(error))
+            return
+        if job is None:
+            self._skip(self._slots.denied)
+            return
+        with self._lock:
+            self._job = self._live = job
         os.eventfd_write(self._wake, 1)
         if self._statistics.eager:
             self.barrier(float("inf"))
@@ -274,15 +280,24 @@ class CaptureEngine:
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
 
-    def _capture(self, job: _Job) -> None:
-        plan = self._plan_for(job)
-        buffer = self._slots.begin(job.version)
+    def _begin(
+        self, version: VersionId, tensors: tuple[LazyTensor, ...], small: bytes, collectives: int
+    ) -> _Job | None:
+        """Write all but the lazy tensors, so that from here on a survivor can finish the image."""
+        plan = self._plan_for(tensors, small)
+        buffer = self._slots.begin(version)
         if buffer is None:
-            self._skip(self._slots.denied)
-            return
-        identity = self._identity_of(job.version, self._rank)
-        writer = ImageWriter(buffer, plan, identity, job.collectives)
-        writer.begin(job.small)
+            return None
+        writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
+        writer.begin(small)
+        ready = None
+        if any(tensor.tensor.is_cuda for tensor in tensors):
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return _Job(version, tensors, writer, buffer, ready)
+
+    def _capture(self, job: _Job) -> None:
+        writer, plan = job.writer, job.writer.plan
         if job.ready is not None:
             job.ready.synchronize()
         sources = {tensor.name: tensor.tensor for tensor in job.tensors}
@@ -297,19 +312,15 @@ class CaptureEngine:
         self._slots.sealed(job.version, writer.held())
         self._statistics.captured += 1
         self._statistics.bytes_copied += writer.plan.layout.data_bytes
-        self._written = buffer
+        self._written = job.buffer
 
-    def _plan_for(self, job: _Job) -> ImagePlan:
+    def _plan_for(self, tensors: tuple[LazyTensor, ...], small: bytes) -> ImagePlan:
         plan = self._plan
-        if (
-            plan is None
-            or self._planned_for is not job.tensors
-            or len(job.small) > plan.small_bytes_max
-        ):
-            room = max(64 * 1024, len(job.small) * 2)
-            plan = plan_image(job.tensors, self._share_of, room, self._chunk_bytes)
+        if plan is None or self._planned_for is not tensors or len(small) > plan.small_bytes_max:
+            room = max(64 * 1024, len(small) * 2)
+            plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
             self._slots.reserve(plan.total_bytes)
-            self._plan, self._planned_for = plan, job.tensors
+            self._plan, self._planned_for = plan, tensors
             self._offsets = [segment.offset for segment in plan.segments]
         return plan
 

@@ -252,16 +252,14 @@ class Agent:
             os.close(fd)
         if isinstance(message, Forked):
             self._forked(message)
-        elif isinstance(message, ForkFailed) and self._is_current(message.epoch):
-            self._forks_failed(message.cause)
+        elif isinstance(message, ForkFailed):
+            if self._forking:
+                self._forks_failed(message.cause)
         elif isinstance(message, ScriptEdited):
             self._uplink.say("warning", f"{message.path} was edited: the ranks run the new text")
         elif isinstance(message, ServerReady):
             for problem in message.problems:
                 self._uplink.say("warning", f"node {self._node}: {problem}")
-
-    def _is_current(self, epoch: int) -> bool:
-        return self._group is not None and self._group.epoch == epoch
 
     def _forked(self, message: Forked) -> None:
         group = self._group

@@ -25,7 +25,7 @@ from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.retention import KeepLast
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
-from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError, RunDirectoryError
+from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
@@ -34,7 +34,7 @@ from ftrain.comms.protocol.messages import Formation, NodeGone, NodeReport, Noti
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
 from ftrain.launch.job import JobSpec, read_job
-from ftrain.launch.run_directory import write_synced
+from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
@@ -52,11 +52,12 @@ class Coordinator:
     def __init__(self, job: JobSpec, job_path: Path) -> None:
         self._job = job
         self._state = Path(job.run_dir, "state")
+        self._store = HardStore(self._state)
         self._launch = str(job_path.stat().st_mtime_ns)
         config = job.config
         self._machine = Membership(
             nodes=job.nodes,
-            hard=read_hard(self._state / "coordinator.json"),
+            hard=self._store.load(),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
             launch=self._launch,
@@ -64,7 +65,7 @@ class Coordinator:
             flush_ticks=round(_FLUSH_S_MAX / TICK_S),
         )
         self._driver: Driver[MembershipHard] = Driver(
-            self._machine, self._persist, self._send, self._perform
+            self._machine, self._store.save, self._send, self._perform
         )
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
@@ -106,6 +107,7 @@ class Coordinator:
         finally:
             server.close()
             self._stores.close()
+            self._store.close()
             for task in self._tasks:
                 task.cancel()
 
@@ -158,9 +160,6 @@ class Coordinator:
             self._events.write("running", launch=self._launch, first_step=first_step)
 
     # ------------------------------------------------------------------ the driver's side
-
-    def _persist(self, hard: MembershipHard) -> None:
-        write_synced(self._state / "coordinator.json", msgspec.json.encode(hard))
 
     def _send(self, address: object, message: object) -> None:
         channel = self._agents.get(address) if isinstance(address, int) else None
@@ -377,22 +376,6 @@ class _Rate:
         if last is None or now_s <= last[1]:
             return 0.0
         return max(0.0, (step - last[0]) / (now_s - last[1]))
-
-
-def read_hard(path: Path) -> MembershipHard | None:
-    """What an earlier coordinator of this run stored, or None when there was none.
-
-    Raises :class:`RunDirectoryError` for a file that is not that: guessing could grant an epoch
-    twice.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=MembershipHard)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise RunDirectoryError(
-            f"{path} can't be read as the coordinator's state ({error}): use another run directory"
-        ) from None
 
 
 def main() -> int:

@@ -57,9 +57,18 @@ def _run_guarded(program: Program, error_file: str) -> int:
     except SystemExit as ended:
         return _exit_code(ended)
     except BaseException as error:  # the root of the process: nothing may get past it
+        _linger(error)
         _describe(error, error_file)
         return 1
     return 0
+
+
+def _linger(error: BaseException) -> None:
+    """Let the script's Session finish its capture before this process and its tensors go."""
+    session = sys.modules.get("ftrain.runtime.session")
+    if session is not None:
+        with contextlib.suppress(Exception):  # the script's own error is the one to report
+            session.linger(error)
 
 
 def compile_script(path: str) -> types.CodeType:
@@ -129,9 +138,14 @@ def _describe(error: BaseException, error_file: str) -> None:
         os.replace(fresh, error_file)
     except OSError:
         sys.stderr.write(text)  # better twice on the terminal than nowhere
-    if sys.excepthook is not sys.__excepthook__:
+    if sys.excepthook is not sys.__excepthook__ and not _is_torchs(sys.excepthook):
         with contextlib.suppress(Exception):  # the user's own hook
             sys.excepthook(type(error), error, trimmed)
+
+
+def _is_torchs(hook: object) -> bool:
+    """torch.distributed's hook prints the traceback with the rank in front: once for each rank."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _without_bootstrap(trace: types.TracebackType | None) -> types.TracebackType | None:

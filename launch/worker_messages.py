@@ -62,7 +62,7 @@ class Forked:
 class ForkFailed:
     """No (further) rank of this request was forked."""
 
-    epoch: int
+    epoch: int  # 0: of whatever request is not answered yet
     cause: str
 
 

@@ -22,12 +22,12 @@ import threading
 import time
 import types
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ftrain.comms.environment import inherited_environment, replace_environment
 from ftrain.comms.errors import PeerLostError
 from ftrain.comms.local import LocalSocket, from_descriptor
-from ftrain.comms.process import die_with_parent, set_oom_score_adj
+from ftrain.comms.process import describe_exit, die_with_parent, set_oom_score_adj
 from ftrain.comms.telemetry import TelemetryPage, Word
 from ftrain.launch import rank_main
 from ftrain.launch.worker_messages import (
@@ -43,6 +43,7 @@ from ftrain.launch.worker_messages import (
 )
 
 STACK_SIGNAL = signal.SIGRTMIN + 1  # a rank writes all its stacks to its stderr
+_AGENT_GONE = 3  # exit code of a copy
 _RANK_OOM_SCORE = 300  # a rank is killed before the processes that can bring it back
 _MAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -98,7 +99,11 @@ class ScriptCache:
 
 
 class WorkerServer:
-    """Imports, then forks on request until the agent goes away."""
+    """Imports once, then keeps a copy of itself ready that answers the next request.
+
+    The copy was forked ahead of time, forks the ranks and ends, which makes them the agent's
+    children.  A rank that the server forked itself would end, or lose its parent, with the server.
+    """
 
     def __init__(self, socket: LocalSocket) -> None:
         self._socket = socket
@@ -108,17 +113,39 @@ class WorkerServer:
 
     def serve(self) -> None:
         """Answer the agent until it closes the connection."""
-        try:
-            while True:
-                message, fds = self._socket.receive()
-                if isinstance(message, Preload):
-                    self._preload(message)
-                elif isinstance(message, ForkRequest):
-                    self._fork(message, fds)
-                for fd in fds:
-                    os.close(fd)
-        except PeerLostError:
-            return
+        order = self._receive(Preload)[0]
+        self._preload(order)
+        while True:
+            threads = thread_count()
+            if threads != 1:
+                self._refuse(threads)
+                continue
+            if self._script is not None:
+                self._script.refresh()
+            server = os.getpid()
+            copy = os.fork()
+            if copy == 0:
+                try:
+                    die_with_parent(server)
+                    self._fork_ranks()
+                except PeerLostError:
+                    os._exit(_AGENT_GONE)
+                finally:
+                    os._exit(1)
+            status = os.waitpid(copy, 0)[1]
+            if status != 0 and os.waitstatus_to_exitcode(status) == _AGENT_GONE:
+                raise PeerLostError("the agent is gone")
+            if status != 0:
+                self._socket.send(ForkFailed(0, f"forking ended with {describe_exit(status)}"))
+
+    def _receive(self, kind: type[Any]) -> tuple[Any, list[int]]:
+        """The next message of this kind, with its descriptors."""
+        while True:
+            message, fds = self._socket.receive()
+            if isinstance(message, kind):
+                return message, fds
+            for fd in fds:
+                os.close(fd)
 
     def _preload(self, order: Preload) -> None:
         began = time.monotonic()
@@ -126,7 +153,6 @@ class WorkerServer:
         if not order.module:
             sys.path.insert(0, os.path.dirname(os.path.realpath(order.argv[0])))
             self._script = ScriptCache(order.argv[0])
-            self._script.refresh()
         problems = import_all(PRELOADED, required=False) + import_all(order.modules, required=True)
         if not order.module:
             del sys.path[0]
@@ -134,39 +160,27 @@ class WorkerServer:
         gc.freeze()  # the collector of a rank leaves these pages shared
         self._socket.send(ServerReady(time.monotonic() - began, tuple(problems)))
 
-    def _fork(self, request: ForkRequest, fds: list[int]) -> None:
-        if len(fds) != FDS_PER_RANK * len(request.ranks):
-            self._socket.send(ForkFailed(request.epoch, "descriptors are missing"))
-            return
-        threads = thread_count()
-        if threads != 1:
-            why = (
-                f"the worker server runs {threads} threads, so it can't fork safely: one of the "
-                "preloaded modules starts a thread at import, take it out of launch.preload"
-            )
-            self._socket.send(ForkFailed(request.epoch, why))
-            return
+    def _refuse(self, threads: int) -> None:
+        request, fds = self._receive(ForkRequest)
+        for fd in fds:
+            os.close(fd)
+        why = (
+            f"the worker server runs {threads} threads, so it can't fork safely: one of the "
+            "preloaded modules starts a thread at import, take it out of launch.preload"
+        )
+        self._socket.send(ForkFailed(request.epoch, why))
+
+    def _fork_ranks(self) -> NoReturn:
+        """The copy's life: wait for a request, fork its ranks, end."""
+        request, fds = self._receive(ForkRequest)
         if self._script is not None and self._script.refresh():
             self._socket.send(ScriptEdited(self._script.path))
-        try:
-            middle = os.fork()
-        except OSError as error:
-            self._socket.send(ForkFailed(request.epoch, f"can't fork: {error.strerror}"))
-            return
-        if middle == 0:
-            try:
-                self._fork_from_between(request, fds)
-            finally:
-                os._exit(1)
-        os.waitpid(middle, 0)
-
-    def _fork_from_between(self, request: ForkRequest, fds: list[int]) -> NoReturn:
         for index, spec in enumerate(request.ranks):
             try:
                 pid = os.fork()
             except OSError as error:
                 self._socket.send(ForkFailed(request.epoch, f"can't fork: {error.strerror}"))
-                os._exit(1)
+                break
             if pid == 0:
                 try:
                     self._become_rank(request, spec, fds, index)
@@ -311,7 +325,10 @@ def main() -> None:
     die_with_parent(socket.peer_pid)
     for number in _MAIN_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the agent decides when this process ends
-    WorkerServer(socket).serve()
+    try:
+        WorkerServer(socket).serve()
+    except PeerLostError:
+        return  # the agent needs no more ranks
 
 
 if __name__ == "__main__":

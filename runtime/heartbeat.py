@@ -15,6 +15,7 @@ from ftrain.comms.telemetry import TelemetryPage, Where, Word
 _BEAT_S = 0.05
 _SAMPLE_AFTER_NS = 500_000_000  # a step younger than this is nobody's concern
 _FRAMES_MAX = 60
+_TORCH = "/torch/"  # in the path of every module of torch
 
 
 def collectives_enqueued() -> int:
@@ -31,12 +32,11 @@ def collectives_enqueued() -> int:
 def place_of(frame: FrameType | None) -> Where:
     """Where a thread stands, by its Python frames (innermost first)."""
     for _ in range(_FRAMES_MAX):
-        if frame is None:
-            break
-        name, file = frame.f_code.co_name, frame.f_code.co_filename
-        if name == "_engine_run_backward":
+        if frame is None or _TORCH not in frame.f_code.co_filename:
+            break  # user code, also when torch called it (a hook inside backward)
+        if frame.f_code.co_name == "_engine_run_backward":
             return Where.BACKWARD
-        if "torch/distributed/" in file and "elastic" not in file:
+        if "torch/distributed/" in frame.f_code.co_filename:
             return Where.COLLECTIVE
         frame = frame.f_back
     return Where.USER

@@ -228,6 +228,8 @@ class Session:
         collectives = collectives_enqueued()
         seconds = (now - began_ns) / 1e9
         self._records.step(self._step - 1, now, seconds, self._data.ledger(), self._logged)
+        if self._stepped:
+            self._capture(collectives)  # before anybody can see that the boundary was reached
         if self._page is not None:
             self._page[Word.STEP] = self._step
             self._page[Word.STEPS_DONE] += 1
@@ -239,9 +241,7 @@ class Session:
                 loss = plain(self._logged["loss"])
                 self._page.loss = float(loss) if isinstance(loss, int | float) else 0.0
         self._logged = {}
-        if self._stepped:
-            self._capture(collectives)
-        elif self._optimizer_steps == 0 and self._step == _UNSTEPPED_WARNING:
+        if self._optimizer_steps == 0 and self._step == _UNSTEPPED_WARNING:
             warnings.warn(
                 f"{self._step} steps went by and no registered optimizer was stepped: nothing was "
                 "captured; give Session the optimizer whose step() the script calls",
@@ -272,7 +272,7 @@ class Session:
             if self._keeper.stop_here(self._step):
                 self._keeper.stop(self._step)
             return
-        if not page[Word.PAUSE]:
+        if not page[Word.PAUSE] and not page[Word.STOP_AT]:
             return
         self._phase(Phase.HOLDING)
         page[Word.HELD_AT] = self._step + 1

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 # Inherited by whatever a test starts, so that processes whose parent is gone are found as well.
-SESSION_VARIABLE = "FTRAIN_TEST_SESSION"
+SESSION_VARIABLE = "PYTEST_OF_FTRAIN_SESSION"  # FTRAIN_… is not handed down
 SESSION = f"{os.getpid()}-{uuid.uuid4()}"
 os.environ[SESSION_VARIABLE] = SESSION
 

@@ -90,6 +90,17 @@ class VersionCommit:
             self._forget(old)
         self._announce(version)
 
+    def dropped_here(self, version: VersionId) -> None:
+        """This member gave ``version`` up: it must not count here any more, should it get complete.
+
+        A member gives up only what can't be committed or what is older than something committed
+        somewhere, so what others heard of it does no harm.
+        """
+        if self._mine.pop(version, None) is not None and isinstance(self._me, int):
+            self._tally.withdraw(self._me, version)
+            for unseen in self._unseen.values():
+                unseen.discard(version)
+
     def tick(self) -> None:
         """One unit of logical time has passed: repeat what was not answered."""
         self._ticks += 1
@@ -155,7 +166,7 @@ class VersionCommit:
             self._newest = complete
             self._effects.append(Committed(complete))
             for version in [v for v in self._mine if v < complete]:
-                self._forget(version)
+                self._forget(version)  # overtaken
         self._tally.keep(self._newest, self._window)
 
     def _forget(self, version: VersionId) -> None:

@@ -24,6 +24,10 @@ class Tally:
         if member in self.members:
             self._votes.setdefault(version, set()).add(member)
 
+    def withdraw(self, member: int, version: VersionId) -> None:
+        """``member`` has ``version`` no more."""
+        self._votes.get(version, set()).discard(member)
+
     def missing(self, version: VersionId) -> tuple[int, ...]:
         """The members that have not announced ``version``."""
         return tuple(sorted(self.members - self._votes.get(version, set())))

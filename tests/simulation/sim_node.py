@@ -211,6 +211,9 @@ class SimNode:
         version = VersionId(rank.epoch, rank.boundary)
         grant = self.custody.grant(rank.rank, version)
         if grant.slot >= 0:
+            old = self.memory.images.get((rank.rank, grant.slot))
+            if old is not None and old.sealed:
+                self.commit.dropped_here(old.version)
             self.memory.images[rank.rank, grant.slot] = Image(version)
             rank.capturing = grant.slot
         else:

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ftrain.comms.errors import RunDirectoryError
+from ftrain.comms.protocol.membership import MembershipHard
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.launch.state import HardStore
+
+HARD = MembershipHard(launch="1", epoch=7, durable=VersionId(6, 40), failures_in_row=2)
+
+
+def reopened(directory: Path) -> MembershipHard | None:
+    store = HardStore(directory)
+    hard = store.load()
+    store.close()
+    return hard
+
+
+def saved(directory: Path, *states: MembershipHard) -> None:
+    store = HardStore(directory)
+    for hard in states:
+        store.save(hard)
+    store.close()
+
+
+def test_state_survives_the_process(tmp_path: Path) -> None:
+    assert reopened(tmp_path) is None
+    saved(tmp_path, HARD, dataclasses.replace(HARD, failures_in_row=3))
+    assert reopened(tmp_path) == dataclasses.replace(HARD, failures_in_row=3)
+
+
+def test_epoch_survives_what_the_rest_does_not(tmp_path: Path) -> None:
+    """Power is lost between the two files, or before the second reached the disk."""
+    saved(tmp_path, HARD)
+    before = (tmp_path / "coordinator.json").read_bytes()
+    saved(tmp_path, dataclasses.replace(HARD, epoch=8))
+    (tmp_path / "coordinator.json").write_bytes(before)
+    assert reopened(tmp_path) == dataclasses.replace(HARD, epoch=8, formation=None)
+    (tmp_path / "coordinator.json").unlink()
+    assert reopened(tmp_path) == MembershipHard(epoch=8)
+
+
+@pytest.mark.parametrize("name", ["coordinator.json", "epoch"])
+def test_garbage_is_not_guessed_at(tmp_path: Path, name: str) -> None:
+    saved(tmp_path, HARD)
+    (tmp_path / name).write_text("no state at all")
+    with pytest.raises(RunDirectoryError, match=f"{name} can't be"):
+        reopened(tmp_path)
