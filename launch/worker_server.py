@@ -1,10 +1,8 @@
 """The worker server: imports torch once, then forks ranks in milliseconds.
 
-``python -m ftrain.launch.worker_server --fd N``, started by an agent: N is a local
-socket to it.  It stays
-single-threaded, because a fork copies only the calling thread; it touches neither an accelerator
-nor anything else that does not survive a fork.  A rank is forked by way of a short-lived process in
-between, so that it becomes the agent's own child and outlives the server.
+``python -m ftrain.launch.worker_server --fd N``, started by an agent; N is a local socket to it.
+It stays single-threaded, because a fork copies only the calling thread; it touches neither an
+accelerator nor anything else that does not survive a fork.
 """
 
 from __future__ import annotations

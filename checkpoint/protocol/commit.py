@@ -13,7 +13,7 @@ Theory of operation:
   again.
 * The newest committed version only ever grows.  One that is overtaken (a later one is complete
   first) is not committed any more; nobody needs it.
-* Everything kept is bounded: the versions from the newest committed one on, at most ``window``.
+* Everything kept is bounded: the ``window`` newest versions sealed here and announced by others.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class VersionCommit:
             self._effects.append(Committed(complete))
             for version in [v for v in self._mine if v < complete]:
                 self._forget(version)  # overtaken
-        self._tally.keep(self._newest, self._window)
+        self._tally.keep(self._mine.keys(), self._window)
 
     def _forget(self, version: VersionId) -> None:
         del self._mine[version]

@@ -5,7 +5,7 @@ Never a majority: a version that lacks one rank's share can't be restored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ftrain.comms.protocol.messages import VersionId
 
@@ -42,7 +42,7 @@ class Tally:
         """What ``member`` announced, oldest first."""
         return tuple(sorted(v for v, members in self._votes.items() if member in members))
 
-    def keep(self, oldest: VersionId | None, window: int) -> None:
-        """Forget versions older than ``oldest``, and all but the ``window`` newest ones."""
-        kept = sorted(v for v in self._votes if oldest is None or v >= oldest)[-window:]
-        self._votes = {v: self._votes[v] for v in kept}
+    def keep(self, needed: Collection[VersionId], window: int) -> None:
+        """Forget all versions but the ``needed`` and the ``window`` newest ones."""
+        kept = {*needed, *sorted(self._votes)[-window:]}
+        self._votes = {v: votes for v, votes in self._votes.items() if v in kept}

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from chaos_runs import STEPS, History, Schedule, check, draw, histories, launch
+
 from ftrain.comms.errors import FtrainError
 from ftrain.recovery.victims import check_memory_trap
 
@@ -53,25 +53,19 @@ def survive(tmp_path: Path, schedule: Schedule, undisturbed: dict[int, list[Hist
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", QUICK)
-def test_a_few_schedules(
-    tmp_path: Path, undisturbed: dict[int, list[History]], seed: int
-) -> None:
+def test_a_few_schedules(tmp_path: Path, undisturbed: dict[int, list[History]], seed: int) -> None:
     survive(tmp_path, draw(seed, oom=can_trap_memory()), undisturbed)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", ALL)
-def test_forty_schedules(
-    tmp_path: Path, undisturbed: dict[int, list[History]], seed: int
-) -> None:
+def test_forty_schedules(tmp_path: Path, undisturbed: dict[int, list[History]], seed: int) -> None:
     survive(tmp_path, draw(seed, oom=can_trap_memory(), down_s=30.0), undisturbed)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", range(FRESH, FRESH + FRESH_COUNT))
-def test_fresh_schedules(
-    tmp_path: Path, undisturbed: dict[int, list[History]], seed: int
-) -> None:
+def test_fresh_schedules(tmp_path: Path, undisturbed: dict[int, list[History]], seed: int) -> None:
     survive(tmp_path, draw(seed, oom=can_trap_memory(), down_s=30.0), undisturbed)

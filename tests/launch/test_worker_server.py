@@ -14,7 +14,10 @@ import pytest
 from serving import Rank, Serving, gone, until
 
 from ftrain.launch import rank_main
+from ftrain.launch.children import children_of
 from ftrain.launch.worker_messages import ScriptEdited
+
+pytestmark = pytest.mark.may_leak("a server has a copy of itself ready, a new one after each fork")
 
 FACTS = """
     import atexit, json, os, sys, threading, __main__
@@ -50,6 +53,7 @@ def server(place: Path) -> Iterator[Serving]:
     assert [text for text in serving.ready.problems if "ftrain.runtime" not in text] == []
     yield serving
     serving.close()
+    assert children_of(os.getpid()) == []
 
 
 def run(server: Serving, place: Path, script: str, count: int = 1) -> list[Rank]:
@@ -67,6 +71,7 @@ def test_script_runs_as_python_would_run_it(server: Serving, place: Path) -> Non
     assert ours[1:] == theirs[1:] == ["thread ended", "exit hook"]
 
 
+@pytest.mark.slow
 def test_module_runs_as_python_would_run_it(tmp_path: Path) -> None:
     package = tmp_path / "pack"
     package.mkdir()
@@ -229,6 +234,7 @@ def test_fork_is_fast(server: Serving, place: Path) -> None:
     assert min(times) < 0.15, times
 
 
+@pytest.mark.slow
 def test_preloaded_module_that_starts_a_thread_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "threaded.py").write_text(
@@ -269,6 +275,7 @@ WITH_HELPER = """
 """
 
 
+@pytest.mark.slow
 def test_nothing_outlives_the_agent(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(WITH_HELPER))
     (tmp_path / "agent.py").write_text(textwrap.dedent(AGENT))

@@ -131,6 +131,7 @@ class SimNode:
         self.memory.local_world = place.local_world
         self.memory.world_size = formation.world_size
         self._set_group(formation)
+        self.ranks = {}
         if self.cluster.take("fork_fails", self.number):
             failure = RankFailure(place.first_rank, "fork", "out of processes", self.cluster.now)
             self._work(lambda: self.member.rank_failed(formation.epoch, failure))
