@@ -358,7 +358,8 @@ class Coordinator:
             self._account.step = max(self._account.step, report.step_max)
         rows = self._account.rows(time.time())
         failed = effect.exit_code not in (0, 75)
-        text = f"ftrain: {effect.reason}"
+        again = "; the same command goes on from there" if effect.exit_code == 75 else ""
+        text = f"ftrain: {effect.reason}{again}"
         self._announce(Notice("error" if failed else "info", text, {}))
         self._announce(Notice("summary", "summary", {"rows": rows}))
         self._announce(Notice("end", "", {"exit_code": effect.exit_code}))

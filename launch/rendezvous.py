@@ -92,7 +92,7 @@ class FtrainRendezvous(RendezvousHandler):
                     f"{self._join_timeout_s:g} s: start the others, or raise "
                     "--rdzv-conf join_timeout=SECONDS"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # a store can't wait for a number to reach a value
 
     def is_closed(self) -> bool:
         """Whether some node has ended the run."""

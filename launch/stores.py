@@ -78,7 +78,7 @@ def make_store(bind: str, port: int = 0) -> TCPStore:
             master_listen_fd=fd,
             use_libuv=True,
         )
-    except BaseException:
+    except BaseException:  # whatever torch raises: the descriptor is still ours
         listener.close()
         raise
     listener.detach()  # the store's from now on

@@ -487,29 +487,23 @@ class Membership:
 
     def _save_from_memory(self) -> None:
         """A stop was asked for and no rank is alive: save the newest version all nodes hold."""
-        if self._publishing is not None:
+        silent = self._roster.may_return()
+        if silent or not self._at_rest():
+            self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
+        if self._publishing is not None or silent or not self._at_rest():
             return
-        hard = self._hard
-        reports = self._roster.present()
-        whole = [{h.version for h in r.held if h.whole} for r in reports]
-        complete = [
-            v
-            for v in (set.intersection(*whole) if whole and len(whole) == self._nodes else ())
-            if all(_holds_all(r, v) for r in reports)
-        ]
-        newest = max(complete, default=None)
-        if newest is not None and (hard.durable is None or newest > hard.durable):
+        durable, stopped = self._hard.durable, f"stopped ({self._hard.stop_cause})"
+        newest = _newest_everywhere(self._roster.present(), self._nodes)
+        known = max((v for v in (newest, self._committed) if v is not None), default=None)
+        if newest is not None and (durable is None or newest > durable):
             self._enter(Event.STOP_ASKED, f"saving step {newest.step}, the newest all nodes hold")
             self._aim_at(newest)
-        elif hard.durable is not None and (hard.base is None or hard.durable >= hard.base):
-            step = hard.durable.step
-            self._end(EXIT_SAVED, f"stopped ({hard.stop_cause}): step {step} was saved before")
-        elif self._committed is None and self._reached == 0:
-            self._end(EXIT_SAVED, f"stopped ({hard.stop_cause}) with nothing to save")
+        elif known is None and durable is None and self._reached == 0:
+            self._end(EXIT_SAVED, f"{stopped} with nothing to save")
+        elif durable is not None and (known is None or durable >= known):
+            self._end(EXIT_SAVED, f"{stopped}: step {durable.step} was saved before")
         else:
-            self._end(
-                EXIT_FAILED, f"stopped ({hard.stop_cause}), and no version is complete to save"
-            )
+            self._end(EXIT_FAILED, f"{stopped}, but no node's memory has all of a version to save")
 
     # ------------------------------------------------------------------ directives
 
@@ -533,11 +527,12 @@ class Membership:
 
     def _with_addresses(self, formation: Formation) -> Formation:
         """The formation with the snapshot managers' present addresses: one may be a new one."""
-        places = []
-        for place in formation.places:
-            report = self._roster.report(place.node)
-            address = report.smp_address if report is not None else ""
-            places.append(replace(place, smp_address=address or place.smp_address))
+        now = {r.node: r.smp_address for r in self._roster.reports()}
+        if all(now.get(p.node) in ("", p.smp_address) for p in formation.places):
+            return formation
+        places = (
+            replace(p, smp_address=now.get(p.node) or p.smp_address) for p in formation.places
+        )
         return replace(formation, places=tuple(places))
 
     def _direct(self) -> None:
@@ -567,6 +562,14 @@ class Membership:
         if order is Order.FLUSH:
             return self._round is not None and self._round.answered(report.node)
         return order is Order.RUN
+
+
+def _newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId | None:
+    """The newest version of which every node holds the images of all its ranks."""
+    if not reports or len(reports) < nodes:
+        return None
+    versions = {h.version for h in reports[0].held}
+    return max((v for v in versions if all(_holds_all(r, v) for r in reports)), default=None)
 
 
 def _holds_all(report: NodeReport, version: VersionId) -> bool:

@@ -328,9 +328,8 @@ class NodeMember:
 
     def _tell(self, **changes: object) -> None:
         """Change the report; news that can't wait for the next tick also set ``_urgent``."""
-        changed = replace(self._report, **changes)  # type: ignore[arg-type]
-        if changed != self._report:
-            self._report = changed
+        if any(getattr(self._report, name) != value for name, value in changes.items()):
+            self._report = replace(self._report, **changes)  # type: ignore[arg-type]
             self._changed = True
 
     def _tell_now(self, **changes: object) -> None:

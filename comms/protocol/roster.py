@@ -14,6 +14,9 @@ from ftrain.comms.protocol.messages import (
 )
 
 
+_PATIENCE_LEASES = 5  # how long a graceful stop waits for a silent node's memory
+
+
 @dataclass(frozen=True, slots=True)
 class Trouble:
     """Why a formation can't go on; false when it can."""
@@ -118,6 +121,16 @@ class Roster:
         if entry.silent_ticks > self.lease_ticks:
             return "was lost: it is silent for longer than its lease"
         return ""
+
+    def may_return(self) -> tuple[int, ...]:
+        """Nodes that are silent, yet not known to be dead, and not for very long."""
+        return tuple(
+            n
+            for n, e in enumerate(self._entries)
+            if e.report is not None
+            and e.report.incarnation > e.gone_incarnation
+            and self.lease_ticks < e.silent_ticks <= _PATIENCE_LEASES * self.lease_ticks
+        )
 
     def unheard(self) -> tuple[int, ...]:
         """Nodes that never reported and whose lease, counted from the start, still runs."""

@@ -4,6 +4,8 @@ Writes its telemetry page, obeys the words for a graceful stop, and steps until 
 appears in its directory, or as often as its first argument says.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time

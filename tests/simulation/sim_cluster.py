@@ -27,6 +27,7 @@ from ftrain.comms.protocol.messages import (
     Formation,
     NodeGone,
     Order,
+    RestorePlan,
     StopRequest,
     VersionId,
 )
@@ -60,7 +61,8 @@ class Cluster:
         self.machines = machines
         self.rng = random.Random(schedule.seed)
         self.now = 0
-        self.delivered: Counter[str] = Counter()
+        self.delivered: Counter[str] = Counter()  # faults that had an effect, by kind
+        self.crash_points: Counter[str] = Counter()
         self.network = Network(self.rng, self.options.delay_ticks_max, self.delivered)
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
@@ -82,6 +84,7 @@ class Cluster:
         self._coordinator_life = Life()
         self._node_back: dict[int, int] = {}
         self._stop_asked = False
+        self.exit_code: int | None = None
         self.membership: Membership | None = None
         self.nodes = [SimNode(self, n, 1) for n in range(self.options.nodes)]
         self._start_coordinator()
@@ -173,7 +176,8 @@ class Cluster:
 
     def _crash_point(self, name: str) -> None:
         if self._crash_at == name:
-            self.delivered[f"coordinator dies {name}"] += 1
+            self.delivered["coordinator dies"] += 1
+            self.crash_points[name] += 1
             raise Crashed
 
     def _persist(self, hard: MembershipHard) -> None:
@@ -221,26 +225,29 @@ class Cluster:
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
             durable = DurableVersion(fence, version.step, "p", world)
         plan = self.machines.choose_restore(dict(form.held), world, durable)
-        current = {n.number: n.incarnation for n in self.nodes if n.life.alive}
-        if membership.phase is not Phase.FORMING or membership.hard.epoch != form.epoch:
-            return
-        step = 0 if plan.version is None else plan.version.step
-        self.checkers.steps_lost += max(0, self.reached - step)
-        self.reached = step
-        if all(current.get(p.node) == p.incarnation for p in form.places):
-            best = max(
-                restorable(form.held, world, sharded=self.options.sharded), default=None
-            )
-            demand(
-                plan.level != "memory" or self.restorable(plan.version),
-                f"{plan.version} is planned, but is not in memory",
-            )
-            if durable is not None:
-                durable_id = VersionId(durable.fence, durable.step)
-                best = max(best or durable_id, durable_id)
-            self.checkers.plan_chosen(plan.version, best)
+        if membership.phase is Phase.FORMING and membership.hard.epoch == form.epoch:
+            self._check_plan(form, plan, durable, world)
+            step = 0 if plan.version is None else plan.version.step
+            self.checkers.steps_lost += max(0, self.reached - step)
+            self.reached = step
         formation = Formation(form.epoch, form.places, "h", form.epoch, plan, form.restarts)
         membership.formed(form.epoch, formation)
+
+    def _check_plan(
+        self, form: Form, plan: RestorePlan, durable: DurableVersion | None, world: int
+    ) -> None:
+        current = {n.number: n.incarnation for n in self.nodes if n.life.alive}
+        if any(current.get(p.node) != p.incarnation for p in form.places):
+            return  # memory was lost meanwhile, and the coordinator is about to hear of it
+        best = max(restorable(form.held, world, sharded=self.options.sharded), default=None)
+        demand(
+            plan.level != "memory" or self.restorable(plan.version),
+            f"{plan.version} is planned, but is not in memory",
+        )
+        if durable is not None:
+            durable_id = VersionId(durable.fence, durable.step)
+            best = max(best or durable_id, durable_id)
+        self.checkers.plan_chosen(plan.version, best)
 
     def _publish(self, membership: Membership, publish: Publish) -> None:
         if self.take("torn_write", -1):
@@ -254,15 +261,22 @@ class Cluster:
         membership.published(publish.fence, publish.version)
 
     def _check_end(self, end: EndJob) -> None:
+        self.exit_code = end.exit_code
         if end.exit_code == 0:
-            demand(self.furthest >= self.options.steps_total, f"exit 0 before the last step: {end.reason}")
-        elif end.exit_code == 75:
-            demand(self._stop_asked, f"exit 75 unasked: {end.reason}")
-            if self.checkers.published:
-                return
-            demand(not self.sealed or "nothing" in end.reason, f"exit 75 unsaved: {end.reason}")
-        else:
-            demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
+            done = self.furthest >= self.options.steps_total
+            demand(done, f"exit 0 before the last step: {end.reason}")
+            return
+        demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
+        if end.exit_code == 75:
+            held = [n.memory for n in self.nodes if n.life.alive]
+            versions = {i.version for m in held for i in m.images.values() if i.sealed}
+            everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
+            lost = max(everywhere, default=None) if len(held) == len(self.nodes) else None
+            saved = max((v for _, v in self.checkers.published), default=None)
+            demand(
+                lost is None or (saved is not None and saved >= lost),
+                f"exit 75 with {saved} saved, but all nodes hold {lost}: {end.reason}",
+            )
 
     # ------------------------------------------------------------------ ranks
 
@@ -366,7 +380,8 @@ class Cluster:
             return
         self._crash_ticks = fault.ticks
         if fault.detail == "now":
-            self.delivered["coordinator dies now"] += 1
+            self.delivered["coordinator dies"] += 1
+            self.crash_points["now"] += 1
             self._kill_coordinator(fault.ticks)
         else:
             self._crash_at = fault.detail

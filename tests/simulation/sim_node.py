@@ -99,9 +99,7 @@ class SimNode:
             case FinishCaptures(epoch):
                 self._work(lambda: self._finish_captures(epoch))
             case KillRanks(epoch):
-                for rank in self.ranks.values():
-                    rank.alive = False
-                self._work(lambda: self.member.ranks_gone(epoch, self.memory.held()))
+                self._work(lambda: self._ranks_gone(epoch))
             case HoldRanks(epoch):
                 for rank in self.ranks.values():
                     rank.hold = True
@@ -165,6 +163,11 @@ class SimNode:
                 rank.capturing = -1
         self.member.captures_finished(epoch, self.memory.held())
 
+    def _ranks_gone(self, epoch: int) -> None:
+        for rank in self.ranks.values():
+            rank.alive = False
+        self.member.ranks_gone(epoch, self.memory.held())
+
     def alive_ranks(self) -> list[SimRank]:
         """Ranks that have a process now."""
         return [r for r in self.ranks.values() if r.alive]
@@ -203,7 +206,8 @@ class SimNode:
         if all(b > began for b in boundaries):
             self.member.ranks_stepped(epoch, Phases(stepped_ns=self.cluster.now))
         if all(r.ended for r in ranks):
-            self.member.ranks_done(epoch, ranks[0].stop_at if ranks[0].stop_at >= 0 else -1)
+            stopped = ranks[0].stop_at >= 0
+            self.member.ranks_done(epoch, max(boundaries) if stopped else -1)
 
     # ------------------------------------------------------------------ ranks
 

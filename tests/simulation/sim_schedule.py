@@ -72,7 +72,15 @@ KINDS = (
     "signal",
 )
 # A stop ends the job: rarely, else schedules are short.
-_WEIGHTS = {"stop": 0.35, "signal": 0.25, "form_fails": 0.8, "flush": 1.5, "replay": 1.5}
+_WEIGHTS = {
+    "stop": 0.35,
+    "signal": 0.35,
+    "form_fails": 0.8,
+    "flush": 1.5,
+    "replay": 1.5,
+    "disk_full": 1.5,
+    "slow_disk": 2.5,
+}
 CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
 
 
@@ -106,25 +114,3 @@ def draw(seed: int) -> Schedule:
     ]
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
 
-
-def draw_commit(seed: int) -> Schedule:
-    """A schedule for the world of snapshot managers alone."""
-    rng = random.Random(seed)
-    options = Options(
-        nodes=rng.choice((2, 3, 4)),
-        delay_ticks_max=rng.choice((0, 1, 3, 6)),
-        step_probability=rng.choice((0.2, 0.6)),
-        slots=rng.choice((2, 3)),
-    )
-    kinds = ("smp_dies", "node_dies", "cut", "replay", "delay", "stall", "regroup", "passed_over")
-    faults = [
-        Fault(
-            at=rng.randrange(3, FAULTY_TICKS),
-            kind=rng.choice(kinds),
-            node=rng.randrange(12),
-            other=rng.randrange(12),
-            ticks=rng.choice((1, 3, 10, 40, 60)),
-        )
-        for _ in range(rng.randint(6, 14))
-    ]
-    return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
