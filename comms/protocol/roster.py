@@ -13,7 +13,6 @@ from ftrain.comms.protocol.messages import (
     RankFailure,
 )
 
-
 _PATIENCE_LEASES = 5  # how long a graceful stop waits for a silent node's memory
 
 

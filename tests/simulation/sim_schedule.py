@@ -73,13 +73,13 @@ KINDS = (
 )
 # A stop ends the job: rarely, else schedules are short.
 _WEIGHTS = {
-    "stop": 0.35,
-    "signal": 0.35,
-    "form_fails": 0.8,
+    "stop": 0.45,
+    "signal": 0.5,
+    "form_fails": 0.9,
     "flush": 1.5,
     "replay": 1.5,
     "disk_full": 1.5,
-    "slow_disk": 2.5,
+    "slow_disk": 4.0,
 }
 CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
 
