@@ -14,6 +14,7 @@
      ├─ AuthenticationError (PermissionError)  2  the job secret does not match
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
      ├─ StateError (ValueError)    1   training state can't be captured or does not fit
+     │   └─ RestoreError           1   one version can't be put back, another one may be
      └─ CorruptionError (ValueError) 1 bytes do not match their digest
 
 A message says what is wrong, where, and what to do, in one sentence that a user can act on.
@@ -80,6 +81,10 @@ class PeerLostError(FtrainError, ConnectionError):
 
 class StateError(FtrainError, ValueError):
     """Training state that can't be captured, or does not fit what is restored."""
+
+
+class RestoreError(StateError):
+    """A version can't be put back because bytes of it are damaged or gone; an older one may be."""
 
 
 class CorruptionError(FtrainError, ValueError):

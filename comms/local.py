@@ -83,9 +83,11 @@ class LocalSocket:
         """
         space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                MESSAGE_BYTES_MAX, space, socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                data, ancillary, flags, _ = self._receive(space)
+            except ConnectionResetError:
+                # Said once, and before what the peer still sent: the queue is behind it.
+                data, ancillary, flags, _ = self._receive(space)
         except (BlockingIOError, TimeoutError):
             raise TimeoutError("no message came from the local peer") from None
         except OSError as error:
@@ -101,6 +103,9 @@ class LocalSocket:
             for fd in fds:
                 os.close(fd)
             raise
+
+    def _receive(self, space: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        return self._socket.recvmsg(MESSAGE_BYTES_MAX, space, socket.MSG_CMSG_CLOEXEC)
 
     def fileno(self) -> int:
         """The descriptor, for event loops; -1 once closed."""

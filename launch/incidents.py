@@ -145,10 +145,14 @@ class Tracebacks:
         return texts
 
 
+def is_consequence(failure: RankFailure) -> bool:
+    """Whether a rank only says that it lost another one."""
+    return failure.kind == "exception" and bool(_CONSEQUENCE.search(failure.cause))
+
+
 def _blame(failure: RankFailure) -> tuple[bool, int]:
     """Sorts failures: what can be the fault first, and then what came first."""
-    consequence = failure.kind == "exception" and bool(_CONSEQUENCE.search(failure.cause))
-    return consequence, failure.noticed_ns
+    return is_consequence(failure), failure.noticed_ns
 
 
 @dataclass(slots=True)

@@ -129,7 +129,11 @@ def _describe(error: BaseException, error_file: str) -> None:
     record = {
         "message": {
             "message": head,
-            "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
+            "extraInfo": {
+                "py_callstack": text,
+                "timestamp": str(int(time.time())),
+                "type": f"{type(error).__module__}.{type(error).__qualname__}",
+            },
         }
     }
     try:
@@ -156,12 +160,24 @@ def _without_bootstrap(trace: types.TracebackType | None) -> types.TracebackType
     return rest
 
 
-def read_error_file(path: str) -> tuple[str, str]:
-    """``(one line, traceback)`` from an error file; two empty strings when there is none."""
+@dataclass(frozen=True, slots=True)
+class RankError:
+    """What an error file says; all empty when there is none."""
+
+    line: str = ""  # "ValueError: bad shape"
+    traceback: str = ""
+    type: str = ""  # qualified name of the exception's class; "" unknown
+
+
+def read_error_file(path: str) -> RankError:
+    """The error that ended a rank."""
     try:
         message = json.loads(Path(path).read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):  # torchelastic's form for errors of native code
-            return message, message
-        return str(message["message"]), str(message["extraInfo"]["py_callstack"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", ""
+            return RankError(message, message)
+        extra = message["extraInfo"]
+        return RankError(
+            str(message["message"]), str(extra["py_callstack"]), str(extra.get("type", ""))
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return RankError()

@@ -7,14 +7,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ftrain.comms.errors import RestoreError
 from ftrain.comms.process import describe_exit, oom_kills
 from ftrain.comms.protocol.messages import Formation, Phases, RankFailure
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.contract import Seat
+from ftrain.launch.incidents import is_consequence
 from ftrain.launch.rank_main import read_error_file
 from ftrain.recovery.node_file import NodeRank
 
 _SECOND_NS = 1_000_000_000
+_RESTORE_ERROR = f"{RestoreError.__module__}.{RestoreError.__qualname__}"
 _TRACEBACK_CHARACTERS_MAX = 12_000
 
 
@@ -191,15 +194,29 @@ class RankGroup:
         assert rank.status is not None
         cause = describe_exit(rank.status)
         kind = "signal" if os.WIFSIGNALED(rank.status) else "exit"
-        head, traceback = read_error_file(rank.seat.error_file)
-        if kind == "exit" and head:
-            kind, cause = "exception", head
+        error = read_error_file(rank.seat.error_file)
+        if kind == "exit" and error.line:
+            kind, cause = "exception", error.line
+            if error.type == _RESTORE_ERROR:
+                kind, cause = "restore", error.line.removeprefix(f"{error.type}: ")
         ooms = oom_kills()
         if cause == "SIGKILL" and ooms > self.ooms:
             kind, cause = "oom", "killed by the kernel because memory ran out (SIGKILL)"
         self.ooms = ooms
         rank.blamed = True
-        return RankFailure(rank.rank, kind, cause, now_ns, _shortened(traceback))
+        return RankFailure(rank.rank, kind, cause, now_ns, _shortened(error.traceback))
+
+    def deserter(self, failure: RankFailure) -> LocalRank | None:
+        """The rank that ended with code 0 and so made another one fail; None: there is none."""
+        if not is_consequence(failure):
+            return None
+        return next((rank for rank in self.ranks if rank.status == 0 and not rank.blamed), None)
+
+    def desertion(self, rank: LocalRank, now_ns: int) -> RankFailure:
+        """The failure of a rank that ended with code 0 while others need it."""
+        rank.blamed = True
+        cause = "it ended with code 0 while others wait for it in a collective"
+        return RankFailure(rank.rank, "desync", cause, now_ns)
 
     def _latest(self, word: Word) -> int:
         return max(rank.page[word] for rank in self.ranks)

@@ -2,14 +2,14 @@
 
 Each agent observes its own ranks.  It may pass on what other nodes say of theirs, because some
 rules need the whole group: samples to :meth:`Observer.poll`, boundary counts (the snapshot
-managers' gossip carries them) to :meth:`Observer.record_boundary`.
+managers' gossip carries them) to :meth:`Observer.record_boundaries`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,18 @@ class Observer:
         """Another node's rank had enqueued so many collectives at boundary ``step``."""
         if rank not in self._watched:
             self._watchdog.record_boundary(rank, step, collectives)
+
+    def record_boundaries(self, step: int, counts: Mapping[int, int]) -> None:
+        """Other nodes' ranks (rank -> collectives) at boundary ``step``, and the local ones there.
+
+        Samples alone may pass over that boundary, when steps are much shorter than the polls.
+        """
+        for rank, collectives in counts.items():
+            self.record_boundary(rank, step, collectives)
+        for watched in self._watched.values():
+            entry = watched.page.boundary(step)
+            if entry is not None:
+                self._watchdog.record_boundary(watched.rank, step, entry[0])
 
     def poll(self, now_ns: int, remote: Sequence[RankSample] = ()) -> list[Verdict]:
         """Look at every local rank; what is new to say of them.

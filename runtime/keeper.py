@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, LazyTensor
@@ -10,12 +11,13 @@ from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageIdentity, ImageReader
 from ftrain.comms.channel import Identity
 from ftrain.comms.environment import RankContext, RankEnvironment
+from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.comms.protocol.messages import RestorePlan, VersionId
 from ftrain.runtime.alone import AloneKeeper
 from ftrain.runtime.group import GroupView
 from ftrain.runtime.restore import restore_from
 from ftrain.runtime.state import TrainingState
-from ftrain.snapshot.client import SnapshotClient
+from ftrain.snapshot.client import OpenedImage, SnapshotClient
 from ftrain.snapshot.fetch import fetch_images
 
 Note = Callable[[str], None]
@@ -96,29 +98,47 @@ class SnapshotKeeper:
         self._note = note
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
-        """Put back what the formation's plan names; returns the small tree, None when fresh."""
+        """Put back what the formation's plan names; returns the small tree, None when fresh.
+
+        Raises:
+            RestoreError: this version is damaged or gone; the next formation takes another one.
+            StateError: the version is not of this script's model, and no other one will be.
+        """
         self._topology = state.topology(self._world_size)
         plan = self._context.formation.restore
         if plan.level == "fresh" or plan.version is None:
             return None
-        if plan.level == "durable":
-            images = durable_images(self._context, plan, self._world_size)
-            return restore_from(state, images, self._rank, verify=True)
-        version = plan.version
-        held_here = self._context.node in plan.sources  # a node that took another's place has none
-        local = [
-            ImageReader(opened.buffer, where=f"rank {opened.rank}'s share in memory")
-            for opened in (self._client.open(version) if held_here else ())
-        ]
         try:
+            if plan.level == "durable":
+                images = durable_images(self._context, plan, self._world_size)
+                return restore_from(state, images, self._rank, verify=True)
+            return self._restore_from_memory(state, plan, plan.version)
+        except CorruptionError as error:
+            raise RestoreError(f"step {plan.version.step} can't be put back: {error}") from error
+
+    def _restore_from_memory(
+        self, state: TrainingState, plan: RestorePlan, version: VersionId
+    ) -> dict[str, Any]:
+        held_here = self._context.node in plan.sources  # a node that took another's place has none
+        found = self._open(version) if held_here else []
+        local: list[ImageReader] = []
+        try:
+            local += [
+                ImageReader(opened.buffer, where=f"rank {opened.rank}'s share in memory")
+                for opened in found
+            ]
             sources = _RemoteSources(self._context, plan)
             return restore_from(
                 state, local, self._rank, verify=self._config.verify_restore, more=sources
             )
         finally:
-            del local
+            del local, found
             if held_here:
                 self._client.release(version)
+
+    def _open(self, version: VersionId) -> list[OpenedImage]:
+        with _gone(version):
+            return self._client.open(version)
 
     def capture(
         self,
@@ -194,13 +214,22 @@ class _RemoteSources:
             node=self._context.node,
             incarnation=self._context.incarnation,
         )
-        found = fetch_images(
-            place.smp_address, self._version, identity, bytes.fromhex(self._context.secret)
-        )
+        secret = bytes.fromhex(self._context.secret)
+        with _gone(self._version):
+            found = fetch_images(place.smp_address, self._version, identity, secret)
         return [
             ImageReader(opened.buffer, where=f"rank {opened.rank}'s share on node {place.node}")
             for opened in found
         ]
+
+
+@contextmanager
+def _gone(version: VersionId) -> Iterator[None]:
+    """A snapshot manager that was counted on says that it can't help with ``version``."""
+    try:
+        yield
+    except StateError as error:
+        raise RestoreError(f"step {version.step} can't be put back: {error}") from error
 
 
 def durable_images(context: RankContext, plan: RestorePlan, world_size: int) -> list[ImageReader]:

@@ -12,7 +12,7 @@ import torch
 from ftrain.checkpoint.capture import LazyTensor, tensor_bytes
 from ftrain.checkpoint.codec import decode_tree
 from ftrain.checkpoint.image import ImageReader, Segment
-from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.runtime.state import TrainingState
 
 
@@ -99,8 +99,12 @@ def restore_from(
 ) -> dict[str, Any]:
     """Put a version back: small state from the rank's own image, tensors from whoever has them.
 
-    ``more`` is asked for further images while something is missing.  Raises
-    :class:`StateError` or :class:`CorruptionError` when the version can't be put back.
+    ``more`` is asked for further images while something is missing.
+
+    Raises:
+        StateError: the version is not of this script's model.
+        RestoreError: nobody has some part of it.
+        CorruptionError: bytes of it are damaged.
     """
     mine = None
     while mine is None:
@@ -108,7 +112,7 @@ def restore_from(
         if mine is None:
             further = more()
             if not further:
-                raise StateError(f"no copy of rank {rank}'s own state is left for this version")
+                raise RestoreError(f"no copy of rank {rank}'s own state is left for this version")
             images = [*images, *further]
     small = decode_tree(mine.small)
     if not isinstance(small, dict):
@@ -121,7 +125,7 @@ def restore_from(
         images = [*images, *further]
         chosen, missing = choose_images(keys, images)
     if missing:
-        raise StateError(f"no node holds every part of what ranks {missing[0]} have in common")
+        raise RestoreError(f"no node holds every part of what ranks {missing[0]} have in common")
     restore_tensors(tensors, chosen, verify=verify)
     return small
 

@@ -35,6 +35,7 @@ class Gossip:
         identity: of this manager (role ``smp``).
         address: where it listens.
         on_committed: every node of the group holds this version.
+        on_heard: a node of the group announced a version of its present epoch.
         on_trouble: one sentence for the user.
     """
 
@@ -46,12 +47,14 @@ class Gossip:
         *,
         address: str,
         on_committed: Callable[[VersionId], None],
+        on_heard: Callable[[Sealed], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._store = store
         self._identity = identity
         self._secret = secret
         self._on_committed = on_committed
+        self._on_heard = on_heard
         self._on_trouble = on_trouble
         self._commit = VersionCommit(me=identity.node)
         self._driver: Driver[None] = Driver(
@@ -113,6 +116,7 @@ class Gossip:
                 raise RemoteProtocolError(f"{peer} speaks for node {message.node}")
             if message.version.epoch == self._store.custody.epoch:
                 self._store.keep_smalls(message)
+                self._on_heard(message)
             self._driver.receive(message)
         elif isinstance(message, SealedSeen):
             self._driver.receive(message)

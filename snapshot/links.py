@@ -49,8 +49,13 @@ class LocalLink:
             self._socket.send(message, fds)
         except TimeoutError:
             self._enqueue(message, fds)
-        except PeerLostError as error:
-            self._end(str(error))
+        except PeerLostError as error:  # in the next turn: who posts does not expect messages now
+            self._loop.call_soon(self._lost, str(error))
+
+    def drain(self) -> None:
+        """Take in at once what the peer has said so far, its last words if it is gone."""
+        if self._open:
+            self._readable()
 
     def close(self) -> None:
         """Close the connection; ``on_end`` is not called."""
@@ -77,7 +82,7 @@ class LocalLink:
             except TimeoutError:
                 return
             except PeerLostError as error:
-                self._end(str(error))
+                self._lost(str(error))
                 return
             self._queue.popleft()
             _close_all(fds)
@@ -93,6 +98,11 @@ class LocalLink:
             return
         except (PeerLostError, RemoteProtocolError) as error:
             self._end(str(error))
+
+    def _lost(self, reason: str) -> None:
+        """The peer can't be written to any more; what it said before still counts."""
+        self.drain()
+        self._end(reason)
 
     def _end(self, reason: str) -> None:
         if self._open:

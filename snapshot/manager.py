@@ -18,6 +18,7 @@ from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.local import LocalSocket, from_descriptor
 from ftrain.comms.process import die_with_parent, set_oom_score_adj
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
+from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
 from ftrain.snapshot.flush import Flusher
 from ftrain.snapshot.gossip import Gossip
@@ -79,9 +80,11 @@ class Manager:
             secret,
             address=self._address,
             on_committed=self._committed,
+            on_heard=lambda sealed: self._counts.add(sealed),
             on_trouble=self._trouble,
         )
         self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
+        self._counts = CountsNews(self._link.post)
         self._flusher = Flusher(self._store, setup.checkpoint_dir, self._link.post)
         self._identity = identity
         self._secret = secret
@@ -103,6 +106,7 @@ class Manager:
         finally:
             self._ranks.close()
             self._gossip.close()
+            self._counts.close()
             self._flusher.close()
             self._link.close()
             server.close()

@@ -293,7 +293,11 @@ class _RankSession:
             self.link.post(Granted(request, grant.slot))
 
     def _open(self, message: Open) -> None:
-        images = self._store.images(message.version)
+        try:
+            images = self._store.images(message.version)
+        except (CorruptionError, StateError) as error:
+            self._refuse(message.request, str(error))
+            return
         if not images:
             self._refuse(message.request, f"this node holds nothing of {message.version}")
             return

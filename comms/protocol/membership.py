@@ -80,12 +80,14 @@ class Membership:
         resend_ticks: int = 3,
         flush_ticks: int = 3000,
         flush_margin: int = 2,
+        save_at_end: bool = False,
     ) -> None:
         self._nodes = nodes
         self._max_restarts = max_restarts
         self._resend_ticks = resend_ticks
         self._flush_ticks = flush_ticks
         self._flush_margin = flush_margin
+        self._save_at_end = save_at_end
         self._roster = Roster(nodes, lease_ticks)
         self._hard = MembershipHard.of_launch(hard, launch)
         self._stored = hard
@@ -98,6 +100,7 @@ class Membership:
         self._round: FlushRound | None = None
         self._flush_tries = 0
         self._save_tries = 0
+        self._end_tries = 0
         self._publishing: Publish | None = None
         self._places: tuple[NodePlace, ...] = ()
         self._wait_ticks = 0  # before forming again after a formation could not be made
@@ -269,10 +272,13 @@ class Membership:
             Phase.PAUSING: self._pausing,
             Phase.SAVING: self._saving,
         }
-        before = None
-        while self._phase is not before and self._phase is not Phase.FINISHED:
+        for _ in handlers:  # as many phases as one input may pass through
             before = self._phase
+            if before is Phase.FINISHED:
+                return
             handlers[before]()
+            if self._phase is before:
+                return
 
     def _recovering(self) -> None:
         """A new coordinator process learns where the nodes stand."""
@@ -348,8 +354,29 @@ class Membership:
             self._break(trouble)
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping: {self._hard.stop_cause}")
-        elif all(r.state is NodeState.DONE for r in self._roster.reports()):
+        elif self._all_done():
+            self._finish()
+        else:
+            self._watch_flush()
+
+    def _all_done(self) -> bool:
+        return all(r.state is NodeState.DONE for r in self._roster.reports())
+
+    def _finish(self) -> None:
+        """Every rank ended by itself: the last version goes to the durable level, then all is over.
+
+        Without it, the same command would train the end of the run once more.
+        """
+        durable = self._hard.durable
+        behind = self._committed is not None and (durable is None or self._reached > durable.step)
+        if not self._save_at_end or not behind or self._end_tries >= _FLUSH_TRIES:
             self._end(0, "every rank is done")
+        elif self._round is None and self._publishing is None:
+            last = VersionId(self._hard.epoch, self._reached)
+            self._aim_at(
+                last if self._end_tries == 0 or self._committed is None else self._committed
+            )
+            self._end_tries += 1
         else:
             self._watch_flush()
 
@@ -478,7 +505,7 @@ class Membership:
             return
         self._round = None
         self._flush_tries += 1
-        if self._phase is not Phase.RUNNING:
+        if self._phase is not Phase.RUNNING or self._all_done():
             return
         if self._flush_tries < _FLUSH_TRIES:
             self._aim(max(1, 2 * margin))
@@ -488,6 +515,8 @@ class Membership:
     def _save_from_memory(self) -> None:
         """A stop was asked for and no rank is alive: save the newest version all nodes hold."""
         silent = self._roster.may_return()
+        if self._hard.formations:  # something ran: a node that has not reported may hold it
+            silent += self._roster.unheard()
         if silent or not self._at_rest():
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
         if self._publishing is not None or silent or not self._at_rest():

@@ -72,7 +72,7 @@ class RankFailure:
     """A rank that ended, hung or broke."""
 
     rank: int  # global rank
-    kind: str  # signal | exit | exception | oom | stopped | gil | desync | stall | smp | fork
+    kind: str  # signal | exit | exception | restore | oom | stopped | gil | desync | stall | fork
     cause: str  # plain words: "SIGKILL", "exit code 3", "ValueError: bad shape"
     noticed_ns: int  # CLOCK_MONOTONIC on that node
     traceback: str = ""  # of the user's script, for kind=exception

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ftrain.comms.errors import StateError
 from ftrain.comms.protocol.messages import Held, RestorePlan, VersionId
@@ -22,15 +22,53 @@ class DurableVersion:
     world_size: int
 
 
+@dataclass(slots=True)
+class BadVersions:
+    """Versions that a rank could not put back.
+
+    Memory and durable files are told apart: a version's file may be good where its memory is not.
+    """
+
+    _memory: set[VersionId] = field(default_factory=set)
+    _durable: set[VersionId] = field(default_factory=set)  # (fence, step)
+
+    def add(self, plan: RestorePlan) -> bool:
+        """What ``plan`` names is bad; False when that is known already, or it names nothing."""
+        found = self._durable if plan.level == "durable" else self._memory
+        if plan.version is None or plan.version in found:
+            return False
+        found.add(plan.version)
+        return True
+
+    @property
+    def memory(self) -> frozenset[VersionId]:
+        """Those in memory."""
+        return frozenset(self._memory)
+
+    def good(
+        self, durable: Iterable[DurableVersion]
+    ) -> tuple[DurableVersion | None, tuple[str, ...]]:
+        """The first of ``durable`` that is not bad, and remarks about those before it."""
+        remarks: list[str] = []
+        for version in durable:
+            if VersionId(version.fence, version.step) not in self._durable:
+                return version, tuple(remarks)
+            remarks.append(f"durable step {version.step} of epoch {version.fence} was found bad")
+        return None, tuple(remarks)
+
+
 def choose_restore(
     held: Mapping[int, Sequence[Held]],
     world_size: int,
     durable: DurableVersion | None,
     refused: frozenset[VersionId] = frozenset(),
+    remarks: Sequence[str] = (),
 ) -> RestorePlan:
     """The newest version that can be restored exactly, from the cheapest place that has it.
 
-    ``held``: what each node's snapshot manager holds; ``refused``: versions found bad, never used.
+    ``held``: what each node's snapshot manager holds; ``durable``: the newest durable version that
+    may be used; ``refused``: versions in memory found bad, never used; ``remarks``: what else
+    belongs into the plan's reason.
     A version in memory can be restored when the small section of every rank is somewhere, and for
     every share key one single node holds all parts of it.  ``durable`` wins only when it is newer.
 
@@ -38,11 +76,10 @@ def choose_restore(
     ranks.
     """
     memory, notes = _newest_in_memory(held, world_size, refused)
+    notes += remarks
     if durable is not None:
         durable_id = VersionId(durable.fence, durable.step)
-        if durable_id in refused:
-            notes.append(f"durable step {durable.step} was found bad")
-        elif memory is None or durable_id > memory:
+        if memory is None or durable_id > memory:
             if durable.world_size != world_size:
                 raise StateError(
                     f"{durable.path} was written by {durable.world_size} ranks and this job has "

@@ -141,6 +141,15 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundaryCounts:
+    """How many collectives other nodes' ``ranks`` had enqueued at the boundary of ``version``."""
+
+    version: VersionId
+    ranks: tuple[int, ...]
+    collectives: tuple[int, ...]  # same order as `ranks`
+
+
+@dataclass(frozen=True, slots=True)
 class CapturesFinished:
     """Nothing is left to wait for; ``held`` is the inventory."""
 
@@ -393,6 +402,7 @@ MESSAGES: tuple[type, ...] = (
     Hold,
     Drop,
     Committed,
+    BoundaryCounts,
     CapturesFinished,
     Inventory,
     FlushedFile,

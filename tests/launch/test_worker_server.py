@@ -117,10 +117,12 @@ def test_uncaught_exception_is_described_in_the_error_file_only(
     """
     (rank,) = run(server, place, script)
     assert rank.wait() == 1
-    head, text = rank_main.read_error_file(rank.error_file)
-    assert head == "ValueError: bad shape"
-    assert text.splitlines()[1].strip() == f'File "{place}/train.py", line 5, in <module>'
-    assert "rank_main" not in text
+    error = rank_main.read_error_file(rank.error_file)
+    assert (error.line, error.type) == ("ValueError: bad shape", "builtins.ValueError")
+    assert (
+        error.traceback.splitlines()[1].strip() == f'File "{place}/train.py", line 5, in <module>'
+    )
+    assert "rank_main" not in error.traceback
     assert rank.err == ""
     assert rank.out == "before"
     os.unlink(rank.error_file)
@@ -129,9 +131,9 @@ def test_uncaught_exception_is_described_in_the_error_file_only(
 def test_syntax_error_is_the_ranks_own(server: Serving, place: Path) -> None:
     (rank,) = run(server, place, "x = = 1\n")
     assert rank.wait() == 1
-    head, text = rank_main.read_error_file(rank.error_file)
-    assert head == "SyntaxError: invalid syntax"
-    assert "train.py" in text
+    error = rank_main.read_error_file(rank.error_file)
+    assert error.line == "SyntaxError: invalid syntax"
+    assert "train.py" in error.traceback
     os.unlink(rank.error_file)
 
 

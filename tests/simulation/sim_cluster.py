@@ -199,7 +199,11 @@ class Cluster:
         match effect:
             case Form():
                 self.checkers.epoch_granted(effect.epoch)
-                self.later(self._coordinator_life, lambda: self._form(membership, effect), pump)
+                slow = self.rng.randint(5, 40) if self.now < self.slow_disk_until else -1
+                self.delivered["slow formation"] += slow > 0
+                self.later(
+                    self._coordinator_life, lambda: self._form(membership, effect), pump, slow
+                )
             case Publish():
                 slow = self.rng.randint(5, 60) if self.now < self.slow_disk_until else -1
                 self.delivered["slow publication"] += slow > 0
@@ -388,10 +392,12 @@ class Cluster:
 
     def _fault_cut(self, fault: Fault, node: SimNode) -> None:
         self.delivered["cut"] += 1
+        self.network.cut(node.number, "coordinator", self.now + fault.ticks)
+
+    def _fault_cut_smp(self, fault: Fault, node: SimNode) -> None:
         other = self.nodes[fault.other % len(self.nodes)]
-        if other is node or fault.other % 2:
-            self.network.cut(node.number, "coordinator", self.now + fault.ticks)
-        else:
+        if other is not node:
+            self.delivered["cut between managers"] += 1
             self.network.cut(("smp", node.number), ("smp", other.number), self.now + fault.ticks)
 
     def _fault_replay(self, fault: Fault, node: SimNode) -> None:

@@ -10,6 +10,7 @@ from sim_cluster import Machines
 
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.driver import Driver
+from ftrain.comms.protocol.effects import Form
 from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.membership import Membership, MembershipHard
 from ftrain.comms.protocol.messages import (
@@ -25,7 +26,6 @@ from ftrain.comms.protocol.node import NodeMember
 from ftrain.comms.protocol.node import Phase as NodePhase
 from ftrain.comms.protocol.quorum import Tally
 from ftrain.comms.protocol.ready import Ready
-from ftrain.comms.protocol.roster import Roster
 from ftrain.recovery.protocol.plan import choose_restore
 
 # ---------------------------------------------------------------- version commit
@@ -126,9 +126,13 @@ class GrantsEpochAgain(Membership):
     """An epoch that came to nothing is granted again."""
 
     def _grant(self) -> None:
-        if self._hard.epoch and self._hard.formation is None:
-            self._hard = replace(self._hard, epoch=self._hard.epoch - 1)
+        before = self._hard
         super()._grant()
+        if before.epoch and before.formation is None:
+            self._hard = replace(self._hard, epoch=before.epoch)
+            form = self._effects.pop()
+            assert isinstance(form, Form)
+            self._effects.append(replace(form, epoch=before.epoch))
 
 
 class DoesNotWaitForStops(Membership):
@@ -158,21 +162,6 @@ class TakesAnyFormation(Membership):
 
     def formed(self, epoch: int, formation: Formation | None, why: str = "") -> None:
         super().formed(self._hard.epoch, formation, why)
-
-
-class _LaxRoster(Roster):
-    def accept(self, report: NodeReport) -> bool:
-        entry = self._entries[report.node]
-        entry.report, entry.silent_ticks = report, 0
-        return True
-
-
-class BelievesOldReports(Membership):
-    """Reports are taken in the order in which they happen to come."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._roster = _LaxRoster(options["nodes"], options["lease_ticks"])
 
 
 class OrdersOnce(Membership):
@@ -327,7 +316,6 @@ MUTANTS = (
     _of("older stop trusted", membership=TrustsOldStops),
     _of("publication not awaited", membership=DoesNotWaitForPublication),
     _of("stale formation taken", membership=TakesAnyFormation),
-    _of("old reports believed", membership=BelievesOldReports),
     _of("directive not resent", membership=OrdersOnce),
     _of("stop at lowest boundary", membership=StopsAtTheLowestBoundary),
     _of("flush under old fence counts", membership=CountsOldFiles),

@@ -58,6 +58,7 @@ KINDS = (
     "smp_dies",
     "coordinator_dies",
     "cut",
+    "cut_smp",
     "replay",
     "delay",
     "stall",
@@ -101,16 +102,21 @@ def draw(seed: int) -> Schedule:
     )
     kinds = [kind for kind in KINDS if rng.random() < 0.6] or list(KINDS)
     weights = [_WEIGHTS.get(kind, 1.0) for kind in kinds]
-    faults = [
-        Fault(
-            at=rng.randrange(5, FAULTY_TICKS),
-            kind=kind,
-            node=rng.randrange(12),
-            other=rng.randrange(12),
-            ticks=rng.choice((1, 3, 10, 40, 60)),
-            detail=rng.choice(CRASH_POINTS) if kind == "coordinator_dies" else "",
+    faults = []
+    at = 0
+    for kind in rng.choices(kinds, weights, k=rng.randint(6, 16)):
+        # Faults come in bursts: one thing breaks while another is being repaired.
+        burst = faults and rng.random() < 0.4
+        at = at + rng.randint(0, 6) if burst else rng.randrange(5, FAULTY_TICKS)
+        faults.append(
+            Fault(
+                at=at,
+                kind=kind,
+                node=rng.randrange(12),
+                other=rng.randrange(12),
+                ticks=rng.choice((1, 3, 10, 40, 60)),
+                detail=rng.choice(CRASH_POINTS) if kind == "coordinator_dies" else "",
+            )
         )
-        for kind in rng.choices(kinds, weights, k=rng.randint(6, 16))
-    ]
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
 

@@ -1,0 +1,128 @@
+"""Versions that went bad are passed over: in memory, on the disk, and never silently."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from small_runs import command, events, losses, run, wait_for
+
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.image import ImageReader, ImageState
+from ftrain.comms.errors import CorruptionError
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.recovery.node_file import NodeFile, node_file_path, read_node_file
+
+pytestmark = pytest.mark.slow
+
+HELD_AT = 20
+
+
+@contextmanager
+def held(run_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], NodeFile]]:
+    """A launch whose ranks hold in step ``HELD_AT``; killed at the end if it still runs."""
+    arguments = ["--steps", "40", "--hold-at", str(HELD_AT)]
+    line = command(run_dir, ["--nproc-per-node", "2", *options], arguments)
+    with subprocess.Popen(line, cwd=run_dir.parent) as process:
+        try:
+            wait_for(lambda: all((run_dir.parent / f"held{rank}").exists() for rank in range(2)))
+            node = read_node_file(node_file_path(run_dir, 0))
+            assert node is not None
+            yield process, node
+        finally:
+            process.kill()
+
+
+def slots(node: NodeFile, rank: int) -> dict[VersionId, Path]:
+    """The slots that hold a sealed image of this rank, as files of the snapshot manager."""
+    found = {}
+    for fd in Path(f"/proc/{node.smp_pid}/fd").iterdir():
+        if f"ftrain-rank{rank}-slot" in os.readlink(fd):
+            try:
+                reader = ImageReader(fd.read_bytes())
+            except CorruptionError:
+                continue  # never written
+            if reader.state is ImageState.SEALED:
+                found[reader.identity.version] = fd
+    return found
+
+
+def damage(path: Path) -> None:
+    """Flip one bit of an image's data."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as image:
+        with memoryview(image) as view, view.toreadonly() as shown:
+            place = ImageReader(shown).header.layout.data_offset
+        image[place] ^= 1
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, float]]:
+    """The losses of a run in which nothing happens, by rank."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(run_dir, ["--nproc-per-node", "2"], ["--steps", "40"])
+    return losses(run_dir)
+
+
+def test_a_version_damaged_in_memory_gives_way_to_an_older_one(
+    tmp_path: Path, undisturbed: list[dict[int, float]]
+) -> None:
+    run_dir = tmp_path / "run"
+    with held(run_dir) as (process, node):
+        newest = VersionId(1, HELD_AT)
+        wait_for(lambda: all(newest in slots(node, rank) for rank in range(2)))
+        damage(slots(node, 0)[newest])
+        os.kill(node.ranks[1].pid, signal.SIGKILL)
+        assert process.wait(60) == 0
+    (incident,) = events(run_dir, "incident")
+    assert [failure["kind"] for failure in incident["failures"]] == ["signal", "restore"]
+    assert incident["restore"]["level"] == "memory"
+    assert incident["restore"]["version"] == {"epoch": 1, "step": HELD_AT - 1}
+    assert f"step {HELD_AT} of epoch 1 was found bad" in incident["restore"]["reason"]
+    assert losses(run_dir) == undisturbed
+
+
+def test_memory_that_is_all_damaged_gives_way_to_a_durable_version(
+    tmp_path: Path, undisturbed: list[dict[int, float]]
+) -> None:
+    run_dir = tmp_path / "run"
+    with held(run_dir, "checkpoint.durable_every_s=0.1", "launch.max_restarts=5") as (
+        process,
+        node,
+    ):
+        wait_for(lambda: VersionId(1, HELD_AT) in slots(node, 0))
+        wait_for(lambda: events(run_dir, "published"))
+        for path in slots(node, 0).values():
+            damage(path)
+        os.kill(node.ranks[1].pid, signal.SIGKILL)
+        assert process.wait(60) == 0
+    (incident,) = events(run_dir, "incident")
+    assert incident["restore"]["level"] == "durable"
+    assert f"step {HELD_AT} of epoch 1 was found bad" in incident["restore"]["reason"]
+    assert losses(run_dir) == undisturbed
+
+
+def test_a_damaged_durable_version_gives_way_and_another_model_does_not(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ["--nproc-per-node", "2"]
+    run(run_dir, options, ["--steps", "120", "--save-at", "20", "80"])
+    newest, older = DurableStore(run_dir / "checkpoints").versions()
+    before = losses(run_dir)
+
+    output = run(run_dir, [*options, "launch.max_restarts=1"], ["--width", "128"], code=1)
+    assert "use another run directory" in output
+    assert "2 failures in a row" in output
+    assert "found bad" not in (run_dir / "events.jsonl").read_text()
+
+    damage(newest.file(1))
+    output = run(run_dir, options, ["--steps", "120"])
+    assert "not restored from any more" in output
+    restore = events(run_dir, "formation")[-1]["formation"]["restore"]
+    assert (restore["level"], restore["version"]["step"]) == ("durable", older.step)
+    assert f"durable step {newest.step} of epoch 1 was found bad" in restore["reason"]
+    assert losses(run_dir) == before  # also where a step was done again
