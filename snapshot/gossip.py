@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
+from ftrain.checkpoint.protocol.agreement import collectives_agree
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.channel import Identity, connect
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import AuthenticationError, FtrainError, RemoteProtocolError
-from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
+from ftrain.comms.protocol.messages import Held, Sealed, SealedSeen, VersionId
 from ftrain.comms.protocol.ready import Address
 from ftrain.snapshot.protocol.messages import Peer, SetGroup, Standing, Whereabouts
 from ftrain.snapshot.store import SlotStore
 
 TICK_S = 0.05
 _QUEUED_VERSIONS_MAX = 8
+_HEARD_MAX = 8  # versions whose records from other nodes are kept for comparison
 _RETRY_S_MIN = 0.02
 _RETRY_S_MAX = 1.0
 _CONNECT_S_MAX = 5.0
@@ -64,6 +67,7 @@ class Gossip:
         self._hail = Whereabouts(identity.node, identity.incarnation, address)
         self._addresses: dict[tuple[int, int], str] = {}  # (node, incarnation): as it says itself
         self._announced: set[VersionId] = set()
+        self._heard: dict[VersionId, dict[int, tuple[Held, ...]]] = {}  # by node
         self._ticking: asyncio.Task[None] | None = None
 
     def set_group(self, group: SetGroup) -> None:
@@ -83,7 +87,7 @@ class Gossip:
 
     def sealed(self, version: VersionId) -> None:
         """``version`` is complete on this node."""
-        if version not in self._announced:
+        if version not in self._announced and self._agrees(version):
             self._announced.add(version)
             who = self._identity
             payload = (
@@ -93,6 +97,11 @@ class Gossip:
             )
             self._commit.sealed_here(version, payload)
             self._driver.pump()
+
+    def _agrees(self, version: VersionId) -> bool:
+        """Whether this node's ranks and those heard of belong to one state at ``version``."""
+        heard = self._heard.get(version, {}).values()
+        return collectives_agree(chain(self._store.records(version), *heard))
 
     def tell_standing(self) -> None:
         """Let the others know which versions this node has passed over."""
@@ -117,7 +126,11 @@ class Gossip:
             if message.version.epoch == self._store.custody.epoch:
                 self._store.keep_smalls(message)
                 self._on_heard(message)
-            self._driver.receive(message)
+                self._heard.setdefault(message.version, {})[message.node] = message.held
+                while len(self._heard) > _HEARD_MAX:
+                    del self._heard[min(self._heard)]
+            if self._agrees(message.version):
+                self._driver.receive(message)
         elif isinstance(message, SealedSeen):
             self._driver.receive(message)
         elif isinstance(message, Standing):

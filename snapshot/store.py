@@ -234,6 +234,12 @@ class SlotStore:
             version, node, incarnation, tuple(self._held[place] for place in places), tuple(smalls)
         )
 
+    def records(self, version: VersionId) -> tuple[Held, ...]:
+        """The records of the images of ``version`` that are sealed here."""
+        return tuple(
+            self._held[place] for place in self.custody.sealed(version) if place in self._held
+        )
+
     def keep_smalls(self, sealed: Sealed) -> None:
         """Keep another node's small images; RemoteProtocolError when they are not what they say."""
         if len(sealed.smalls) != len(sealed.held):

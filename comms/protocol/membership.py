@@ -527,12 +527,16 @@ class Membership:
         if newest is not None and (durable is None or newest > durable):
             self._enter(Event.STOP_ASKED, f"saving step {newest.step}, the newest all nodes hold")
             self._aim_at(newest)
-        elif known is None and durable is None and self._reached == 0:
-            self._end(EXIT_SAVED, f"{stopped} with nothing to save")
-        elif durable is not None and (known is None or durable >= known):
+        elif durable is not None and known is not None and durable >= known:
             self._end(EXIT_SAVED, f"{stopped}: step {durable.step} was saved before")
+        elif known is None and self._reached == 0 and self._all_heard():
+            self._end(EXIT_SAVED, f"{stopped} with nothing to save")
         else:
             self._end(EXIT_FAILED, f"{stopped}, but no node's memory has all of a version to save")
+
+    def _all_heard(self) -> bool:
+        """Whether nothing of this launch can be on a node that this process has not heard of."""
+        return not self._hard.formations or len(self._roster.reports()) == self._nodes
 
     # ------------------------------------------------------------------ directives
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ftrain.checkpoint.protocol.agreement import collectives_agree
 from ftrain.comms.errors import StateError
 from ftrain.comms.protocol.messages import Held, RestorePlan, VersionId
 
@@ -137,6 +138,8 @@ def _lack(records: Sequence[tuple[int, Held]], world_size: int) -> str:
     absent = sorted(set(range(world_size)) - ranks)
     if absent:
         return f"lacks {_ranks(absent)}"
+    if not collectives_agree(record for _, record in records):
+        return "holds ranks that had not joined the same collectives"
     keys = {share.key for _, record in records for share in record.shares}
     broken = sorted(keys - _whole_keys(records))
     return f"lacks parts of the state of ranks {broken[0]}" if broken else ""

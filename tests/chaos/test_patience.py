@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chaos_runs import lines
+from small_runs import events, run
 
-JOB = Path(__file__).with_name("small_job.py")
 LIMIT_S = 3.0  # detection.hang_s; ten steps of this job are shorter
 
 
 def launch(folder: Path, overrides: list[str], arguments: list[str], timeout_s: float) -> Path:
     """Run the small job on two ranks; returns the run directory."""
+    folder.mkdir(exist_ok=True)
     run_dir = folder / "run"
-    found = subprocess.run(
-        [sys.executable, "-m", "ftrain.launch.cli", "launch", "--run-dir", str(run_dir)]
-        + ["--nproc-per-node", "2", *overrides, str(JOB), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        cwd=folder,
-    )
-    assert found.returncode == 0, (found.stdout + found.stderr)[-6000:]
+    run(run_dir, ["--nproc-per-node", "2", *overrides], arguments, timeout_s=timeout_s)
     return run_dir
 
 
 def incidents(run_dir: Path) -> list[dict[str, Any]]:
-    return [event for event in lines(run_dir / "events.jsonl") if event["kind"] == "incident"]
+    return events(run_dir, "incident")
 
 
 @pytest.mark.slow
@@ -77,3 +67,22 @@ def test_ten_hangs_are_noticed_within_their_limit(tmp_path: Path, kind: str) -> 
     print(f"{kind}: noticed after {sorted(round(seconds, 2) for seconds in found)} s")
     assert len(found) == 10
     assert max(found) <= LIMIT_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", [("1", "2"), ("2", "1")])
+def test_a_version_with_a_left_out_collective_is_never_restored(
+    tmp_path: Path, topology: tuple[str, str]
+) -> None:
+    nodes, local = topology
+    overrides = ["--local-nodes", nodes, "--nproc-per-node", local]
+    clean = launch(tmp_path / "clean", overrides, ["--steps", "50"], 100)
+    fault = ["faults.kind=skip_collective", "faults.at_step=30"]
+    broken = launch(tmp_path / "broken", [*overrides, *fault], ["--steps", "50"], 100)
+    assert len(incidents(broken)) == 1
+    # The last record of a step counts: the steps after the fault were computed twice.
+    last = [
+        {r["step"]: r["loss"] for r in lines(d / "steps/rank1.jsonl") if r["kind"] == "step"}
+        for d in (clean, broken)
+    ]
+    assert last[0] == last[1]

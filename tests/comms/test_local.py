@@ -85,6 +85,24 @@ def test_large_messages_are_our_own_fault(ends: tuple[LocalSocket, LocalSocket])
     assert right.receive() == (almost, [])
 
 
+def test_last_words_are_heard_although_the_peer_left_without_listening(
+    ends: tuple[LocalSocket, LocalSocket],
+) -> None:
+    left, right = ends
+    right.send(MESSAGE)  # never read: what makes the end a reset
+    fd = os.memfd_create("slot")
+    for number in range(3):
+        left.send(StopRequest(str(number)), [fd])
+    left.close()
+    os.close(fd)
+    for number in range(3):
+        message, fds = right.receive()
+        assert message == StopRequest(str(number))
+        os.close(*fds)
+    with pytest.raises(PeerLostError):
+        right.receive()
+
+
 @pytest.mark.parametrize("data", [b"garbage", b"\x92", b"x" * (MESSAGE_BYTES_MAX + 50)])
 def test_garbage_is_refused_and_its_descriptors_are_closed(
     ends: tuple[LocalSocket, LocalSocket], data: bytes

@@ -163,6 +163,29 @@ def test_other_nodes_counts_show_who_skipped() -> None:
         os.close(fd)
 
 
+def test_other_nodes_counts_of_a_boundary_that_no_sample_shows() -> None:
+    fd = TelemetryPage.create()
+    page = TelemetryPage(fd)
+    observer = Observer(CONFIG, (0, 1))
+    try:
+        for step in range(50):
+            page.record_boundary(step, 2 * step, 1)
+        page[Word.STEP] = 49
+        observer.add(0, os.getpid(), page)
+        assert observer.poll(time.monotonic_ns()) == []
+        observer.record_boundaries(99, {1: 1})  # not reached here
+        observer.record_boundaries(20, {1: 40})
+        assert observer.poll(time.monotonic_ns()) == []
+        observer.record_boundaries(21, {0: 0, 1: 43})  # of its own rank it knows better
+        [verdict] = observer.poll(time.monotonic_ns())
+        assert (verdict.rank, verdict.kind) == (0, "desync")
+        assert verdict.evidence == "42 collectives up to boundary 21, other ranks 43"
+    finally:
+        observer.close()
+        page.close()
+        os.close(fd)
+
+
 def test_stack_is_not_asked_of_who_would_die_of_it() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         assert not request_stack(process.pid)

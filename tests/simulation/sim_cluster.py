@@ -200,13 +200,13 @@ class Cluster:
             case Form():
                 self.checkers.epoch_granted(effect.epoch)
                 slow = self.rng.randint(5, 40) if self.now < self.slow_disk_until else -1
-                self.delivered["slow formation"] += slow > 0
+                self.delivered["slow disk"] += slow > 0
                 self.later(
                     self._coordinator_life, lambda: self._form(membership, effect), pump, slow
                 )
             case Publish():
                 slow = self.rng.randint(5, 60) if self.now < self.slow_disk_until else -1
-                self.delivered["slow publication"] += slow > 0
+                self.delivered["slow disk"] += slow > 0
                 self.later(
                     self._coordinator_life, lambda: self._publish(membership, effect), pump, slow
                 )
@@ -444,6 +444,12 @@ class Cluster:
             self.delivered["stop asked"] += 1
             self._stop_asked = True
             self._guarded(lambda: self.coordinator.receive(StopRequest("Ctrl-C")))
+
+    def _fault_force(self, fault: Fault, node: SimNode) -> None:
+        if self.membership is not None:
+            self.delivered["force asked"] += 1
+            self._stop_asked = True
+            self._guarded(lambda: self.coordinator.receive(StopRequest("force: second Ctrl-C")))
 
     def _fault_signal(self, fault: Fault, node: SimNode) -> None:
         if node.life.alive:

@@ -310,7 +310,7 @@ class SimNode:
     def _committed(self, effect: object) -> None:
         assert isinstance(effect, Committed)
         version = effect.version
-        lacks = ""
+        lacks = "" if version.epoch == self.custody.epoch else "its epoch has passed"
         if self.memory.sealed(version) != set(self.memory.ranks):
             lacks = "its own ranks have not sealed it"
         if self.memory.known(version) != set(range(self.memory.world_size)):

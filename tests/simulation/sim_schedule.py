@@ -71,16 +71,21 @@ KINDS = (
     "flush",
     "stop",
     "signal",
+    "force",
 )
 # A stop ends the job: rarely, else schedules are short.
 _WEIGHTS = {
-    "stop": 0.45,
-    "signal": 0.5,
-    "form_fails": 0.9,
+    "stop": 0.6,
+    "signal": 0.6,
+    "force": 0.5,
+    "cut_smp": 1.8,
     "flush": 1.5,
     "replay": 1.5,
-    "disk_full": 1.5,
+    "disk_full": 2.2,
     "slow_disk": 4.0,
+    "torn_write": 1.5,
+    "fork_fails": 1.4,
+    "form_fails": 1.2,
 }
 CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
 
@@ -89,11 +94,11 @@ def draw(seed: int) -> Schedule:
     """The schedule of a seed."""
     rng = random.Random(seed)
     options = Options(
-        nodes=rng.choice((1, 2, 2, 3)),
+        nodes=rng.choice((1, 2, 2, 3, 3)),
         local_world=rng.choice((1, 2)),
         delay_ticks_max=rng.choice((0, 1, 2, 4)),
         work_ticks_max=rng.choice((1, 3, 8)),
-        steps_total=rng.choice((10**9, 10**9, 10**9, 30)),
+        steps_total=rng.choice((10**9, 10**9, 10**9, 30, 1)),
         step_probability=rng.choice((0.5, 0.9)),
         sharded=rng.random() < 0.25,
         slots=rng.choice((2, 3)),
@@ -104,10 +109,11 @@ def draw(seed: int) -> Schedule:
     weights = [_WEIGHTS.get(kind, 1.0) for kind in kinds]
     faults = []
     at = 0
-    for kind in rng.choices(kinds, weights, k=rng.randint(6, 16)):
+    for kind in rng.choices(kinds, weights, k=rng.randint(8, 20)):
         # Faults come in bursts: one thing breaks while another is being repaired.
         burst = faults and rng.random() < 0.4
-        at = at + rng.randint(0, 6) if burst else rng.randrange(5, FAULTY_TICKS)
+        first = FAULTY_TICKS // 2 if kind in ("stop", "signal", "force") else 5
+        at = at + rng.randint(0, 6) if burst else rng.randrange(first, FAULTY_TICKS)
         faults.append(
             Fault(
                 at=at,

@@ -15,7 +15,13 @@ from ftrain.comms.channel import Identity, connect_blocking
 from ftrain.comms.errors import AuthenticationError, PeerLostError, StateError
 from ftrain.comms.protocol.messages import Sealed, VersionId
 from ftrain.snapshot.fetch import fetch_images
-from ftrain.snapshot.protocol.messages import AskInventory, Committed, FetchRequest, Standing
+from ftrain.snapshot.protocol.messages import (
+    AskInventory,
+    BoundaryCounts,
+    Committed,
+    FetchRequest,
+    Standing,
+)
 
 
 def v(step: int, epoch: int = 1) -> VersionId:
@@ -66,6 +72,16 @@ def test_versions_commit_when_every_node_sealed_them(pair: list[Manager]) -> Non
                 manager.newest_committed(v(step))
         whole = {(held.rank, held.whole) for held in pair[0].inventory() if held.version == v(11)}
         assert whole == {(0, True), (1, False)}
+
+
+def test_agents_hear_what_other_nodes_ranks_had_enqueued(pair: list[Manager]) -> None:
+    form(pair)
+    with Rank(pair[0], 0, world_size=2) as one, Rank(pair[1], 1, world_size=2) as two:
+        for step in (1, 2):
+            one.capture(step)
+            two.capture(step)
+        pair[0].expect(BoundaryCounts, BoundaryCounts(v(2), (1,), (2,)).__eq__)
+        pair[1].expect(BoundaryCounts, BoundaryCounts(v(2), (0,), (2,)).__eq__)
 
 
 def test_one_node_is_never_more_than_its_slots_ahead(pair: list[Manager]) -> None:

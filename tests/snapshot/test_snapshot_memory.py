@@ -99,6 +99,24 @@ def test_link_queues_for_a_slow_peer_and_keeps_order_and_descriptors() -> None:
     asyncio.run(scenario())
 
 
+def test_link_hears_last_words_before_it_says_that_the_peer_is_gone() -> None:
+    async def scenario() -> None:
+        ours, theirs = local.pair()
+        news: list[object] = []
+        link = LocalLink(ours, lambda message, fds: news.append(message), news.append)
+        link.post(Flush(VersionId(1, 1), 1))  # never read
+        for step in range(3):
+            theirs.send(Committed(VersionId(1, step)))
+        theirs.close()
+        link.post(Flush(VersionId(1, 2), 1))  # the first to notice
+        assert news == []
+        await asyncio.sleep(0.01)
+        assert news[:3] == [Committed(VersionId(1, step)) for step in range(3)]
+        assert len(news) == 4
+
+    asyncio.run(scenario())
+
+
 def test_link_says_once_that_the_peer_is_gone() -> None:
     async def scenario() -> None:
         ours, theirs = local.pair()
