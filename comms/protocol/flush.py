@@ -24,7 +24,7 @@ class FlushRound:
         self.age_ticks = 0
         self._tally = Tally(nodes)
         self._refusals: dict[int, str] = {}
-        self._answered: set[int] = set()
+        self._prepared: set[int] = set()
 
     def hear(self, report: NodeReport) -> None:
         """Take what a report says about this order; what it says about others does not count."""
@@ -35,11 +35,12 @@ class FlushRound:
         for version in report.prepared:
             if version >= self.target:
                 self._tally.vote(report.node, version)
-                self._answered.add(report.node)
+                self._prepared.add(report.node)
 
-    def answered(self, node: int) -> bool:
-        """Whether ``node`` has prepared something or refused."""
-        return node in self._answered or node in self._refusals
+    @property
+    def answered(self) -> set[int]:
+        """The nodes that have prepared something or refused."""
+        return self._prepared | self._refusals.keys()
 
     def prepared(self) -> VersionId | None:
         """The newest version that all nodes prepared."""
@@ -51,6 +52,6 @@ class FlushRound:
             return ""
         if self._refusals:
             return "; ".join(f"node {n}: {why}" for n, why in sorted(self._refusals.items()))
-        if self._tally.members <= self._answered:
+        if self._tally.members <= self._prepared:
             return "the nodes wrote different versions"
         return ""

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ftrain.comms.errors import LocalProtocolError
+from ftrain.comms.protocol.directives import AT_REST, Outbox, with_addresses
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
 from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.messages import (
@@ -54,7 +55,6 @@ __all__ = ["TRANSITIONS", "Event", "Membership", "MembershipHard", "Phase"]
 _FLUSH_TRIES = 6
 _SAVE_TRIES = 3
 _RUNS = (NodeState.RUNNING, NodeState.DONE)
-_AT_REST = (NodeState.IDLE, NodeState.STOPPED)
 
 
 class Membership:
@@ -93,7 +93,7 @@ class Membership:
         self._stored = hard
         self._messages: list[tuple[Address, object]] = []
         self._effects: list[object] = []
-        self._sent: dict[int, tuple[int, Directive, int]] = {}  # incarnation, what, ticks ago
+        self._outbox = Outbox(resend_ticks)
         self._reason = ""
         self._committed: VersionId | None = None
         self._reached = 0  # highest boundary of any rank since the last formation
@@ -139,7 +139,7 @@ class Membership:
         self._wait_ticks = max(0, self._wait_ticks - 1)
         if self._round is not None:
             self._round.age_ticks += 1
-        self._sent = {n: (i, d, age + 1) for n, (i, d, age) in self._sent.items()}
+        self._outbox.tick()
         self._advance()
 
     def receive(self, message: object) -> None:
@@ -391,7 +391,7 @@ class Membership:
     def _at_rest(self) -> bool:
         """No present node has a rank, nor will it start one of an epoch granted so far."""
         return all(
-            r.state in _AT_REST and r.epoch >= self._hard.epoch for r in self._roster.present()
+            r.state in AT_REST and r.epoch >= self._hard.epoch for r in self._roster.present()
         )
 
     def _pausing(self) -> None:
@@ -429,7 +429,7 @@ class Membership:
             return
         for node in range(self._nodes):
             absence = self._roster.absence(node)
-            if absence and not self._round.answered(node):
+            if absence and node not in self._round.answered:
                 self._end(
                     EXIT_FAILED, f"step {self._round.target.step} is lost: node {node} {absence}"
                 )
@@ -555,46 +555,19 @@ class Membership:
                 hard.epoch, Order.FLUSH, flush=self._round.target, fence=self._round.fence
             )
         if self._phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
-            return Directive(hard.epoch, Order.RUN, self._with_addresses(hard.formation))
+            formation = with_addresses(hard.formation, self._roster.reports())
+            return Directive(hard.epoch, Order.RUN, formation)
         return Directive(hard.epoch, Order.WAIT, reason=self._reason)
-
-    def _with_addresses(self, formation: Formation) -> Formation:
-        """The formation with the snapshot managers' present addresses: one may be a new one."""
-        now = {r.node: r.smp_address for r in self._roster.reports()}
-        if all(now.get(p.node) in ("", p.smp_address) for p in formation.places):
-            return formation
-        places = (
-            replace(p, smp_address=now.get(p.node) or p.smp_address) for p in formation.places
-        )
-        return replace(formation, places=tuple(places))
 
     def _direct(self) -> None:
         """Send each node its directive when it is new, and again until it is followed."""
         directive = self._directive()
         if directive.order is Order.WAIT:
             return
-        for report in self._roster.reports():
-            sent = self._sent.get(report.node)
-            if sent is not None and sent[:2] == (report.incarnation, directive):
-                pace = 10 if self._followed(report, directive) else 1
-                if sent[2] < self._resend_ticks * pace:
-                    continue
-            self._sent[report.node] = (report.incarnation, directive, 0)
-            self._messages.append((report.node, directive))
-
-    def _followed(self, report: NodeReport, directive: Directive) -> bool:
-        order = directive.order
-        if order is Order.STOP:
-            return report.state in _AT_REST and report.epoch >= directive.epoch
-        if report.epoch != directive.epoch:
-            return False
-        if order is Order.PAUSE:
-            return report.pausing
-        if order is Order.STOP_AT:
-            return report.state is NodeState.DONE
-        if order is Order.FLUSH:
-            return self._round is not None and self._round.answered(report.node)
-        return order is Order.RUN
+        reports = self._roster.reports()
+        answered = self._round.answered if self._round is not None else set()
+        for node in self._outbox.due(reports, directive, flush_answered=answered):
+            self._messages.append((node, directive))
 
 
 def _newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId | None:

@@ -8,10 +8,10 @@ message costs nothing but time; ``sequence`` orders the reports of one incarnati
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class NodeState(str, Enum):
+class NodeState(StrEnum):
     """What a node's ranks are doing, as its agent reports it."""
 
     IDLE = "idle"  # no rank was started in `epoch`, or all of an older epoch are gone
@@ -21,7 +21,7 @@ class NodeState(str, Enum):
     DONE = "done"  # every local rank of `epoch` ended by itself with code 0
 
 
-class Order(str, Enum):
+class Order(StrEnum):
     """What the coordinator wants of a node."""
 
     WAIT = "wait"  # stay as you are

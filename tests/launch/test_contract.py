@@ -91,6 +91,7 @@ def test_threads_are_a_fair_share(tmp_path: Path) -> None:
     assert threads_per_rank(make_job(tmp_path, threads_per_rank=5)) == 5
     assert server_environment({"A": "b"}, 5) == {
         "A": "b",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "OMP_NUM_THREADS": "5",
         "MKL_NUM_THREADS": "5",
         "OPENBLAS_NUM_THREADS": "1",

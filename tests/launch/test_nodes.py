@@ -229,7 +229,7 @@ def test_graceful_stop_ends_all_ranks_at_one_boundary(
     ends = {log.read_text().splitlines()[1] for log in logs}
     assert len(ends) == 1
     assert ends.pop().startswith("stopped at ")
-    assert "no version is complete to save" in launch.text
+    assert "all of a version to save" in launch.text
 
 
 @pytest.mark.slow

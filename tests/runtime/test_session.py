@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 HEAD = """
-import sys, time, warnings
+import os, sys, time, warnings
 import torch
 import ftrain
 from torch.utils.data import DataLoader
@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 def test_a_killed_run_goes_on_from_its_saved_version(
     tmp_path: Path, undisturbed: dict[int, float]
 ) -> None:
-    extra = "session.save() if step == 7 else None; step == 11 and __import__('os').kill(0 + __import__('os').getpid(), 9)"
+    extra = "session.save() if step == 7 else None; step == 11 and os.kill(os.getpid(), 9)"
     killed = run(tmp_path, loop(extra=extra), check=False)
     assert killed.returncode == -signal.SIGKILL
     resumed = run(tmp_path, loop())
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_from_its_saved_version(
 def test_a_signal_saves_and_the_next_run_goes_on(
     tmp_path: Path, undisturbed: dict[int, float], number: signal.Signals
 ) -> None:
-    extra = f"step == 9 and __import__('os').kill(__import__('os').getpid(), {int(number)})"
+    extra = f"step == 9 and os.kill(os.getpid(), {int(number)})"
     stopped = run(tmp_path, loop(extra=extra), check=False)
     assert stopped.returncode == 75
     assert "run me again" in stopped.stderr
@@ -109,7 +109,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
 def test_a_damaged_version_is_passed_over_for_an_older_one(
     tmp_path: Path, undisturbed: dict[int, float]
 ) -> None:
-    extra = "step in (4, 9) and session.save(); step == 11 and __import__('os')._exit(1)"
+    extra = "step in (4, 9) and session.save(); step == 11 and os._exit(1)"
     run(tmp_path, loop(extra=extra), check=False)
     newest = tmp_path / "ftrain-runs/job/checkpoints/1/10/rank0.ftr"
     data = bytearray(newest.read_bytes())
@@ -173,7 +173,7 @@ def test_accumulation_goes_back_to_its_first_micro_batch(tmp_path: Path) -> None
     whole.mkdir()
     broken.mkdir()
     run(whole, ACCUMULATE.replace("EXTRA", "pass"))
-    extra = "step == 8 and session.save(); step == 13 and __import__('os')._exit(1)"
+    extra = "step == 8 and session.save(); step == 13 and os._exit(1)"
     run(broken, ACCUMULATE.replace("EXTRA", extra), check=False)
     run(broken, ACCUMULATE.replace("EXTRA", "pass"))
     assert losses(broken) == losses(whole)
@@ -204,7 +204,7 @@ for step, batch in session.steps():
     whole.mkdir()
     broken.mkdir()
     run(whole, body.replace("EXTRA", "pass"), head=head)
-    extra = "step == 4 and session.save(); step == 6 and __import__('os')._exit(1)"
+    extra = "step == 4 and session.save(); step == 6 and os._exit(1)"
     run(broken, body.replace("EXTRA", extra), head=head, check=False)
     run(broken, body.replace("EXTRA", "pass"), head=head)
     assert losses(broken) == losses(whole)
@@ -228,7 +228,7 @@ for step, batch in session.steps():
     whole.mkdir()
     broken.mkdir()
     run(whole, body.replace("EXTRA", "pass"))
-    extra = "step == 6 and session.save(); step == 9 and __import__('os')._exit(1)"
+    extra = "step == 6 and session.save(); step == 9 and os._exit(1)"
     run(broken, body.replace("EXTRA", extra), check=False)
     run(broken, body.replace("EXTRA", "pass"))
     assert losses(broken) == losses(whole)

@@ -59,9 +59,13 @@ class Checkers:
         """A restore plan was made, while all the memory it speaks of is there."""
         demand(chosen == best, f"plan restores {chosen}, newest restorable is {best}")
 
-    def manifest_published(self, fence: int, version: VersionId, written: set[int], nodes: int) -> None:
+    def manifest_published(
+        self, fence: int, version: VersionId, written: set[int], nodes: int
+    ) -> None:
         """A manifest appears; ``written``: nodes with durable files of it under that fence."""
-        demand(fence == self.granted, f"published under fence {fence}, epoch {self.granted} granted")
+        demand(
+            fence == self.granted, f"published under fence {fence}, epoch {self.granted} granted"
+        )
         demand(
             written == set(range(nodes)),
             f"manifest of {version} under fence {fence}, but only nodes {written} wrote it",

@@ -478,14 +478,16 @@ class Cluster:
         self._crash_at = ""
         self._coordinator_back = self.now
         self._coordinator_stalled_until = self.slow_disk_until = -1
-        self._node_back = {n: self.now for n in self._node_back}
+        self._node_back = dict.fromkeys(self._node_back, self.now)
         for node in self.nodes:
             node.stalled_until = node.disk_full_until = -1
 
     def _goal(self) -> Callable[[], bool]:
-        """Every node runs, ten steps further, with a version committed on each and one durable."""
-        reached = max((r.boundary for r in self._alive_ranks()), default=0) + 10
-        durable = max((f for f, _ in self.checkers.published), default=0)
+        """Ten steps further, every node commits in the present epoch, and a version gets durable.
+
+        Or the job is over and every agent gone.
+        """
+        target = min(self.reached + 10, self.options.steps_total)
         began = self.now
 
         def met() -> bool:
@@ -493,25 +495,20 @@ class Cluster:
             if membership is None:
                 return False
             if membership.phase is Phase.FINISHED:
-                return all(not n.life.alive for n in self.nodes) and not self._node_back
-            if membership.hard.stop_cause or membership.phase is not Phase.RUNNING:
+                return not any(n.life.alive for n in self.nodes) and not self._node_back
+            if membership.phase is not Phase.RUNNING or membership.hard.stop_cause:
                 return False
-            if self.now - began > 250 and self.now % 40 == 0:
+            if (self.now - began) % 40 == 0:
                 membership.request_flush()
-            newest = max((v for _, v in self.checkers.published), default=VersionId(0, 0))
+            epoch = membership.hard.epoch
+            newest = max((v for _, v in self.checkers.published), default=None)
             return (
-                all(r.boundary >= min(reached, self.options.steps_total) for r in self._alive_ranks())
-                and all(n.commit.newest is not None for n in self.nodes)
-                and all(
-                    n.commit.newest and n.commit.newest.epoch == membership.hard.epoch
-                    for n in self.nodes
-                )
-                and newest.epoch == membership.hard.epoch
-                and durable >= 0
+                all(r.boundary >= target for r in self._alive_ranks())
+                and all(n.commit.newest and n.commit.newest.epoch == epoch for n in self.nodes)
+                and newest is not None
+                and newest.epoch == epoch
             )
 
-        if self.membership is not None:
-            self.membership.request_flush()
         return met
 
     def why_not(self) -> str:

@@ -10,6 +10,7 @@ from sim_cluster import Machines
 
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.driver import Driver
+from ftrain.comms.protocol.directives import Outbox
 from ftrain.comms.protocol.effects import Form
 from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.membership import Membership, MembershipHard
@@ -164,12 +165,17 @@ class TakesAnyFormation(Membership):
         super().formed(self._hard.epoch, formation, why)
 
 
+class _OneShot(Outbox):
+    def tick(self) -> None:
+        pass
+
+
 class OrdersOnce(Membership):
     """A directive is sent once."""
 
-    def _followed(self, report: NodeReport, directive: Directive) -> bool:
-        self._sent[report.node] = (report.incarnation, directive, -(10**9))
-        return True
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._outbox = _OneShot(1)
 
 
 class StopsAtTheLowestBoundary(Membership):
@@ -208,9 +214,9 @@ class PublishesOnMajority(Membership):
     """A manifest is published when most nodes have written their files."""
 
     def _watch_flush(self) -> None:
-        if self._round is not None and len(self._round._answered) * 2 > self._nodes:
+        if self._round is not None and len(self._round.answered) * 2 > self._nodes:
             tally = self._round._tally
-            tally.members = frozenset(self._round._answered)
+            tally.members = frozenset(self._round.answered)
         super()._watch_flush()
 
 

@@ -323,8 +323,8 @@ class SimNode:
             return
         order, since = self.flush
         newest = self.commit.newest
-        # A version that the coordinator knows to be whole everywhere may be of an older group, which
-        # can't commit here any more.
+        # A version that the coordinator knows to be whole everywhere may be of an older group,
+        # which can't commit here any more.
         if self._whole(order.version) and (
             newest == order.version or order.version.epoch < self.commit.epoch
         ):
@@ -356,5 +356,3 @@ class SimNode:
     def _written(self, fence: int, version: VersionId) -> None:
         self.cluster.files.setdefault((fence, version), set()).add(self.number)
         self.member.flushed(version)
-
-

@@ -76,7 +76,7 @@ KINDS = (
 # A stop ends the job: rarely, else schedules are short.
 _WEIGHTS = {
     "stop": 0.6,
-    "signal": 0.6,
+    "signal": 0.9,
     "force": 0.5,
     "cut_smp": 1.8,
     "flush": 1.5,
@@ -125,4 +125,3 @@ def draw(seed: int) -> Schedule:
             )
         )
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))
-

@@ -1,0 +1,65 @@
+"""Directives are said again until they are followed: when to say them, and what following is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ftrain.comms.protocol.messages import Directive, Formation, NodeReport, NodeState, Order
+
+AT_REST = (NodeState.IDLE, NodeState.STOPPED)
+_FOLLOWED_PACE = 10  # a directive that is followed is said again this much more rarely
+
+
+class Outbox:
+    """Remembers what each node was told, and how long ago."""
+
+    def __init__(self, resend_ticks: int) -> None:
+        self._resend_ticks = resend_ticks
+        self._sent: dict[int, tuple[int, Directive]] = {}  # incarnation, what
+        self._ticks_ago: dict[int, int] = {}
+
+    def tick(self) -> None:
+        """One unit of logical time has passed."""
+        for node in self._ticks_ago:
+            self._ticks_ago[node] += 1
+
+    def due(
+        self, reports: Sequence[NodeReport], directive: Directive, *, flush_answered: set[int]
+    ) -> Iterator[int]:
+        """The nodes that have to be told ``directive`` now, for the first time or again."""
+        for report in reports:
+            node = report.node
+            if self._sent.get(node) == (report.incarnation, directive):
+                done = followed(report, directive, flush_answered=node in flush_answered)
+                pace = _FOLLOWED_PACE if done else 1
+                if self._ticks_ago[node] < self._resend_ticks * pace:
+                    continue
+            self._sent[node] = (report.incarnation, directive)
+            self._ticks_ago[node] = 0
+            yield node
+
+
+def followed(report: NodeReport, directive: Directive, *, flush_answered: bool) -> bool:
+    """Whether a node's report shows that it does what the directive says."""
+    order = directive.order
+    if order is Order.STOP:
+        return report.state in AT_REST and report.epoch >= directive.epoch
+    if report.epoch != directive.epoch:
+        return False
+    if order is Order.PAUSE:
+        return report.pausing
+    if order is Order.STOP_AT:
+        return report.state is NodeState.DONE
+    if order is Order.FLUSH:
+        return flush_answered
+    return order is Order.RUN
+
+
+def with_addresses(formation: Formation, reports: Sequence[NodeReport]) -> Formation:
+    """The formation with the snapshot managers' present addresses: one may be a new one."""
+    now = {r.node: r.smp_address for r in reports}
+    if all(now.get(p.node) in (None, "", p.smp_address) for p in formation.places):
+        return formation
+    places = (replace(p, smp_address=now.get(p.node) or p.smp_address) for p in formation.places)
+    return replace(formation, places=tuple(places))

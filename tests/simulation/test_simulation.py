@@ -1,0 +1,172 @@
+"""The real machines in a simulated world in which everything breaks.
+
+``pytest -m slow tests/simulation -s`` runs the thousand fixed seeds and prints what was delivered.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from sim_checkers import Violation
+from sim_cluster import Cluster, Machines, simulate
+from sim_schedule import Fault, Options, Schedule, draw
+from sim_shrink import failure, shrink
+
+from ftrain.comms.protocol import membership as membership_module
+from ftrain.comms.protocol import node as node_module
+from ftrain.comms.protocol.membership import Membership
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.protocol.node import NodeMember
+
+QUICK_SEEDS = 60
+FIXED_SEEDS = 1000
+FRESH_SEEDS = 24
+# Not faults of the weather: things done to a world that has to carry on as if nothing were.
+KINDS_EXPECTED = 19
+
+
+class Rows:
+    """Which rows of the transition tables were taken."""
+
+    def __init__(self) -> None:
+        self.taken: Counter[Any] = Counter()
+        taken = self.taken
+
+        class Coordinator(Membership):
+            def _enter(self, event: Any, reason: str) -> None:
+                taken[self._phase, event] += 1
+                super()._enter(event, reason)
+
+        class Agent(NodeMember):
+            def _enter(self, event: Any) -> None:
+                taken[self._phase, event] += 1
+                super()._enter(event)
+
+        self.machines = Machines(membership=Coordinator, node=Agent)
+
+    def missing(self) -> list[str]:
+        """Rows that were never taken."""
+        return [
+            f"{type(phase).__module__}: {phase.name} {event.name}"
+            for module in (membership_module, node_module)
+            for phase, row in module.TRANSITIONS.items()
+            for event in row
+            if not self.taken[phase, event]
+        ]
+
+
+def run_seed(seed: int, machines: Machines | None = None) -> Cluster:
+    """Simulate a seed; a failure is shrunk and told in full."""
+    try:
+        return simulate(draw(seed), machines)
+    except Exception as error:
+        shrunk = shrink(draw(seed))
+        raise AssertionError(
+            f"seed {seed} fails: {error}\nshrunk from {len(draw(seed).faults)} to "
+            f"{len(shrunk.faults)} faults: {shrunk}\n{failure(shrunk)}"
+        ) from error
+
+
+def run_seeds(seeds: range, machines: Machines | None = None) -> Counter[str]:
+    """Simulate seeds; returns the faults delivered, by kind."""
+    delivered: Counter[str] = Counter()
+    for seed in seeds:
+        delivered += run_seed(seed, machines).delivered
+    return delivered
+
+
+def test_quick_seeds() -> None:
+    delivered = run_seeds(range(QUICK_SEEDS))
+    assert delivered.total() >= 5 * QUICK_SEEDS
+    assert len(delivered) >= KINDS_EXPECTED
+
+
+def test_fresh_seeds() -> None:
+    first = random.Random(time.time_ns()).randrange(10**6, 10**9)
+    print(f"fresh seeds from {first}")
+    run_seeds(range(first, first + FRESH_SEEDS))
+
+
+@pytest.mark.slow
+def test_thousand_seeds() -> None:
+    rows, began = Rows(), time.process_time()
+    delivered = run_seeds(range(FIXED_SEEDS), rows.machines)
+    print(f"\n{FIXED_SEEDS} seeds in {time.process_time() - began:.0f} s; faults delivered:")
+    for kind, count in delivered.most_common():
+        print(f"  {kind:22s} {count:7d}")
+    assert delivered.total() >= 5 * FIXED_SEEDS
+    assert {kind: n for kind, n in delivered.items() if n < 200} == {}
+    assert len(delivered) >= KINDS_EXPECTED
+    assert rows.missing() == []
+
+
+def test_a_seed_is_one_world() -> None:
+    first, second = simulate(draw(7)), simulate(draw(7))
+    assert first.now == second.now
+    assert first.delivered == second.delivered
+    assert first.disk == second.disk
+    assert first.checkers.published == second.checkers.published
+
+
+def quiet(*faults: Fault, **options: Any) -> Schedule:
+    """A world with good weather but for these faults."""
+    return Schedule(1, Options(**options), faults)
+
+
+@pytest.mark.parametrize("point", ["now", "before_persist", "after_persist", "mid_send"])
+def test_coordinator_death_alone_stops_nobody(point: str) -> None:
+    fault = Fault(60, "coordinator_dies", ticks=40, detail=point)
+    cluster = simulate(quiet(fault, flush_every_ticks=20))
+    assert cluster.checkers.granted == 1
+    assert cluster.incidents == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stop_saves_the_furthest_boundary(seed: int) -> None:
+    options = Options(nodes=1 + seed % 3, slots=3)
+    cluster = simulate(Schedule(seed, options, (Fault(70, "stop"),)))
+    assert cluster.exit_code == 75
+    assert cluster.checkers.published[-1] == (1, VersionId(1, cluster.furthest))
+
+
+def test_stop_survives_the_coordinator() -> None:
+    faults = (Fault(70, "stop"), Fault(71, "coordinator_dies", ticks=20, detail="now"))
+    cluster = simulate(quiet(*faults))
+    assert cluster.exit_code == 75
+    assert cluster.checkers.published[-1][1].step == cluster.furthest
+
+
+def test_rank_death_while_stopping_saves_what_all_hold() -> None:
+    cluster = simulate(quiet(Fault(70, "stop"), Fault(71, "rank_dies")))
+    assert cluster.exit_code == 75
+    assert cluster.checkers.granted == 1
+    assert cluster.checkers.published[-1][1].step >= cluster.furthest - 2
+
+
+def test_one_death_is_one_incident() -> None:
+    cluster = simulate(quiet(Fault(60, "rank_dies", node=1)))
+    (incident,) = cluster.incidents
+    assert incident.cause == "rank 2 (node 1) died: SIGKILL"
+    assert [f.rank for f in incident.failures] == [2]
+    assert (incident.epoch, incident.new_epoch) == (1, 2)
+    assert incident.steps_recomputed == cluster.checkers.steps_lost <= 2
+
+
+def test_a_failure_that_comes_back_ends_the_job() -> None:
+    faults = tuple(Fault(20 + i, "rank_raises") for i in range(100))
+    schedule = quiet(*faults, max_restarts=2)
+    with pytest.raises(Violation, match=r"exit 1 unasked: .*3 failures in a row.*very same"):
+        simulate(schedule)
+
+
+def test_shrinking_keeps_what_matters() -> None:
+    faults = [Fault(20 + i, "rank_raises") for i in range(60)]
+    faults += [Fault(5 * i, "clock_jump", ticks=1) for i in range(20)]
+    schedule = quiet(*sorted(faults, key=lambda f: f.at), max_restarts=0)
+    shrunk = shrink(schedule)
+    assert [f.kind for f in shrunk.faults] == ["rank_raises"]
+    assert "failures in a row" in failure(shrunk)
