@@ -141,11 +141,6 @@ def create_handler(parameters: RendezvousParameters) -> FtrainRendezvous:
     return FtrainRendezvous(meeting, parameters.run_id, nodes, own, timeout_s)
 
 
-def get_handler() -> Callable[[RendezvousParameters], FtrainRendezvous]:
-    """What torchrun's entry point group ``torchrun.handlers`` wants."""
-    return create_handler
-
-
 def _meet(host: str, port: int, *, is_host: bool | None) -> TCPStore:
     """The store at the endpoint: hosted here if the address is this machine's and free."""
     if is_host or is_host is None:

@@ -445,7 +445,7 @@ class Membership:
         words = trouble.words(self._hard.formation)
         hard = self._hard
         if hard.counted_epoch != hard.epoch:  # once per epoch, whoever counts
-            hard = count_failure(hard, self._committed, words)
+            hard = count_failure(hard, self._committed, trouble.nature())
         self._hard = begin_incident(hard, trouble, words, self._reached)
         if hard.failures_in_row > self._max_restarts and not hard.stop_cause:
             self._end(

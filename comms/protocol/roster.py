@@ -26,6 +26,11 @@ class Trouble:
     def __bool__(self) -> bool:
         return bool(self.failures or self.nodes)
 
+    def nature(self) -> str:
+        """What happened, apart from the rank that it happened to: equal when a bug comes back."""
+        kinds = sorted({f"{f.kind}: {f.cause}" for f in self.failures})
+        return "; ".join([*kinds, *(f"node {n} {why}" for n, why in self.nodes)])
+
     def words(self, formation: Formation | None) -> str:
         """One line: what happened to whom."""
         where = {} if formation is None else ranks_to_nodes(formation)

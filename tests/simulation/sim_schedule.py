@@ -75,9 +75,9 @@ KINDS = (
 )
 # A stop ends the job: rarely, else schedules are short.
 _WEIGHTS = {
-    "stop": 0.6,
+    "stop": 0.5,
     "signal": 0.9,
-    "force": 0.5,
+    "force": 0.45,
     "cut_smp": 1.8,
     "flush": 1.5,
     "replay": 1.5,
@@ -85,7 +85,7 @@ _WEIGHTS = {
     "slow_disk": 4.0,
     "torn_write": 1.5,
     "fork_fails": 1.4,
-    "form_fails": 1.2,
+    "form_fails": 2.0,
 }
 CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
 
