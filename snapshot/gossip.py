@@ -87,16 +87,23 @@ class Gossip:
 
     def sealed(self, version: VersionId) -> None:
         """``version`` is complete on this node."""
-        if version not in self._announced and self._agrees(version):
-            self._announced.add(version)
-            who = self._identity
-            payload = (
-                self._store.announcement(version, who.node, who.incarnation)
-                if self._peers
-                else Sealed(version, who.node, who.incarnation, (), ())
-            )
+        if version in self._announced:
+            return
+        self._announced.add(version)
+        who = self._identity
+        payload = (
+            self._store.announcement(version, who.node, who.incarnation)
+            if self._peers
+            else Sealed(version, who.node, who.incarnation, (), ())
+        )
+        if self._agrees(version):
             self._commit.sealed_here(version, payload)
             self._driver.pump()
+            return
+        # It will not be committed, but the others have to learn which rank it is that differs.
+        payload = replace(payload, smalls=(b"",) * len(payload.held))
+        for link in self._peers.values():
+            link.post(payload)
 
     def _agrees(self, version: VersionId) -> bool:
         """Whether this node's ranks and those heard of belong to one state at ``version``."""

@@ -162,6 +162,7 @@ class Cluster:
             max_restarts=self.options.max_restarts,
             lease_ticks=self.options.lease_ticks,
             flush_ticks=100,
+            save_at_end=self.options.save_at_end,
         )
         self.coordinator = self.machines.driver(
             self.membership, self._persist, self._direct, self._perform

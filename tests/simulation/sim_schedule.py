@@ -24,6 +24,7 @@ class Options:
     max_restarts: int = 10**6
     lease_ticks: int = 25
     flush_every_ticks: int = 0
+    save_at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ _WEIGHTS = {
     "cut_smp": 1.8,
     "flush": 1.5,
     "replay": 1.5,
+    "delay": 2.0,
     "disk_full": 2.2,
     "slow_disk": 4.0,
     "torn_write": 1.5,
@@ -104,6 +106,7 @@ def draw(seed: int) -> Schedule:
         slots=rng.choice((2, 3)),
         lease_ticks=rng.choice((15, 30)),
         flush_every_ticks=rng.choice((0, 0, 20)),
+        save_at_end=rng.random() < 0.5,
     )
     kinds = [kind for kind in KINDS if rng.random() < 0.6] or list(KINDS)
     weights = [_WEIGHTS.get(kind, 1.0) for kind in kinds]

@@ -133,6 +133,13 @@ def test_stop_saves_the_furthest_boundary(seed: int) -> None:
     assert cluster.checkers.published[-1] == (1, VersionId(1, cluster.furthest))
 
 
+@pytest.mark.parametrize("save_at_end", [False, True])
+def test_the_end_of_a_run_can_be_durable(save_at_end: bool) -> None:
+    cluster = simulate(quiet(steps_total=20, save_at_end=save_at_end))
+    assert cluster.exit_code == 0
+    assert [v.step for _, v in cluster.checkers.published] == ([20] if save_at_end else [])
+
+
 def test_stop_survives_the_coordinator() -> None:
     faults = (Fault(70, "stop"), Fault(71, "coordinator_dies", ticks=20, detail="now"))
     cluster = simulate(quiet(*faults))
