@@ -444,7 +444,9 @@ class Membership:
     def _break(self, trouble: Trouble) -> None:
         words = trouble.words(self._hard.formation)
         hard = self._hard
-        if hard.counted_epoch != hard.epoch:  # once per epoch, whoever counts
+        # A version that can't be put back is refused from then on, so such failures are finite.
+        finite = any(failure.kind == "restore" for failure in trouble.failures)
+        if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
             hard = count_failure(hard, self._committed, trouble.nature())
         self._hard = begin_incident(hard, trouble, words, self._reached)
         if hard.failures_in_row > self._max_restarts and not hard.stop_cause:
@@ -575,9 +577,14 @@ def _newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId
     if not reports or len(reports) < nodes:
         return None
     versions = {h.version for h in reports[0].held}
-    return max((v for v in versions if all(_holds_all(r, v) for r in reports)), default=None)
+    return max((v for v in versions if _is_everywhere(reports, v)), default=None)
 
 
-def _holds_all(report: NodeReport, version: VersionId) -> bool:
-    ranks = {h.rank for h in report.held if h.whole and h.version == version}
-    return len(ranks) >= report.local_world
+def _is_everywhere(reports: tuple[NodeReport, ...], version: VersionId) -> bool:
+    whole = [[h for h in r.held if h.whole and h.version == version] for r in reports]
+    # Ranks that joined different collectives do not belong together.
+    collectives = {h.collectives for held in whole for h in held if h.collectives >= 0}
+    return len(collectives) <= 1 and all(
+        len({h.rank for h in held}) >= report.local_world
+        for held, report in zip(whole, reports, strict=True)
+    )

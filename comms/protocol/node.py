@@ -395,7 +395,9 @@ class NodeMember:
         self, step: int, step_max: int, committed: VersionId | None, loss: float, step_s: float
     ) -> None:
         """How far the ranks are: lowest and highest boundary reached, newest committed version."""
-        self._tell(step=step, step_max=step_max, committed=committed, loss=loss, step_s=step_s)
+        self._tell(committed=committed)
+        if self._phase not in _AT_REST:  # else they are of ranks that are gone
+            self._tell(step=step, step_max=step_max, loss=loss, step_s=step_s)
 
     def smp(self, address: str) -> None:
         """The snapshot manager's data address; empty while it is down."""

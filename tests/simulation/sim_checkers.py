@@ -21,15 +21,21 @@ def demand(truth: bool, what: str) -> None:
 class Checkers:
     """God's notebook."""
 
-    granted: int = 0  # newest epoch that was asked to be formed
+    granted: int = 0  # newest epoch that is on stable storage, or was asked to be formed
+    formed: int = 0  # newest epoch that was asked to be formed
     formations: dict[int, tuple[object, ...]] = field(default_factory=dict)
     steps_lost: int = 0
     published: list[tuple[int, VersionId]] = field(default_factory=list)
 
     def epoch_granted(self, epoch: int) -> None:
         """A formation of ``epoch`` is asked for."""
-        demand(epoch > self.granted, f"epoch {epoch} granted after {self.granted}")
-        self.granted = epoch
+        demand(epoch > self.formed, f"epoch {epoch} granted after {self.formed}")
+        self.formed = epoch
+        self.granted = max(self.granted, epoch)
+
+    def epoch_stored(self, epoch: int) -> None:
+        """``epoch`` is on stable storage: it is granted, whatever becomes of it."""
+        self.granted = max(self.granted, epoch)
 
     def formation_announced(self, formation: Formation) -> None:
         """A formation goes out to a node: one membership per epoch."""

@@ -184,12 +184,17 @@ class Cluster:
     def _persist(self, hard: MembershipHard) -> None:
         self._crash_point("before_persist")
         self.disk = hard
+        self.checkers.epoch_stored(hard.epoch)
         self._crash_point("after_persist")
 
     def _direct(self, address: Hashable, directive: object) -> None:
         assert isinstance(directive, Directive)
         if directive.order is Order.RUN and directive.formation is not None:
             self.checkers.formation_announced(directive.formation)
+            if directive.epoch > 1 and self.take("late_order", address):
+                # One node hears of the formation late, and on another it fails at once.
+                self.network.late(address, self.now + 40)
+                self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -220,7 +225,7 @@ class Cluster:
                 self._check_end(effect)
 
     def _form(self, membership: Membership, form: Form) -> None:
-        if self.take("form_fails", 0):
+        if self.take("form_fails"):
             membership.formed(form.epoch, None, "no port is free")
             return
         world = sum(p.local_world for p in form.places)
@@ -255,7 +260,7 @@ class Cluster:
         self.checkers.plan_chosen(plan.version, best)
 
     def _publish(self, membership: Membership, publish: Publish) -> None:
-        if self.take("torn_write", -1):
+        if self.take("torn_write"):
             membership.publish_failed("input/output error")
             return
         if (publish.fence, publish.version) not in self.checkers.published:
@@ -334,10 +339,10 @@ class Cluster:
         node = self.nodes[fault.node % len(self.nodes)]
         getattr(self, f"_fault_{fault.kind}")(fault, node)
 
-    def take(self, kind: str, node: int) -> bool:
-        """Whether a fault was waiting for this moment (``node`` -1 or 0: anybody's)."""
+    def take(self, kind: str, node: Hashable = None) -> bool:
+        """Whether a fault was waiting for this moment (at ``node``; None: anywhere)."""
         for armed in self._armed:
-            if armed[0] == kind and (node <= 0 or armed[1] == node):
+            if armed[0] == kind and node in (None, armed[1]):
                 self._armed.remove(armed)
                 self.delivered[kind.replace("_", " ")] += 1
                 return True
@@ -432,7 +437,7 @@ class Cluster:
     def _arm(self, fault: Fault, node: SimNode) -> None:
         self._armed.append((fault.kind, node.number))
 
-    _fault_torn_write = _fault_form_fails = _fault_fork_fails = _arm
+    _fault_torn_write = _fault_form_fails = _fault_fork_fails = _fault_late_order = _arm
 
     def _fault_flush(self, fault: Fault, node: SimNode) -> None:
         if self.membership is not None:

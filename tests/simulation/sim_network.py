@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 
 REPLAY_TICKS_MAX = 60
+_LATE_TICKS = 15
 
 
 class Network:
@@ -22,6 +23,7 @@ class Network:
         self._cuts: list[tuple[frozenset[Hashable], int]] = []
         self._replay_until = 0
         self._delay_until = 0
+        self._late: dict[Hashable, int] = {}
 
     def cut(self, a: Hashable, b: Hashable, until: int) -> None:
         """Nothing goes between ``a`` and ``b`` before tick ``until``."""
@@ -35,9 +37,14 @@ class Network:
         """Messages sent before tick ``until`` take much longer."""
         self._delay_until = until
 
+    def late(self, target: Hashable, until: int) -> None:
+        """Whatever is sent to ``target`` before tick ``until`` comes late."""
+        self._late[target] = until
+
     def heal(self) -> None:
         """From now on messages arrive; what is in flight, replays too, still comes."""
         self._cuts.clear()
+        self._late.clear()
         self._replay_until = self._delay_until = 0
 
     def send(self, now: int, source: Hashable, target: Hashable, message: object) -> None:
@@ -48,6 +55,9 @@ class Network:
         delay = self._rng.randint(0, self._delay_ticks_max)
         if now < self._delay_until:
             delay += self._rng.randint(0, 15)
+            self._delivered["delayed message"] += 1
+        if now < self._late.get(target, 0):
+            delay += _LATE_TICKS
             self._delivered["delayed message"] += 1
         self._push(now + delay, source, target, message)
         if now < self._replay_until and self._rng.random() < 0.5:

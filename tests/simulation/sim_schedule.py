@@ -69,6 +69,7 @@ KINDS = (
     "torn_write",
     "form_fails",
     "fork_fails",
+    "late_order",
     "flush",
     "stop",
     "signal",
@@ -83,11 +84,12 @@ _WEIGHTS = {
     "flush": 1.5,
     "replay": 1.5,
     "delay": 2.0,
-    "disk_full": 2.2,
+    "disk_full": 2.8,
     "slow_disk": 4.0,
     "torn_write": 1.5,
-    "fork_fails": 1.4,
-    "form_fails": 2.0,
+    "fork_fails": 1.1,
+    "form_fails": 1.8,
+    "late_order": 1.5,
 }
 CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
 

@@ -25,8 +25,7 @@ from ftrain.comms.protocol.node import NodeMember
 QUICK_SEEDS = 60
 FIXED_SEEDS = 1000
 FRESH_SEEDS = 24
-# Not faults of the weather: things done to a world that has to carry on as if nothing were.
-KINDS_EXPECTED = 19
+KINDS_EXPECTED = 22
 
 
 class Rows:
