@@ -113,7 +113,7 @@ def test_newest_never_goes_back() -> None:
     member.new_group(2, [0, 1], [0, 1])
     member.new_group(1, [0], [0])  # late: ignored
     assert (member.epoch, member.newest) == (2, VersionId(1, 5))
-    assert [e for e in member.ready().effects] == [Committed(VersionId(1, 5))]
+    assert list(member.ready().effects) == [Committed(VersionId(1, 5))]
 
 
 def test_what_was_dropped_does_not_count() -> None:

@@ -51,9 +51,7 @@ def test_order_and_reentrancy() -> None:
         perform,
     )
     driver.tick()
-    assert did == [
-        (what, n) for n in (1, 2, 3) for what in ("persist", "send to peer", "perform")
-    ]
+    assert did == [(what, n) for n in (1, 2, 3) for what in ("persist", "send to peer", "perform")]
     driver.receive("anything")
     assert did[-1] == ("perform", 4)
 

@@ -33,9 +33,7 @@ def dumb_restorable(held: Inventory, version: VersionId, world_size: int) -> boo
     def has_all(node: int, key: str) -> bool:
         return any(
             all(
-                any(
-                    h.whole and Share(key, owner, part, parts) in h.shares for h in here[node]
-                )
+                any(h.whole and Share(key, owner, part, parts) in h.shares for h in here[node])
                 for part in range(parts)
             )
             for owner, parts in partitions

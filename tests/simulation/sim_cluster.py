@@ -26,6 +26,7 @@ from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
     NodeGone,
+    NodeState,
     Order,
     RestorePlan,
     StopRequest,
@@ -119,6 +120,7 @@ class Cluster:
         for node in self.nodes:
             if node.life.alive:
                 node.tick()
+        self._crash_half_started()
         if self.membership is not None and self.now >= self._coordinator_stalled_until:
             self._guarded(self.coordinator.tick)
         every = self.options.flush_every_ticks
@@ -174,6 +176,19 @@ class Cluster:
         self._crash_at = ""
         self._coordinator_life.alive = False
         self._coordinator_back = self.now + down_ticks
+
+    def _crash_half_started(self) -> None:
+        """The coordinator dies when one node runs and another has not noticed that it does."""
+        if self._crash_at != "starting" or self.membership is None:
+            return
+        started = {n.number for n in self.nodes if n.member.report.state is NodeState.RUNNING}
+        if self.membership.phase is Phase.STARTING and 0 < len(started) < len(self.nodes):
+            for node in self.nodes:
+                if node.number not in started:
+                    node.blind_until = self.now + self._crash_ticks + 20
+            self.delivered["coordinator dies"] += 1
+            self.crash_points["starting"] += 1
+            self._kill_coordinator(self._crash_ticks)
 
     def _crash_point(self, name: str) -> None:
         if self._crash_at == name:

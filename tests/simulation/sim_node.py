@@ -73,6 +73,7 @@ class SimNode:
         self.ranks: dict[int, SimRank] = {}
         self.formation: Formation | None = None
         self.stalled_until = -1
+        self.blind_until = -1  # notices nothing that its ranks do
         self.memory = Memory(number, options.sharded)
         self.checker = CommitChecker(number)
         self.smp_starts = 0
@@ -194,7 +195,9 @@ class SimNode:
 
     def _observe(self) -> None:
         ranks = list(self.ranks.values())
-        if not ranks or any(not r.alive and not r.ended for r in ranks):
+        if self.cluster.now < self.blind_until or not ranks:
+            return
+        if any(not r.alive and not r.ended for r in ranks):
             return
         epoch = ranks[0].epoch
         boundaries = [r.boundary for r in ranks]

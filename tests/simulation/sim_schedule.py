@@ -91,7 +91,7 @@ _WEIGHTS = {
     "form_fails": 1.8,
     "late_order": 1.5,
 }
-CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect")
+CRASH_POINTS = ("now", "before_persist", "after_persist", "mid_send", "before_effect", "starting")
 
 
 def draw(seed: int) -> Schedule:

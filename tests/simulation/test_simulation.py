@@ -94,6 +94,8 @@ def test_fresh_seeds() -> None:
 def test_thousand_seeds() -> None:
     rows, began = Rows(), time.process_time()
     delivered = run_seeds(range(FIXED_SEEDS), rows.machines)
+    for schedule in RARE:
+        simulate(schedule, rows.machines)
     print(f"\n{FIXED_SEEDS} seeds in {time.process_time() - began:.0f} s; faults delivered:")
     for kind, count in delivered.most_common():
         print(f"  {kind:22s} {count:7d}")
@@ -114,6 +116,30 @@ def test_a_seed_is_one_world() -> None:
 def quiet(*faults: Fault, **options: Any) -> Schedule:
     """A world with good weather but for these faults."""
     return Schedule(1, Options(**options), faults)
+
+
+# Ways through the tables that random schedules take only now and then.
+RARE = (
+    *(
+        Schedule(seed, Options(nodes=3), (Fault(1, "coordinator_dies", detail="starting"),))
+        for seed in range(5)
+    ),
+    quiet(
+        Fault(55, "cut", ticks=40),
+        Fault(60, "coordinator_dies", ticks=3, detail="now"),
+        Fault(68, "force"),
+    ),
+)
+
+
+def test_a_half_started_group_goes_on_under_a_new_coordinator() -> None:
+    rows = Rows()
+    for schedule in RARE:
+        simulate(schedule, rows.machines)
+    phases = membership_module.Phase
+    events = membership_module.Event
+    assert rows.taken[phases.RECOVERING, events.SOME_RUN]
+    assert rows.taken[phases.RECOVERING, events.OVER]
 
 
 @pytest.mark.parametrize("point", ["now", "before_persist", "after_persist", "mid_send"])
