@@ -171,7 +171,8 @@ class Gossip:
             link.post(message)
 
     def _perform(self, effect: object) -> None:
-        if isinstance(effect, Committed):
+        # What was given up here meanwhile does not count, however complete it is elsewhere.
+        if isinstance(effect, Committed) and self._store.custody.complete(effect.version):
             self._announced = {v for v in self._announced if v >= effect.version}
             self._on_committed(effect.version)
 

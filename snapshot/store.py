@@ -278,8 +278,14 @@ class SlotStore:
         return replace(held, whole=False, digest=held_of(reader).digest)
 
     def _trim_smalls(self) -> None:
-        needed = {self.custody.anchor, self.custody.base}
-        spare = [version for version in sorted(self._smalls) if version not in needed]
+        anchor = self.custody.anchor
+        needed = {anchor, self.custody.base}
+        spare = [
+            version
+            for version in sorted(self._smalls)
+            if version not in needed
+            and (anchor is None or version < anchor or self.custody.dead(version))
+        ]
         for version in spare[:-_SMALL_VERSIONS_KEPT]:
             del self._smalls[version]
 

@@ -43,11 +43,13 @@ def slots(node: NodeFile, rank: int) -> dict[VersionId, Path]:
     """The slots that hold a sealed image of this rank, as files of the snapshot manager."""
     found = {}
     for fd in Path(f"/proc/{node.smp_pid}/fd").iterdir():
-        if f"ftrain-rank{rank}-slot" in os.readlink(fd):
-            try:
-                reader = ImageReader(fd.read_bytes())
-            except CorruptionError:
-                continue  # never written
+        try:
+            if f"ftrain-rank{rank}-slot" not in os.readlink(fd):
+                continue
+            reader = ImageReader(fd.read_bytes())
+        except (FileNotFoundError, CorruptionError):
+            continue  # closed meanwhile; never written
+        else:
             if reader.state is ImageState.SEALED:
                 found[reader.identity.version] = fd
     return found
