@@ -11,9 +11,11 @@ class Clock(Protocol):
 
     def monotonic_ns(self) -> int:
         """Nanoseconds since boot; equal in all processes of one host."""
+        ...
 
     def wall_s(self) -> float:
         """Seconds since 1970."""
+        ...
 
 
 class SystemClock:

@@ -11,6 +11,7 @@ import argparse
 import faulthandler
 import gc
 import importlib
+import io
 import os
 import random
 import select
@@ -243,7 +244,7 @@ def _take_descriptors(own: list[int], received: list[int], socket: LocalSocket) 
         os.close(fd)
     socket.close()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
 
 

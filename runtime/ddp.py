@@ -70,10 +70,11 @@ def restore_buckets(module: DistributedDataParallel, order: list[int]) -> bool:
         {position: names[index] for position, index in enumerate(order) if index in names},
         ddp.static_graph,
     )
+    reducer: Any = module.reducer  # a new one
     if ddp.static_graph:
-        ddp.reducer._set_static_graph()
-    ddp.reducer._push_all_rebuilt_params()
-    return bool(ddp.reducer._rebuild_buckets())
+        reducer._set_static_graph()
+    reducer._push_all_rebuilt_params()
+    return bool(reducer._rebuild_buckets())
 
 
 def modules_of(models: list[torch.nn.Module]) -> list[DistributedDataParallel]:

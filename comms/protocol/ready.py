@@ -42,3 +42,4 @@ class Machine(Protocol[HardT]):
 
     def ready(self) -> Ready[HardT]:
         """Take what has to be done; what is taken once is not given again."""
+        ...

@@ -82,7 +82,9 @@ def test_a_version_damaged_in_memory_gives_way_to_an_older_one(
         os.kill(node.ranks[1].pid, signal.SIGKILL)
         assert process.wait(60) == 0
     (incident,) = events(run_dir, "incident")
-    assert [failure["kind"] for failure in incident["failures"]] == ["signal", "restore"]
+    kinds = [failure["kind"] for failure in incident["failures"]]
+    assert kinds[0] == "signal"
+    assert set(kinds[1:]) == {"restore"}  # of one rank or of both
     assert incident["restore"]["level"] == "memory"
     assert incident["restore"]["version"] == {"epoch": 1, "step": HELD_AT - 1}
     assert f"step {HELD_AT} of epoch 1 was found bad" in incident["restore"]["reason"]
