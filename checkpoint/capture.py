@@ -176,6 +176,7 @@ class CaptureEngine:
         self._written: memoryview | None = None  # its sealed image, for the comparison
         self._plan: ImagePlan | None = None
         self._planned_for: tuple[LazyTensor, ...] = ()
+        self._filling = False  # the thread is inside a job, given up or not
         self._offsets: list[int] = []  # of the plan's segments
         self._cursor = 0
         self._closing = False
@@ -200,6 +201,10 @@ class CaptureEngine:
             while self._job is not None:  # the version before was not waited for: no step was made
                 self._lock.wait()
             self._live, self._written = None, None
+            filling = self._filling
+        if filling:  # its copy may still land in the slot that this version would get
+            self._skip("the copy of a version that was given up has not ended yet")
+            return
         try:
             job = self._begin(version, tensors, small, collectives)
         except (FtrainError, OSError, RuntimeError) as error:
@@ -253,9 +258,11 @@ class CaptureEngine:
                 if self._closing:
                     return
                 job = self._job
+                self._filling = job is not None
             if job is not None:
                 self._attempt(job)
                 with self._lock:
+                    self._filling = False
                     if self._job is job:
                         self._job = None
                     self._lock.notify_all()

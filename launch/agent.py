@@ -443,11 +443,12 @@ class Agent:
         if self._manager is None:
             self._tell_gone(())
         else:
+            self._wait_for_manager("gone", self._kill_late)  # anew: ending strays may take as long
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:
         self._uplink.say("warning", f"node {self._node}: no answer from the snapshot manager")
-        self._tell_gone(())
+        self._tell_gone(self._machine.report.held)  # what it said last, before the ranks ended
 
     def _tell_gone(self, held: tuple[Held, ...]) -> None:
         self._stop_waiting("gone")

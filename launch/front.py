@@ -93,7 +93,8 @@ class Front:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._children.reap)
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job
+                loop.add_signal_handler(number, self._stop, number)
         out, err = self._relay(1), self._relay(2)
         self._start_coordinator()
         for node in self._local_nodes():

@@ -172,7 +172,10 @@ class RankError:
 def read_error_file(path: str) -> RankError:
     """The error that ended a rank."""
     try:
-        message = json.loads(Path(path).read_text(encoding="utf-8"))["message"]
+        text = Path(path).read_text(encoding="utf-8")
+        # Half a surrogate pair (a file name that is no UTF-8) can't be sent or logged.
+        whole = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
+        message = json.loads(whole)["message"]
         if isinstance(message, str):  # torchelastic's form for errors of native code
             return RankError(message, message)
         extra = message["extraInfo"]

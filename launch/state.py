@@ -43,7 +43,10 @@ class HardStore:
             hard = msgspec.json.decode(self._path.read_bytes(), type=MembershipHard)
         except FileNotFoundError:
             return MembershipHard(epoch=self._epoch) if self._epoch else None
-        except (OSError, msgspec.DecodeError) as error:
+        except msgspec.DecodeError:
+            # Only the epoch is synced; the rest may be lost with the host, and with its agents.
+            return MembershipHard(epoch=self._epoch) if self._epoch else None
+        except OSError as error:
             raise RunDirectoryError(
                 f"{self._path} can't be read as the coordinator's state ({error}): use another "
                 "run directory"

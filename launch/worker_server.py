@@ -241,7 +241,8 @@ def _take_descriptors(own: list[int], received: list[int], socket: LocalSocket) 
     os.dup2(own[1], 2)
     os.dup2(own[2], TELEMETRY_FD, inheritable=False)
     for fd in (null, *received):
-        os.close(fd)
+        if fd != TELEMETRY_FD:  # with many ranks the descriptors received reach as far
+            os.close(fd)
     socket.close()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

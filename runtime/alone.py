@@ -24,6 +24,7 @@ from ftrain.comms.errors import (
     CorruptionError,
     FtrainError,
     MemoryShortError,
+    RestoreError,
     RunDirectoryError,
 )
 from ftrain.comms.protocol.messages import Held, VersionId
@@ -148,6 +149,7 @@ class AloneKeeper:
         self._engine: CaptureEngine | None = None
         self._saves = 0
         self._saved_step = -1
+        self._stopped_step = -1  # where a version was to be written because of a stop
         self._saved_at = time.monotonic()
         self._topology = ""
         self._fence = 0
@@ -183,6 +185,10 @@ class AloneKeeper:
                 self._saved_step = version.step
                 return small
             self._note(f"the version of step {version.step} is not used: {problem or 'damaged'}")
+        if versions[:count]:
+            raise RestoreError(
+                f"no version in {self._store.directory} can be put back; move it away to begin anew"
+            )
         return None
 
     def capture(
@@ -200,10 +206,13 @@ class AloneKeeper:
         late = time.monotonic() - self._saved_at > self._config.durable_every_s
         if self._environment.rank == 0 and late:
             self._agreement.propose(name, step + _LEAD_STEPS)
-        due = self._agreement.agreed(name) == step
+        agreed = self._agreement.agreed(name)
+        due = agreed is not None and step >= agreed  # later, if nothing was captured there
         if due:
             self._saves += 1
-        if due or finished or self.stop_here(step):
+        if self._stop_agreed(step):
+            self._stopped_step = step
+        if due or finished or self._stopped_step == step:
             self._write(step, tensors, small, collectives)
 
     def barrier(self) -> None:
@@ -223,15 +232,22 @@ class AloneKeeper:
         self._agreement.propose(f"save{self._saves}", step)
 
     def stop_here(self, step: int) -> bool:
-        """Whether the ranks agreed to end at this boundary."""
-        if self.stop_asked:
-            self._agreement.propose("stop", step + (_LEAD_STEPS if dist.is_initialized() else 0))
-        return self._agreement.agreed("stop") == step
+        """Whether the script is to end at this boundary: only where a version could be written."""
+        return self._stopped_step == step
 
     def stop(self, step: int) -> None:
-        """End the script: a durable version of this boundary is written."""
-        sys.stderr.write(f"ftrain: saved step {step} in {self.run_dir}; run me again to go on\n")
-        raise SystemExit(EXIT_SAVED)
+        """End the script, and say whether this boundary was saved."""
+        if self._saved_step == step:
+            sys.stderr.write(f"ftrain: saved step {step} in {self.run_dir}; run me again\n")
+            raise SystemExit(EXIT_SAVED)
+        sys.stderr.write(f"ftrain: stopped, but step {step} was not saved in {self.run_dir}\n")
+        raise SystemExit(1)
+
+    def _stop_agreed(self, step: int) -> bool:
+        if self.stop_asked:
+            self._agreement.propose("stop", step + (_LEAD_STEPS if dist.is_initialized() else 0))
+        agreed = self._agreement.agreed("stop")
+        return agreed is not None and step >= agreed
 
     def statistics(self) -> CaptureStatistics:
         """What capturing cost so far."""
@@ -268,16 +284,20 @@ class AloneKeeper:
         except FtrainError as error:
             self._note(f"step {step} was not saved: {error}")
             well = False
-        if self._agreement.everyone(well) and self._environment.rank == 0:
-            self._publish(version)
-        self._saved_step, self._saved_at = step, time.monotonic()
+        if self._agreement.everyone(well):
+            first = self._environment.rank == 0
+            if self._agreement.everyone(self._publish(version) if first else True):
+                self._saved_step = step
+        self._saved_at = time.monotonic()
 
-    def _publish(self, version: VersionId) -> None:
+    def _publish(self, version: VersionId) -> bool:
         try:
             self._store.publish_written(self._fence, version, _RUN_ID, self._environment.world_size)
             self._store.sweep(KeepLast(self._config.keep_last), _RUN_ID)
         except FtrainError as error:
             self._note(f"step {version.step} was not published: {error}")
+            return False
+        return True
 
     def _check_world(self, world_size: int) -> None:
         if world_size != self._environment.world_size:

@@ -61,6 +61,8 @@ def restore_buckets(module: DistributedDataParallel, order: list[int]) -> bool:
     parameters, expect_sparse = ddp._build_params_for_reducer()
     if sorted(order) != list(range(len(parameters))):
         return False
+    if ddp._comm_hooks or ddp.mixed_precision is not None:
+        return False  # the new reducer would not have them
     names = ddp._build_debug_param_to_name_mapping(parameters)
     if ddp.reducer is not None:
         ddp.reducer._remove_autograd_hooks()

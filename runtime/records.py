@@ -32,15 +32,15 @@ class StepRecords:
     ) -> None:
         """Write the record of one completed step."""
         self._durations_s = [*self._durations_s[-49:], step_s]
-        self._log.write(
-            "step",
-            step=step,
-            epoch=self._epoch,
-            t_ns=t_ns,
-            step_s=step_s,
-            batch=batch,
-            **{name: plain(value) for name, value in logged.items()},
-        )
+        own = {
+            "step": step,
+            "epoch": self._epoch,
+            "t_ns": t_ns,
+            "step_s": step_s,
+            "batch": batch,
+        }
+        logged = {name: plain(value) for name, value in logged.items() if name != "kind"}
+        self._log.write("step", **{**logged, **own})
 
     def note(self, text: str) -> None:
         """Write something a reader of this rank's records should know."""

@@ -66,9 +66,11 @@ def restore_tensors(
         checked: set[int] = set()
         for segment in image.segments:
             key = (segment.name, segment.share)
+            if segment.share not in keys:
+                continue
             _check_known(segment, by_name)
             span = (segment.start, segment.nbytes)
-            if segment.share not in keys or key not in wanted or span in filled[key]:
+            if key not in wanted or span in filled[key]:
                 continue
             _check_shape(segment, wanted[key])
             if verify:

@@ -300,7 +300,11 @@ class Session:
                 self._bucket_orders = orders
                 for module, order in zip(modules, orders, strict=True):
                     if order is not None and not ddp.restore_buckets(module, order):
-                        self._note("DDP's bucket layout of before does not fit this model")
+                        self._note(
+                            "DDP's bucket layout of before can't be put back (another model, a "
+                            "communication hook or mixed precision): with three or more ranks the "
+                            "next step's sums may differ in their last bits"
+                        )
         self._set(Word.STEP, self._step)
         self._set(Word.RESTORED_NS, time.monotonic_ns())
 

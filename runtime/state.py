@@ -45,13 +45,17 @@ class StateLayout:
     tensors: tuple[LazyTensor, ...]  # parameters first, in an order that all ranks share
     skeleton: bytes  # encoded: parameter names and the optimizers' tensors, without their bytes
     pointers: list[tuple[torch.Tensor, int]]
-    slots: list[tuple[dict[Any, Any], Any, torch.Tensor]]
+    # optimizer, parameter, its state, key, tensor; load_state_dict exchanges the state itself
+    slots: list[tuple[torch.optim.Optimizer, torch.Tensor, dict[Any, Any], Any, torch.Tensor]]
     numbers: int  # values in the optimizers' state that are no tensors
 
     def holds(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
         """Whether every tensor still is where it was; some optimizers exchange theirs."""
         return (
-            all(values.get(key) is tensor for values, key, tensor in self.slots)
+            all(
+                optimizer.state.get(parameter) is values and values.get(key) is tensor
+                for optimizer, parameter, values, key, tensor in self.slots
+            )
             and all(_pointer(tensor) == pointer for tensor, pointer in self.pointers)
             and sum(len(values) for o in optimizers for values in o.state.values())
             == len(self.slots) + self.numbers
@@ -143,7 +147,7 @@ class TrainingState:
                 pointers.append((parameter, _pointer(parameter)))
                 name = self._names[id(parameter)]
                 tensors.append(LazyTensor(name, local, self._keys[id(parameter)]))
-        slots: list[tuple[dict[Any, Any], Any, torch.Tensor]] = []
+        slots: list[Any] = []
         skeleton: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             own = key_of([self.rank]) if hasattr(optimizer, "consolidate_state_dict") else ""
@@ -157,7 +161,7 @@ class TrainingState:
                     places = state.setdefault(inner, {})
                     for key, value in values.items():
                         if isinstance(value, torch.Tensor):
-                            slots.append((values, key, value))
+                            slots.append((optimizer, parameter, values, key, value))
                             places[str(key)] = _placeholder(value)
                             share = own or self._keys[id(parameter)]
                             path = f"{name}/{inner}/{key}"

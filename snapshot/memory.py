@@ -100,6 +100,8 @@ class Budget:
 
     def take(self, rank: int, nbytes: int) -> None:
         """Count ``nbytes`` more for ``rank``'s slots; MemoryShortError when that is too much."""
+        if nbytes <= 0:
+            return  # what is taken already is never too much, whatever memory is left now
         limit = int(self._available_bytes * self._share_max)
         total = self._taken_bytes + nbytes
         free = available_memory_bytes()
