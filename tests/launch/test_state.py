@@ -44,9 +44,15 @@ def test_epoch_survives_what_the_rest_does_not(tmp_path: Path) -> None:
     assert reopened(tmp_path) == MembershipHard(epoch=8)
 
 
-@pytest.mark.parametrize("name", ["coordinator.json", "epoch"])
-def test_garbage_is_not_guessed_at(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("torn", ["", '{"launch": "1", "ep', "no state at all"])
+def test_what_was_not_synced_may_be_torn(tmp_path: Path, torn: str) -> None:
     saved(tmp_path, HARD)
-    (tmp_path / name).write_text("no state at all")
-    with pytest.raises(RunDirectoryError, match=f"{name} can't be"):
+    (tmp_path / "coordinator.json").write_text(torn)
+    assert reopened(tmp_path) == MembershipHard(epoch=7)
+
+
+def test_a_garbled_epoch_is_not_guessed_at(tmp_path: Path) -> None:
+    saved(tmp_path, HARD)
+    (tmp_path / "epoch").write_text("no state at all")
+    with pytest.raises(RunDirectoryError, match="epoch can't be"):
         reopened(tmp_path)
