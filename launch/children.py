@@ -80,7 +80,7 @@ class Children:
 
     def reap(self) -> None:
         """Notice every child that ended, and end everything that came to us as an orphan."""
-        while (pid := _ended_child()) is not None:
+        while (pid := ended_child()) is not None:
             known = self._children.pop(pid, None)
             if known is None:
                 os.waitpid(pid, 0)
@@ -129,7 +129,8 @@ def children_of(parent: int) -> list[int]:
     return found
 
 
-def _ended_child() -> int | None:
+def ended_child() -> int | None:
+    """A child that has ended and was not waited for yet, left as it is."""
     try:
         info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ftrain.comms.process import become_subreaper
-from ftrain.launch.children import children_of, python_command
+from ftrain.launch.children import children_of, ended_child, python_command
 
 OnEnd = Callable[[int], None]  # called with the wait status
 
@@ -94,7 +94,7 @@ class Reaper:
         return not await self.kill_strays(deadline - time.monotonic()) and not self._watched
 
     def _reap(self) -> None:
-        while (pid := _ended_child()) is not None:
+        while (pid := ended_child()) is not None:
             on_end = self._watched.pop(pid, None)
             if on_end is not None:
                 _kill_group(pid)  # before its number is free for others
@@ -123,14 +123,6 @@ def _children() -> list[int]:
     except OSError:  # a kernel without that file: look through all processes
         return children_of(os.getpid())
     return found
-
-
-def _ended_child() -> int | None:
-    try:
-        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None
-    return None if info is None else info.si_pid
 
 
 def _kill_group(pid: int) -> None:

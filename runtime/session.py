@@ -111,7 +111,6 @@ class Session:
         self._logged: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
         self._bucket_orders: list[list[int] | None] | None = None
-        self._membership_callbacks: list[Callable[[], None]] = []
         self._keeper: Keeper = open_keeper(self._environment, self._note)
         self._records = StepRecords(
             self._keeper.run_dir,
@@ -195,7 +194,6 @@ class Session:
         step when the run was resumed after a change."""
         if self._keeper.resumed:
             callback()
-        self._membership_callbacks.append(callback)
 
     def statistics(self) -> CaptureStatistics:
         """What capturing cost this process so far."""
