@@ -352,15 +352,19 @@ class Membership:
         self._close_incident()
         if trouble:
             self._break(trouble)
+        elif self._all_ended():  # also when a stop was asked for: there is nothing left to stop
+            self._finish()
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping: {self._hard.stop_cause}")
-        elif self._all_done():
-            self._finish()
         else:
             self._watch_flush()
 
     def _all_done(self) -> bool:
         return all(r.state is NodeState.DONE for r in self._roster.reports())
+
+    def _all_ended(self) -> bool:
+        """Every rank ended by itself, none at the boundary of a stop."""
+        return self._all_done() and all(r.stopped_at < 0 for r in self._roster.reports())
 
     def _finish(self) -> None:
         """Every rank ended by itself: the last version goes to the durable level, then all is over.
@@ -368,7 +372,8 @@ class Membership:
         Without it, the same command would train the end of the run once more.
         """
         durable = self._hard.durable
-        behind = self._committed is not None and (durable is None or self._reached > durable.step)
+        # What is committed may not have been heard of yet: ranks can end right behind a capture.
+        behind = self._reached > (0 if durable is None else durable.step)
         if not self._save_at_end or not behind or self._end_tries >= _FLUSH_TRIES:
             self._end(0, "every rank is done")
         elif self._round is None and self._publishing is None:
@@ -411,8 +416,8 @@ class Membership:
             self._watch_flush()
             return
         ended_at = {r.stopped_at for r in reports}
-        if ended_at == {-1}:
-            self._end(0, "every rank is done")
+        if ended_at == {-1}:  # they were past their last boundary when the stop came
+            self._enter(Event.ALL_ENDED, "every rank ended before it was told where to")
         elif ended_at <= {-1, self._hard.stop_step}:
             self._enter(Event.ENDED, f"saving boundary {self._hard.stop_step}")
             self._aim_at(VersionId(self._hard.epoch, self._hard.stop_step))

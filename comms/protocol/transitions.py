@@ -32,6 +32,7 @@ class Event(StrEnum):
     FORMED = "the formation is made"
     NOT_FORMED = "the formation can't be made"
     STOP_ASKED = "a graceful stop is asked for"
+    ALL_ENDED = "every rank ended by itself"
     ENDED = "all ranks ended at the agreed boundary"
     REFUSED = "the last version can't be saved"
     OVER = "the job is over"
@@ -74,6 +75,7 @@ TRANSITIONS: Mapping[Phase, Mapping[Event, Phase]] = MappingProxyType(
         },
         Phase.PAUSING: {
             Event.BROKEN: Phase.STOPPING,
+            Event.ALL_ENDED: Phase.RUNNING,
             Event.ENDED: Phase.SAVING,
             Event.OVER: Phase.FINISHED,
         },

@@ -362,6 +362,30 @@ def test_a_stop_goes_on_where_it_stood_under_a_new_coordinator() -> None:
     assert (job.order, job.directives[0].stop_step) == (Order.STOP_AT, 8)
 
 
+@pytest.mark.parametrize("heard", ["while they run", "after their end", "while it is saved"])
+def test_a_stop_after_the_last_step_saves_it_and_the_run_is_done(heard: str) -> None:
+    job, epoch = running(save_at_end=True)
+    job.say(step_max=9, committed=VersionId(epoch, 9))
+    if heard == "while they run":
+        job.give(StopRequest("SIGTERM"))
+        job.say(pausing=True, boundaries=(9,))
+        assert job.order is Order.STOP_AT
+    job.say(0, state=DONE, stopped_at=-1)
+    if heard == "after their end":
+        job.give(StopRequest("SIGTERM"))
+    job.say(1, state=DONE, stopped_at=-1)
+    if heard == "while it is saved":
+        job.give(StopRequest("SIGTERM"))
+    job.say(pausing=True, boundaries=(9,))
+    last = VersionId(epoch, 9)
+    assert (job.order, job.directives[0].flush) == (Order.FLUSH, last)
+    job.say(flush=last, fence=epoch, prepared=(last,))
+    assert job.effects == [Publish(epoch, last, (0, 1))]
+    job.machine.published(epoch, last)
+    job.take()
+    assert job.effects[-1] == EndJob(0, "every rank is done")
+
+
 def test_files_under_another_fence_do_not_count() -> None:
     job, epoch = running()
     stopped_at(job, epoch)

@@ -68,6 +68,7 @@ class Cluster:
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
+        self.flush_orders: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
         self.reached = 0  # highest boundary of any rank since the last formation
@@ -210,6 +211,8 @@ class Cluster:
                 # One node hears of the formation late, and on another it fails at once.
                 self.network.late(address, self.now + 40)
                 self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
+        if directive.flush is not None:
+            self.flush_orders.add(directive.flush)
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -290,6 +293,11 @@ class Cluster:
         if end.exit_code == 0:
             done = self.furthest >= self.options.steps_total
             demand(done, f"exit 0 before the last step: {end.reason}")
+            last = max((v.step for v in self.flush_orders), default=-1)
+            demand(
+                not self.options.save_at_end or last >= self.options.steps_total,
+                f"exit 0, and nobody was to save the last step, at most {last}: {end.reason}",
+            )
             return
         demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
         if end.exit_code == 75:
@@ -342,9 +350,14 @@ class Cluster:
                 self.reached = max(self.reached, rank.boundary)
                 self.furthest = max(self.furthest, rank.boundary)
                 node.begin_capture(rank)
-        elif rank.boundary >= options.steps_total or 0 <= rank.stop_at <= rank.boundary:
-            if rank.capturing < 0:
+        elif rank.boundary >= options.steps_total:
+            if rank.finished_at < 0:
+                rank.finished_at = self.now
+            if rank.capturing < 0 and self.now >= rank.finished_at + options.evaluate_ticks:
                 rank.alive, rank.ended = False, True
+        elif 0 <= rank.stop_at <= rank.boundary:
+            if rank.capturing < 0:
+                rank.alive, rank.ended, rank.stopped = False, True, True
         elif not rank.hold or rank.stop_at > rank.boundary:
             rank.in_step = True
 

@@ -13,7 +13,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.protocol.directives import Outbox
 from ftrain.comms.protocol.effects import Form
 from ftrain.comms.protocol.flush import FlushRound
-from ftrain.comms.protocol.membership import Membership, MembershipHard
+from ftrain.comms.protocol.membership import Event, Membership, MembershipHard
 from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
@@ -189,6 +189,16 @@ class StopsAtTheLowestBoundary(Membership):
             self._hard = replace(self._hard, stop_step=lowest)
 
 
+class EndsUnsaved(Membership):
+    """A stop that comes after every rank's last step ends the job as it stands."""
+
+    def _enter(self, event: Event, reason: str) -> None:
+        if event is Event.ALL_ENDED:
+            self._end(0, reason)
+        else:
+            super()._enter(event, reason)
+
+
 class _LaxRound(FlushRound):
     def hear(self, report: NodeReport) -> None:
         super().hear(replace(report, flush=self.target, fence=self.fence, refused=""))
@@ -324,6 +334,7 @@ MUTANTS = (
     _of("stale formation taken", membership=TakesAnyFormation),
     _of("directive not resent", membership=OrdersOnce),
     _of("stop at lowest boundary", membership=StopsAtTheLowestBoundary),
+    _of("late stop ends unsaved", membership=EndsUnsaved),
     _of("flush under old fence counts", membership=CountsOldFiles),
     _of("publish on majority", membership=PublishesOnMajority),
     _of("stale epoch accepted", node=ObeysStaleOrders),

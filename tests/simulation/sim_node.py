@@ -48,6 +48,8 @@ class SimRank:
     in_step: bool = False
     alive: bool = True
     ended: bool = False  # with code 0
+    stopped: bool = False  # at the boundary of a stop
+    finished_at: int = -1  # tick at which it did its last step
     hold: bool = False
     stop_at: int = -1
     capturing: int = -1  # slot
@@ -209,8 +211,8 @@ class SimNode:
         if all(b > began for b in boundaries):
             self.member.ranks_stepped(epoch, Phases(stepped_ns=self.cluster.now))
         if all(r.ended for r in ranks):
-            stopped = ranks[0].stop_at >= 0
-            self.member.ranks_done(epoch, max(boundaries) if stopped else -1)
+            stopped = [r.boundary for r in ranks if r.stopped]
+            self.member.ranks_done(epoch, min(stopped, default=-1))
 
     # ------------------------------------------------------------------ ranks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FAULTY_TICKS = 160
 """Faults begin before this tick; afterwards the world is healed and progress is demanded."""
@@ -25,6 +25,7 @@ class Options:
     lease_ticks: int = 25
     flush_every_ticks: int = 0
     save_at_end: bool = False
+    evaluate_ticks: int = 0  # between a rank's last boundary and its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +130,5 @@ def draw(seed: int) -> Schedule:
                 detail=rng.choice(CRASH_POINTS) if kind == "coordinator_dies" else "",
             )
         )
+    options = replace(options, evaluate_ticks=rng.choice((0, 40, 120)))
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))

@@ -165,6 +165,15 @@ def test_the_end_of_a_run_can_be_durable(save_at_end: bool) -> None:
     assert [v.step for _, v in cluster.checkers.published] == ([20] if save_at_end else [])
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_stop_after_the_last_step_saves_it(nodes: int) -> None:
+    options = {"steps_total": 5, "evaluate_ticks": 80, "save_at_end": True, "nodes": nodes}
+    cluster = simulate(quiet(Fault(70, "stop"), **options))
+    assert cluster.delivered["stop asked"] == 1
+    assert cluster.exit_code == 0
+    assert cluster.checkers.published[-1] == (1, VersionId(1, 5))
+
+
 def test_stop_survives_the_coordinator() -> None:
     faults = (Fault(70, "stop"), Fault(71, "coordinator_dies", ticks=20, detail="now"))
     cluster = simulate(quiet(*faults))
