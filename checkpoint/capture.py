@@ -1,8 +1,19 @@
 """Lazy capture of a version: copied behind forward and backward, complete before the optimizer.
 
-After DataStates-LLM (Maurya et al., HPDC 2024): parameters and moments do not change between one
-``optimizer.step`` and the next, so they are copied by a thread of their own while the step
-computes; only the barrier in front of the optimizer waits for what is left.
+Three kinds of tensors (:class:`Changes`):
+
+* What a registered optimizer owns does not change between one ``optimizer.step`` and the next.  It
+  is copied by a thread of its own while the step computes; only the barrier in front of the
+  optimizer waits for what is left.
+* What no registered optimizer owns may be written by the script at any moment (an EMA copy).  It is
+  copied at the boundary, before the script goes on.
+* Frozen parameters most likely never change.  They are copied behind the step too, into chunks of
+  their own, and each chunk has to have the digest that it had in the version before: then nothing
+  changed since that version's boundary, so the copy is what this boundary's would have been.  A
+  version in which a digest differs is given up, and from then on they are copied at the boundary.
+  The first copy is made there anyway, and so is one after a change that torch counted.
+
+The first kind's treatment is after DataStates-LLM (Maurya et al., HPDC 2024).
 
 A chunk is copied and hashed by two calls that release the GIL; chunks are large because every
 return to Python may wait for the interpreter's switch interval.
@@ -16,12 +27,14 @@ import select
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
 
+from ftrain.checkpoint.digest import NO_DIGEST, digest_of
 from ftrain.checkpoint.image import (
     ImageIdentity,
     ImagePlan,
@@ -45,9 +58,17 @@ _memmove_held = ctypes.PYFUNCTYPE(
 )(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
 
 
+class Changes(Enum):
+    """When a tensor changes, as far as the Session knows."""
+
+    IN_STEP = "inside the step of a registered optimizer"
+    ANYTIME = "whenever the script writes to it"
+    NEVER = "it is frozen"
+
+
 @dataclass(frozen=True, slots=True)
-class LazyTensor:
-    """A tensor that changes only inside ``optimizer.step``.
+class StateTensor:
+    """A tensor that is part of every version.
 
     ``tensor`` is the rank's local shard (any device); ``share`` names the ranks that hold the same
     bytes (see :class:`~ftrain.comms.protocol.messages.Share`).
@@ -56,6 +77,7 @@ class LazyTensor:
     name: str
     tensor: torch.Tensor
     share: str
+    changes: Changes = Changes.IN_STEP
 
 
 class FinishRequest(Protocol):
@@ -103,30 +125,46 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def plan_image(
-    tensors: Sequence[LazyTensor],
+    tensors: Sequence[StateTensor],
     share_of: Callable[[str], Share],
     small_bytes_max: int,
     chunk_bytes: int,
 ) -> ImagePlan:
-    """What this rank captures: of every share, its part of the concatenated bytes (REFT)."""
-    by_key: dict[str, list[LazyTensor]] = {}
-    for tensor in tensors:
-        by_key.setdefault(tensor.share, []).append(tensor)
-    segments: list[Segment] = []
-    shares = tuple(share_of(key) for key in by_key)
-    for share, members in zip(shares, by_key.values(), strict=True):
-        total = sum(tensor_bytes(member.tensor) for member in members)
-        first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
-        at = 0
-        for member in members:
-            size = tensor_bytes(member.tensor)
-            start, stop = max(first - at, 0), min(last - at, size)
-            if start < stop:
-                dtype = str(member.tensor.dtype).removeprefix("torch.")
-                shape = tuple(member.tensor.shape)
-                segments.append(Segment(member.name, dtype, shape, share.key, start, stop - start))
-            at += size
-    return ImagePlan(lay_out(segments), shares, small_bytes_max, chunk_bytes)
+    """What this rank captures: of every share, its part of the concatenated bytes (REFT).
+
+    Frozen tensors come last, in chunks of their own.
+    """
+    by_key: dict[tuple[str, Changes], list[StateTensor]] = {}
+    for kind in Changes:
+        for tensor in tensors:
+            if tensor.changes is kind:
+                by_key.setdefault((tensor.share, kind), []).append(tensor)
+    moving: list[Segment] = []
+    frozen: list[Segment] = []
+    shares = {key: share_of(key) for key, _ in by_key}
+    for (key, kind), members in by_key.items():
+        found = _segments_of(members, shares[key])
+        (frozen if kind is Changes.NEVER else moving).extend(found)
+    placed = lay_out(moving)
+    if frozen:
+        end = placed[-1].offset + placed[-1].nbytes if placed else 0
+        placed += lay_out(frozen, -(-end // chunk_bytes) * chunk_bytes)
+    return ImagePlan(placed, tuple(shares.values()), small_bytes_max, chunk_bytes)
+
+
+def _segments_of(members: Sequence[StateTensor], share: Share) -> Iterator[Segment]:
+    """One rank's part of these tensors, one behind the other."""
+    total = sum(tensor_bytes(member.tensor) for member in members)
+    first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
+    at = 0
+    for member in members:
+        size = tensor_bytes(member.tensor)
+        start, stop = max(first - at, 0), min(last - at, size)
+        if start < stop:
+            dtype = str(member.tensor.dtype).removeprefix("torch.")
+            shape = tuple(member.tensor.shape)
+            yield Segment(member.name, dtype, shape, share.key, start, stop - start)
+        at += size
 
 
 def _bound(total: int, part: int, parts: int) -> int:
@@ -135,10 +173,47 @@ def _bound(total: int, part: int, parts: int) -> int:
     return total * part // parts // _PART_ALIGNMENT_BYTES * _PART_ALIGNMENT_BYTES
 
 
+class FrozenChunks:
+    """The chunks of frozen tensors, and which digests they had in the version before."""
+
+    def __init__(self, plan: ImagePlan, tensors: Sequence[StateTensor]) -> None:
+        frozen = {t.name: t.tensor for t in tensors if t.changes is Changes.NEVER}
+        places = [s.offset // plan.chunk_bytes for s in plan.segments if s.name in frozen]
+        self._chunks = range(min(places, default=0), plan.layout.chunks if places else 0)
+        self._tensors = list(frozen.values())
+        self._digests: list[bytes] = []
+        self._writes = 0  # that torch counted: not all of them, so this is only a hint
+        self._steady = True
+
+    def expect(self, writer: ImageWriter) -> bool:
+        """Let the chunks in this image have the digests of before; False: nothing is known."""
+        writes = sum(t._version for t in self._tensors if not t.is_inference())
+        if writes != self._writes:
+            self._digests = []
+        self._writes = writes
+        if not (self._steady and self._digests):
+            return False
+        for chunk, digest in zip(self._chunks, self._digests, strict=True):
+            writer.expect(chunk, digest)
+        return True
+
+    def sealed(self, writer: ImageWriter) -> None:
+        """The next version is compared with this one."""
+        self._digests = [writer.digest(chunk) for chunk in self._chunks]
+
+    def unsteady(self) -> None:
+        """They do change: nothing is expected of them any more."""
+        self._steady = False
+
+
+class _ChangedError(FtrainError):
+    """A frozen tensor has other bytes than at the boundary before."""
+
+
 @dataclass(slots=True)
 class _Job:
     version: VersionId
-    tensors: tuple[LazyTensor, ...]
+    tensors: tuple[StateTensor, ...]
     writer: ImageWriter
     buffer: memoryview
     ready: torch.cuda.Event | None
@@ -175,9 +250,10 @@ class CaptureEngine:
         self._live: _Job | None = None  # the live tensors still are this version
         self._written: memoryview | None = None  # its sealed image, for the comparison
         self._plan: ImagePlan | None = None
-        self._planned_for: tuple[LazyTensor, ...] = ()
+        self._planned_for: tuple[StateTensor, ...] = ()
         self._filling = False  # the thread is inside a job, given up or not
-        self._offsets: list[int] = []  # of the plan's segments
+        self._offsets: list[int] = []  # of the plan's segments that change in the step only
+        self._frozen: FrozenChunks | None = None
         self._cursor = 0
         self._closing = False
         self._statistics = _Counters()
@@ -190,13 +266,13 @@ class CaptureEngine:
     def start(
         self,
         version: VersionId,
-        tensors: tuple[LazyTensor, ...],
+        tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int = -1,
     ) -> None:
-        """Begin to capture ``version``: ``small`` is in the image when this returns, the tensors
-        follow behind the step (unless writes outside the optimizer were seen before: then they are
-        copied when this returns)."""
+        """Begin to capture ``version``: when this returns, ``small`` is in the image and so is
+        every tensor that may change at any time; the others follow behind the step (unless writes
+        outside the optimizer were seen before: then all is copied when this returns)."""
         with self._lock:
             while self._job is not None:  # the version before was not waited for: no step was made
                 self._lock.wait()
@@ -284,64 +360,101 @@ class CaptureEngine:
     def _attempt(self, job: _Job) -> None:
         try:
             self._capture(job)
+        except _ChangedError as error:
+            assert self._frozen is not None
+            self._frozen.unsteady()
+            self._skip(f"{error}; such tensors are copied at the boundary from now on")
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
 
     def _begin(
-        self, version: VersionId, tensors: tuple[LazyTensor, ...], small: bytes, collectives: int
+        self, version: VersionId, tensors: tuple[StateTensor, ...], small: bytes, collectives: int
     ) -> _Job | None:
-        """Write all but the lazy tensors, so that from here on a survivor can finish the image."""
+        """Write all that may change, so that from here on a survivor can finish the image."""
         plan = self._plan_for(tensors, small)
         buffer = self._slots.begin(version)
         if buffer is None:
             return None
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
-        writer.begin(small)
+        writer.begin(small, lambda: self._copy_now(writer, tensors))
         ready = None
         if any(tensor.tensor.is_cuda for tensor in tensors):
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return _Job(version, tensors, writer, buffer, ready)
 
+    def _copy_now(self, writer: ImageWriter, tensors: tuple[StateTensor, ...]) -> None:
+        """Copy what may change as soon as the script goes on."""
+        assert self._frozen is not None
+        kinds = {Changes.ANYTIME}
+        if not self._frozen.expect(writer):
+            kinds.add(Changes.NEVER)
+        chosen = {t.name: t.tensor for t in tensors if t.changes in kinds}
+        if not chosen:
+            return
+        began = time.monotonic_ns()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
+        for segment in writer.plan.segments:
+            if segment.name in chosen:
+                piece = Piece(segment, segment.start, segment.nbytes, segment.offset)
+                _copy_piece(piece, chosen[segment.name], address)
+        self._statistics.copy_ns += time.monotonic_ns() - began
+
     def _capture(self, job: _Job) -> None:
-        writer, plan = job.writer, job.writer.plan
+        writer = job.writer
         if job.ready is not None:
             job.ready.synchronize()
-        sources = {tensor.name: tensor.tensor for tensor in job.tensors}
+        sources = {tensor.name: tensor for tensor in job.tensors}
         for chunk in range(writer.chunks):
             if self._job is not job:
                 return  # the barrier gave up on it
-            self._fill(writer, plan, chunk, sources)
+            self._fill(writer, chunk, sources)
         with self._lock:
             if self._job is not job:
                 return
             writer.seal()
+        if self._frozen is not None:
+            self._frozen.sealed(writer)
         self._slots.sealed(job.version, writer.held())
         self._statistics.captured += 1
         self._statistics.bytes_copied += writer.plan.layout.data_bytes
         self._written = job.buffer
 
-    def _plan_for(self, tensors: tuple[LazyTensor, ...], small: bytes) -> ImagePlan:
+    def _plan_for(self, tensors: tuple[StateTensor, ...], small: bytes) -> ImagePlan:
         plan = self._plan
         if plan is None or self._planned_for is not tensors or len(small) > plan.small_bytes_max:
             room = max(64 * 1024, len(small) * 2)
             plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
             self._slots.reserve(plan.total_bytes)
             self._plan, self._planned_for = plan, tensors
-            self._offsets = [segment.offset for segment in plan.segments]
+            self._frozen = FrozenChunks(plan, tensors)
+            lazy = {tensor.name for tensor in tensors if tensor.changes is Changes.IN_STEP}
+            self._offsets = [s.offset for s in plan.segments if s.name in lazy]  # the first ones
         return plan
 
-    def _fill(
-        self, writer: ImageWriter, plan: ImagePlan, chunk: int, sources: dict[str, torch.Tensor]
-    ) -> None:
+    def _fill(self, writer: ImageWriter, chunk: int, sources: Mapping[str, StateTensor]) -> None:
+        """Complete a chunk with what is not in it since the boundary.
+
+        Raises :class:`_ChangedError` when it does not have the digest that is expected of it.
+        """
         began = time.monotonic_ns()
         address = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
-        for piece in plan.pieces(chunk):
-            _copy_piece(piece, sources[piece.segment.name], address)
+        expected = writer.digest(chunk)
+        for piece in writer.plan.pieces(chunk):
+            source = sources[piece.segment.name]
+            if source.changes is Changes.IN_STEP or (
+                source.changes is Changes.NEVER and expected != NO_DIGEST
+            ):
+                _copy_piece(piece, source.tensor, address)
         copied = time.monotonic_ns()
-        writer.finish_chunk(chunk)
+        start, stop = writer.chunk_range(chunk)
+        digest = digest_of(writer.data[start:stop])
         self._statistics.copy_ns += copied - began
         self._statistics.hash_ns += time.monotonic_ns() - copied
+        if expected not in (NO_DIGEST, digest):
+            names = sorted({piece.segment.name for piece in writer.plan.pieces(chunk)})
+            raise _ChangedError(f"{names[0]} or one behind it changed though it is frozen")
+        writer.finish_chunk(chunk, digest)
 
     def _poll(self) -> FinishRequest | None:
         try:
@@ -357,11 +470,11 @@ class CaptureEngine:
             if live is not None and live.version == request.version:
                 try:
                     writer = resume_writer(request.buffer)
-                    sources = {tensor.name: tensor.tensor for tensor in live.tensors}
+                    sources = {tensor.name: tensor for tensor in live.tensors}
                     mine = {tensor.name: tensor.share for tensor in live.tensors}
                     if all(mine.get(s.name) == s.share for s in writer.plan.segments):
                         for chunk in writer.missing_chunks():
-                            self._fill(writer, writer.plan, chunk, sources)
+                            self._fill(writer, chunk, sources)
                         writer.seal()
                         held = writer.held()
                         self._statistics.finished_for_others += 1
@@ -386,9 +499,10 @@ class CaptureEngine:
         can't be seen in ``Tensor._version``; fused updates do not count it up.
         """
         live, written, plan = self._live, self._written, self._plan
-        if live is None or written is None or plan is None or not plan.segments:
+        if live is None or written is None or plan is None or not self._offsets:
             return
-        end = plan.segments[-1].offset + plan.segments[-1].nbytes
+        last = plan.segments[len(self._offsets) - 1]
+        end = last.offset + last.nbytes
         place = self._cursor * _COMPARED_BYTES % end
         self._cursor += 1
         segment = plan.segments[bisect_right(self._offsets, place) - 1]

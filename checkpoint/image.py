@@ -10,7 +10,7 @@ imports torch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -82,10 +82,11 @@ class Piece:
     offset: int  # in the data
 
 
-def lay_out(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """The same segments, one behind the other: ``offset`` set, in multiples of 64 bytes."""
+def lay_out(segments: Iterable[Segment], first: int = 0) -> tuple[Segment, ...]:
+    """The same segments, one behind the other from ``first`` on: ``offset`` set, in multiples of
+    64 bytes."""
     placed = []
-    end = 0
+    end = first
     for segment in segments:
         offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         placed.append(replace(segment, offset=offset))
@@ -215,8 +216,11 @@ class ImageWriter:
         """First byte of a chunk and the one behind its last, in :attr:`data`."""
         return self._layout.chunk_range(chunk)
 
-    def begin(self, small: Buffer) -> None:
+    def begin(self, small: Buffer, before: Callable[[], None] | None = None) -> None:
         """Invalidate what the buffer held, then write everything but the data.
+
+        ``before`` is called when all but the header is there: what it writes into the data and
+        expects of chunks is in every image that anybody can take for begun.
 
         Raises:
             StateError: ``small`` is larger than planned; nothing was written.
@@ -235,6 +239,8 @@ class ImageWriter:
         small_end = layout.small_offset + len(small_view)
         view[layout.small_offset : small_end] = small_view
         view[small_end : layout.data_offset] = bytes(layout.data_offset - small_end)
+        if before is not None:
+            before()
         header = Header(
             state=ImageState.WRITING,
             whole=self.whole,
@@ -260,6 +266,16 @@ class ImageWriter:
         at, flag = _entry(self._layout, chunk)
         self._view[at : at + DIGEST_BYTES] = digest
         self._view[flag] = 1  # apart and last: who is killed before it has not finished the chunk
+
+    def digest(self, chunk: int) -> bytes:
+        """A chunk's digest: of a finished one its own, else what is expected or zeros."""
+        at, _ = _entry(self._layout, chunk)
+        return bytes(self._view[at : at + DIGEST_BYTES])
+
+    def expect(self, chunk: int, digest: bytes) -> None:
+        """Say which digest a chunk is to have once it is finished, whoever finishes it."""
+        at, _ = _entry(self._layout, chunk)
+        self._view[at : at + DIGEST_BYTES] = digest
 
     def missing_chunks(self) -> list[int]:
         """Chunks that are not finished."""

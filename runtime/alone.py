@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest, LazyTensor
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest, StateTensor
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageIdentity
 from ftrain.checkpoint.retention import KeepLast
@@ -194,7 +194,7 @@ class AloneKeeper:
     def capture(
         self,
         step: int,
-        tensors: tuple[LazyTensor, ...],
+        tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
         finished: bool,
@@ -256,7 +256,7 @@ class AloneKeeper:
     # ---- details
 
     def _write(
-        self, step: int, tensors: tuple[LazyTensor, ...], small: bytes, collectives: int
+        self, step: int, tensors: tuple[StateTensor, ...], small: bytes, collectives: int
     ) -> None:
         if step == self._saved_step:
             return

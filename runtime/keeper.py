@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, LazyTensor
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, StateTensor
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageIdentity, ImageReader
 from ftrain.comms.channel import Identity
@@ -36,7 +36,7 @@ class Keeper(Protocol):
     def capture(
         self,
         step: int,
-        tensors: tuple[LazyTensor, ...],
+        tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
         finished: bool,
@@ -143,7 +143,7 @@ class SnapshotKeeper:
     def capture(
         self,
         step: int,
-        tensors: tuple[LazyTensor, ...],
+        tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
         finished: bool,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrain.checkpoint.capture import LazyTensor, tensor_bytes
+from ftrain.checkpoint.capture import StateTensor, tensor_bytes
 from ftrain.checkpoint.codec import decode_tree
 from ftrain.checkpoint.image import ImageReader, Segment
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
@@ -44,7 +44,7 @@ def choose_images(
 
 
 def restore_tensors(
-    tensors: Sequence[LazyTensor],
+    tensors: Sequence[StateTensor],
     images: Iterable[tuple[ImageReader, frozenset[str]]],
     *,
     verify: bool = True,
@@ -132,7 +132,7 @@ def restore_from(
     return small
 
 
-def _check_known(segment: Segment, known: dict[str, LazyTensor]) -> None:
+def _check_known(segment: Segment, known: dict[str, StateTensor]) -> None:
     if segment.name not in known:
         raise StateError(
             f"the saved run holds {segment.name}, which this script does not have; use another "

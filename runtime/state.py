@@ -1,14 +1,14 @@
 """What a version of a training job consists of, read from and written to live objects.
 
-Two kinds of state: *lazy* tensors (parameters, optimizer state) change only inside
-``optimizer.step`` and may be copied any time before the next one; everything else is *small* and is
-taken at the boundary as one tree of plain values.
+Two kinds of state: tensors (parameters, optimizer state) are copied one by one, and it is said of
+each when it changes; everything else is *small* and is taken at the boundary as one tree of plain
+values.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ftrain.checkpoint.capture import LazyTensor
+from ftrain.checkpoint.capture import Changes, StateTensor
 from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.runtime.data import Stateful
@@ -40,19 +40,22 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StateLayout:
-    """Where the lazy tensors are."""
+    """Where the tensors are."""
 
-    tensors: tuple[LazyTensor, ...]  # parameters first, in an order that all ranks share
+    tensors: tuple[StateTensor, ...]  # parameters first, in an order that all ranks share
     skeleton: bytes  # encoded: parameter names and the optimizers' tensors, without their bytes
     pointers: list[tuple[torch.Tensor, int]]
     # optimizer, parameter, its state, key, tensor; load_state_dict exchanges the state itself
     slots: list[tuple[torch.optim.Optimizer, torch.Tensor, dict[Any, Any], Any, torch.Tensor]]
     numbers: int  # values in the optimizers' state that are no tensors
+    owned: list[int]  # id() of each parameter in the optimizers' groups
 
     def holds(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
         """Whether every tensor still is where it was; some optimizers exchange theirs."""
+        optimizers = list(optimizers)
         return (
-            all(
+            _owned(optimizers) == self.owned
+            and all(
                 optimizer.state.get(parameter) is values and values.get(key) is tensor
                 for optimizer, parameter, values, key, tensor in self.slots
             )
@@ -87,22 +90,16 @@ class TrainingState:
         self.objects = dict(objects)
         self.rank = rank
         self._layout: StateLayout | None = None
-        self._keys = share_keys(self.models.values(), rank)
+        self._keys: dict[int, str] = {}
         self._names: dict[int, str] = {}
-        for name, model in self.models.items():
-            for inner, parameter in model.named_parameters():
-                self._names.setdefault(id(parameter), f"{name}/{plain_name(inner)}")
-        for name, optimizer in self.optimizers.items():
-            for group_index, group in enumerate(optimizer.param_groups):
-                for index, parameter in enumerate(group["params"]):
-                    self._names.setdefault(id(parameter), f"{name}/{group_index}.{index}")
-                    self._keys.setdefault(id(parameter), key_of([rank]))
+        self._parameters: list[torch.Tensor] = []  # once each; in an order that all ranks share
+        self._take_parameters()
 
     def topology(self, world_size: int) -> str:
         """Names, global shapes and types of the parameters, and the group's size, as 32 hex
         characters: equal on all ranks of a group, different for another model."""
         digest = hashlib.blake2b(f"world {world_size}".encode(), digest_size=16)
-        for parameter in self._parameters():
+        for parameter in self._parameters:
             name = self._names[id(parameter)]
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         return digest.hexdigest()
@@ -110,7 +107,7 @@ class TrainingState:
     # ---- capture
 
     def layout(self) -> StateLayout:
-        """The lazy tensors as they are now; the same object as last time while nothing moved."""
+        """The tensors as they are now; the same object as last time while nothing moved."""
         if self._layout is None or not self._layout.holds(self.optimizers.values()):
             self._layout = self._lay_out()
         return self._layout
@@ -137,16 +134,19 @@ class TrainingState:
         }
 
     def _lay_out(self) -> StateLayout:
-        tensors: list[LazyTensor] = []
+        tensors: list[StateTensor] = []
         pointers: list[tuple[torch.Tensor, int]] = []
-        seen: set[int] = set()
-        for parameter in self._parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                local = local_part(parameter)
-                pointers.append((parameter, _pointer(parameter)))
-                name = self._names[id(parameter)]
-                tensors.append(LazyTensor(name, local, self._keys[id(parameter)]))
+        owned = _owned(self.optimizers.values())
+        if not self._names.keys() >= set(owned):  # optimizer.add_param_group
+            self._take_parameters()
+        in_groups = set(owned)
+        for parameter in self._parameters:
+            changes = Changes.ANYTIME if parameter.requires_grad else Changes.NEVER
+            if id(parameter) in in_groups:
+                changes = Changes.IN_STEP
+            pointers.append((parameter, _pointer(parameter)))
+            name, key = self._names[id(parameter)], self._keys[id(parameter)]
+            tensors.append(StateTensor(name, local_part(parameter), key, changes))
         slots: list[Any] = []
         skeleton: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
@@ -165,12 +165,12 @@ class TrainingState:
                             places[str(key)] = _placeholder(value)
                             share = own or self._keys[id(parameter)]
                             path = f"{name}/{inner}/{key}"
-                            tensors.append(LazyTensor(path, local_part(value), share))
+                            tensors.append(StateTensor(path, local_part(value), share))
             skeleton[name] = {"groups": groups, "state": state}
         numbers = sum(
             len(_numbers(values)) for o in self.optimizers.values() for values in o.state.values()
         )
-        return StateLayout(tuple(tensors), encode_tree(skeleton), pointers, slots, numbers)
+        return StateLayout(tuple(tensors), encode_tree(skeleton), pointers, slots, numbers, owned)
 
     # ---- restore
 
@@ -206,12 +206,29 @@ class TrainingState:
 
     # ---- details
 
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        for model in self.models.values():
-            yield from model.parameters()
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                yield from group["params"]
+    def _take_parameters(self) -> None:
+        """Name every parameter that has no name yet, and keep it.
+
+        They are kept because FSDP2's modules do not always show the same ones: between a forward
+        and its backward they may show the unsharded copies.
+        """
+        missing = set(_owned(self.optimizers.values())) - self._names.keys()
+        first = not self._names
+        keys = share_keys(self.models.values(), self.rank)
+        for name, model in self.models.items():
+            for inner, parameter in model.named_parameters():
+                if first or id(parameter) in missing:
+                    self._keep(parameter, f"{name}/{plain_name(inner)}", keys.get(id(parameter)))
+        for name, optimizer in self.optimizers.items():
+            for group_index, group in enumerate(optimizer.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    self._keep(parameter, f"{name}/{group_index}.{index}", None)
+
+    def _keep(self, parameter: torch.Tensor, name: str, key: str | None) -> None:
+        if id(parameter) not in self._names:
+            self._names[id(parameter)] = name
+            self._keys[id(parameter)] = key or key_of([self.rank])
+            self._parameters.append(parameter)
 
     def _load_optimizer(
         self,
@@ -220,6 +237,7 @@ class TrainingState:
         skeleton: Mapping[str, Any],
         groups: list[dict[str, Any]],
     ) -> None:
+        self._add_groups(optimizer, skeleton["groups"], groups)
         mine = [
             [self._names[id(parameter)] for parameter in group["params"]]
             for group in optimizer.param_groups
@@ -242,6 +260,25 @@ class TrainingState:
                     optimizer.state[parameter] = {
                         key: _materialise(place, parameter) for key, place in places.items()
                     }
+
+    def _add_groups(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[Sequence[str]],
+        values: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Do again what the saved run did with ``optimizer.add_param_group`` on its way."""
+        known = {self._names[id(parameter)]: parameter for parameter in self._parameters}
+        for number in range(len(optimizer.param_groups), len(names)):
+            if not known.keys() >= set(names[number]):
+                return
+            params = [known[name] for name in names[number]]
+            optimizer.add_param_group({**values[number], "params": params})
+
+
+def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
+    """``id()`` of each parameter in the optimizers' groups."""
+    return [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
 def _pointer(tensor: torch.Tensor) -> int:

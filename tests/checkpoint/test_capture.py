@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ftrain.checkpoint.capture import CaptureEngine, LazyTensor, plan_image
+from ftrain.checkpoint.capture import (
+    CaptureEngine,
+    Changes,
+    FrozenChunks,
+    StateTensor,
+    plan_image,
+)
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState, ImageWriter
 from ftrain.comms.errors import MemoryShortError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
@@ -96,11 +102,11 @@ def identity(version: VersionId, rank: int) -> ImageIdentity:
     )
 
 
-def tensors(scale: float = 1.0) -> tuple[LazyTensor, ...]:
+def tensors(scale: float = 1.0) -> tuple[StateTensor, ...]:
     generator = torch.Generator().manual_seed(3)
     sizes = [(100, 300), (7,), (1,), (50, 33), (300, 400)]
     return tuple(
-        LazyTensor(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
+        StateTensor(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
         for i, size in enumerate(sizes)
     )
 
@@ -188,7 +194,7 @@ def test_a_denied_version_is_counted_with_its_reason(
 def test_too_little_memory_is_said_and_training_goes_on(
     engine: CaptureEngine, notes: list[str]
 ) -> None:
-    huge = LazyTensor("model/huge", torch.empty(2**28, dtype=torch.uint8), "0,1")
+    huge = StateTensor("model/huge", torch.empty(2**28, dtype=torch.uint8), "0,1")
     engine.start(VersionId(1, 1), (huge, huge, huge), b"")
     engine.barrier(10)
     assert "more memory than there is" in notes[0]
@@ -214,7 +220,7 @@ def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies
     assert first == before.numpy().tobytes()[: len(first)]
 
 
-def unfinished(rank: int, state: tuple[LazyTensor, ...], version: VersionId) -> memoryview:
+def unfinished(rank: int, state: tuple[StateTensor, ...], version: VersionId) -> memoryview:
     """What a rank leaves that was killed after its first chunk."""
     plan = plan_image(state, lambda key: share_of(rank), 1024, CHUNK_BYTES)
     buffer = memoryview(mmap.mmap(-1, plan.total_bytes))
@@ -261,11 +267,141 @@ def test_a_survivor_refuses_when_its_tensors_moved_on(
 def test_a_survivor_refuses_bytes_that_it_does_not_share(
     engine: CaptureEngine, memory: Memory
 ) -> None:
-    mine = tuple(LazyTensor(t.name, t.tensor, "0") for t in tensors())
+    mine = tuple(StateTensor(t.name, t.tensor, "0") for t in tensors())
     version = VersionId(1, 8)
     engine.start(version, mine, b"mine")
     engine.drain(10)
     assert memory.ask(Finish(version, 1, unfinished(1, tensors(), version))) is None
+
+
+def mixed() -> tuple[StateTensor, ...]:
+    """Each kind, the weights last and large, so that copying them takes a while."""
+    kinds = {"ema": Changes.ANYTIME, "teacher": Changes.NEVER, "model": Changes.IN_STEP}
+    sizes = {"ema": 200_000, "teacher": 300_000, "model": 4_000_000}
+    return tuple(
+        StateTensor(name, torch.arange(float(sizes[name])), "0,1", kind)
+        for name, kind in kinds.items()
+    )
+
+
+def expect_boundary(
+    memory: Memory, state: tuple[StateTensor, ...], ema: float, teacher: float
+) -> None:
+    """The sealed image holds what the tensors were at the boundary."""
+    image = memory.image()
+    image.verify()
+    assert image.state is ImageState.SEALED
+    added = {"ema": ema, "teacher": teacher, "model": 0.0}
+    for tensor in state:
+        raw = (torch.arange(float(tensor.tensor.numel())) + added[tensor.name]).numpy().tobytes()
+        for (name, start), data in contents(image).items():
+            assert name != tensor.name or data == raw[start : start + len(data)]
+
+
+def test_what_no_optimizer_owns_is_as_it_was_at_the_boundary(
+    engine: CaptureEngine, memory: Memory, notes: list[str]
+) -> None:
+    state = mixed()
+    ema = state[0].tensor
+    for step in range(5):
+        engine.start(VersionId(1, step), state, b"")
+        ema.data.add_(1)  # at once, while the weights are being copied
+        engine.drain(10)
+        ema.data.add_(1)
+        engine.barrier(10)
+        expect_boundary(memory, state, 2.0 * step, 0)
+    assert engine.statistics().captured == 5
+    assert not engine.statistics().eager
+    assert notes == []
+
+
+def test_a_frozen_tensor_that_changes_unseen_costs_one_version_and_is_copied_from_then_on(
+    engine: CaptureEngine, memory: Memory, notes: list[str]
+) -> None:
+    state = mixed()
+    teacher = state[1].tensor
+    engine.start(VersionId(1, 1), state, b"")
+    teacher.data.add_(1)  # the first copy is made at the boundary
+    engine.barrier(10)
+    expect_boundary(memory, state, 0, 0)
+    engine.start(VersionId(1, 2), state, b"")  # nobody can say what it is at this boundary
+    engine.barrier(10)
+    assert memory.image().state is ImageState.WRITING
+    assert "teacher" in notes[0]
+    assert "copied at the boundary from now on" in notes[0]
+    for step in (3, 4):
+        engine.start(VersionId(1, step), state, b"")
+        teacher.data.add_(1)
+        engine.barrier(10)
+        expect_boundary(memory, state, 0, step - 2)
+    assert len(notes) == 1
+
+
+def test_a_frozen_tensor_that_torch_saw_change_costs_no_version(
+    engine: CaptureEngine, memory: Memory, notes: list[str]
+) -> None:
+    state = mixed()
+    for step in range(4):
+        engine.start(VersionId(1, step), state, b"")
+        engine.barrier(10)
+        expect_boundary(memory, state, 0, step)
+        state[1].tensor.add_(1)
+    assert engine.statistics().captured == 4
+    assert notes == []
+
+
+def test_frozen_tensors_are_copied_at_the_boundary_only_once() -> None:
+    state = mixed()
+    plan = plan_image(state, lambda key: share_of(0), 1024, CHUNK_BYTES)
+    frozen = FrozenChunks(plan, state)
+    writer = ImageWriter(bytearray(plan.total_bytes), plan, identity(VersionId(1, 1), 0))
+    writer.begin(b"")
+    assert not frozen.expect(writer)
+    for chunk in range(writer.chunks):
+        writer.finish_chunk(chunk)
+    frozen.sealed(writer)
+    writer.begin(b"")
+    assert frozen.expect(writer)
+    (teacher,) = [s for s in plan.segments if s.name == "teacher"]
+    assert teacher.offset % CHUNK_BYTES == 0  # no other tensor can change its chunks' digests
+
+
+def left_behind(state: tuple[StateTensor, ...], version: VersionId) -> memoryview:
+    """What rank 1 leaves when it is killed while its weights are copied, in its second version."""
+    memory = Memory()
+    engine = CaptureEngine(
+        memory, identity, lambda key: share_of(1), rank=1, chunk_bytes=CHUNK_BYTES
+    )
+    engine.start(VersionId(version.epoch, version.step - 1), state, b"")
+    engine.barrier(10)
+    assert memory.handed_in
+    engine._begin(version, state, b"small", 3)  # and no further
+    engine.close()
+    memory.close()
+    return memoryview(memory.maps[memory.turn])
+
+
+@pytest.mark.parametrize("frozen_changed", [False, True])
+def test_a_survivor_leaves_alone_what_was_copied_at_the_boundary(
+    engine: CaptureEngine, memory: Memory, frozen_changed: bool
+) -> None:
+    version = VersionId(1, 8)
+    buffer = left_behind(mixed(), version)
+    state = mixed()
+    engine.start(version, state, b"mine")
+    engine.drain(10)
+    state[0].tensor.data.add_(1)
+    if frozen_changed:
+        state[1].tensor.data.add_(1)
+    held = memory.ask(Finish(version, 1, buffer))
+    image = ImageReader(buffer)
+    assert (held is None) is frozen_changed
+    assert image.state is (ImageState.WRITING if frozen_changed else ImageState.SEALED)
+    if not frozen_changed:
+        image.verify()
+        for (_, start), data in contents(image).items():
+            numbers = torch.arange(start // 4, (start + len(data)) // 4, dtype=torch.float32)
+            assert data == numbers.numpy().tobytes()
 
 
 def test_a_killed_capture_never_reads_as_a_version() -> None:

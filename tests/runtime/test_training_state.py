@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftrain.checkpoint.capture import plan_image
+from ftrain.checkpoint.capture import Changes, plan_image
 from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageWriter
 from ftrain.comms.errors import SessionError, StateError
@@ -174,3 +174,69 @@ def test_parts_of_two_nodes_are_never_mixed() -> None:
     chosen, missing = choose_images(["0", "1"], [reader])
     assert missing == ["1"]
     assert [keys for _, keys in chosen] == [frozenset({"0"})]
+
+
+def test_what_no_optimizer_owns_may_change_at_any_time() -> None:
+    model, teacher = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.AdamW([model.weight])
+    state = TrainingState(
+        {"model": model, "ema": ema, "teacher": teacher}, {"optimizer": optimizer}, {}, 0
+    )
+    model.weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    kinds = {tensor.name: tensor.changes for tensor in state.layout().tensors}
+    assert kinds == {
+        "model/weight": Changes.IN_STEP,
+        "model/bias": Changes.ANYTIME,
+        "ema/weight": Changes.ANYTIME,
+        "ema/bias": Changes.ANYTIME,
+        "teacher/weight": Changes.NEVER,
+        "teacher/bias": Changes.NEVER,
+        "optimizer/model/weight/step": Changes.IN_STEP,
+        "optimizer/model/weight/exp_avg": Changes.IN_STEP,
+        "optimizer/model/weight/exp_avg_sq": Changes.IN_STEP,
+    }
+
+
+def grown(model: torch.nn.Module) -> tuple[TrainingState, Any]:
+    """An optimizer of the first layer, which may get more later."""
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.01)  # type: ignore[index]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return TrainingState(
+        {"model": model}, {"optimizer": optimizer}, {"scheduler": scheduler}, 0
+    ), optimizer
+
+
+def test_a_parameter_group_may_be_added_on_the_way() -> None:
+    parts = make()
+    model = parts[0]
+    state, optimizer = grown(model)
+    before = state.layout()
+    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.5})  # type: ignore[index]
+    assert state.layout() is not before
+    train((model, optimizer, state.objects["scheduler"]), 3)
+    kinds = {t.name: t.changes for t in state.layout().tensors if t.name.startswith("model/2")}
+    assert kinds == {"model/2.weight": Changes.IN_STEP, "model/2.bias": Changes.IN_STEP}
+    buffer = image_of(state)
+    expected = train((model, optimizer, state.objects["scheduler"]), 3, 3)
+    fresh = make()[0]
+    again, second = grown(fresh)  # the script adds the group later; the version had it
+    put_back(buffer, again)
+    assert [group["lr"] for group in second.param_groups] == [
+        pytest.approx(0.001),
+        pytest.approx(0.05),
+    ]
+    assert train((fresh, second, again.objects["scheduler"]), 3, 3) == expected
+
+
+def test_a_new_tensor_in_a_new_group_is_captured_too() -> None:
+    model = make()[0]
+    state, optimizer = grown(model)
+    state.layout()
+    extra = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra]})
+    (tensor,) = [t for t in state.layout().tensors if t.name == "optimizer/1.0"]
+    assert tensor.tensor.data_ptr() == extra.data_ptr()
+    with pytest.raises(StateError, match="holds other parameters here"):
+        put_back(image_of(state), grown(make()[0])[0])  # nobody can make it anew
