@@ -46,7 +46,7 @@ from ftrain.launch.helper import HelperProcess
 from ftrain.launch.job import JobSpec, read_job
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std
-from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback
+from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.uplink import Uplink
 from ftrain.launch.worker_messages import (
@@ -534,7 +534,11 @@ class Agent:
 
     def _flush_version(self, effect: FlushVersion) -> None:
         if self._manager is None:
-            self._machine.flush_refused("in-memory snapshots are switched off")
+            lack = lacking_file(self._job, self._group, effect)
+            if lack:
+                self._machine.flush_refused(lack)
+            else:
+                self._machine.flushed(effect.version)
         elif not self._manager.pid:
             self._machine.flush_refused("the snapshot manager is being started again")
         else:

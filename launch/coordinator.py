@@ -305,7 +305,7 @@ class Coordinator:
         if notice.kind == "total_steps":
             total = notice.data.get("total_steps")
             self._total_steps = total if isinstance(total, int) else 0
-        elif notice.kind == "save":
+        elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(self._machine.request_flush)
         self._announce(notice)
 

@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ftrain.comms.errors import RestoreError
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.comms.errors import FtrainError, RestoreError
 from ftrain.comms.process import describe_exit, oom_kills
+from ftrain.comms.protocol.effects import FlushVersion
 from ftrain.comms.protocol.messages import Formation, Phases, RankFailure
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.contract import Seat
 from ftrain.launch.incidents import is_consequence
+from ftrain.launch.job import JobSpec
 from ftrain.launch.rank_main import read_error_file
 from ftrain.recovery.node_file import NodeRank
 
@@ -249,3 +252,20 @@ def append_traceback(seat: Seat, failure: RankFailure) -> None:
             log.write(failure.traceback)
     except OSError:
         return  # a full disk: the coordinator has it
+
+
+def lacking_file(job: JobSpec, group: RankGroup | None, order: FlushVersion) -> str:
+    """Why a version is not in durable files, in words; "" when it is.
+
+    Without snapshots in memory the ranks write them themselves, at the boundary of a stop.
+    """
+    config = job.config.checkpoint
+    if not config.enabled or group is None:
+        return "nobody writes durable versions (snapshot=off checkpoint=off)"
+    store = DurableStore(config.dir or f"{job.run_dir}/checkpoints")
+    try:
+        for rank in group.ranks:
+            store.file_record(order.fence, order.version, rank.rank)
+    except (FtrainError, OSError) as error:
+        return str(error)
+    return ""

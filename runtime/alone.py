@@ -35,9 +35,10 @@ from ftrain.runtime.restore import restore_from
 if TYPE_CHECKING:
     from ftrain.runtime.state import TrainingState
 
-_RUN_ID = "alone"
+_RUN_ID = "alone"  # of a run without a launcher
 EXIT_SAVED = 75  # EX_TEMPFAIL: a durable version is written, run the same command again
-_LEAD_STEPS = 2  # ranks of one group are at most one boundary apart
+_LOOK_EVERY_S = 1.0  # how often the ranks of a group ask each other whether something is due
+_LOOK_STEPS_MAX = 64
 
 
 class LocalSlots:
@@ -70,6 +71,9 @@ class LocalSlots:
         """The image is complete."""
         self.held = held
 
+    def withdraw(self, version: VersionId) -> None:
+        """Never called: nothing changes while a version is written."""
+
     def fileno(self) -> int:
         """Nobody ever asks anything."""
         return -1
@@ -83,50 +87,63 @@ class LocalSlots:
 
 
 class Agreement:
-    """Boundaries that all ranks of the group agree on, through the group's own store.
+    """What the ranks of the group say together; each call is a collective of the default group."""
 
-    A rank proposes a boundary far enough ahead that every rank reads the proposal before it.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        self._store: Any = None
-        self._own: dict[str, int] = {}
-        if world_size > 1 and dist.is_initialized():
-            nonce = self.share([time.time_ns()])[0]
-            self._store = torch.distributed.distributed_c10d.PrefixStore(
-                f"ftrain/{nonce}", dist.distributed_c10d._get_default_store()
-            )
+    @property
+    def lone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return not dist.is_initialized() or dist.get_world_size() == 1
 
     def share(self, numbers: list[int]) -> list[int]:
         """Rank 0's numbers, on every rank."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self.lone:
             return numbers
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
+        tensor = self._tensor(numbers)
         dist.broadcast(tensor, 0)
+        return [int(number) for number in tensor.tolist()]
+
+    def most(self, numbers: list[int]) -> list[int]:
+        """The highest of all ranks' numbers, place by place."""
+        if self.lone:
+            return numbers
+        tensor = self._tensor(numbers)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(number) for number in tensor.tolist()]
 
     def everyone(self, well: bool) -> bool:
         """Whether all ranks said True."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return well
+        return self.most([int(not well)]) == [0]
+
+    def _tensor(self, numbers: list[int]) -> torch.Tensor:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor([int(well)], dtype=torch.int64, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return bool(tensor.item())
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
-    def propose(self, what: str, step: int) -> None:
-        """Propose a boundary; the first proposal stands."""
-        if self._store is None:
-            self._own.setdefault(what, step)
-        elif not self._store.check([what]):
-            self._store.compare_set(what, "", str(step))
 
-    def agreed(self, what: str) -> int | None:
-        """The boundary agreed on, if there is one."""
-        if self._store is None:
-            return self._own.get(what)
-        return int(self._store.get(what)) if self._store.check([what]) else None
+class Looks:
+    """At which boundaries the ranks ask each other: about once in ``_LOOK_EVERY_S``."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = min(every_s, _LOOK_EVERY_S)
+        self._steps = 1
+        self._next = 0
+        self._at: tuple[int, float] | None = None  # step and time of the last one
+
+    def due(self, step: int) -> bool:
+        """Whether this boundary is one of them; equal on all ranks."""
+        return step >= self._next
+
+    def proposal(self, step: int, now_s: float) -> int:
+        """How many steps from here the next one should be; rank 0's counts."""
+        steps = 1
+        if self._at is not None and now_s > self._at[1]:
+            per_s = (step - self._at[0]) / (now_s - self._at[1])
+            steps = max(1, min(2 * self._steps, int(self._every_s * per_s), _LOOK_STEPS_MAX))
+        self._at = (step, now_s)
+        return steps
+
+    def agree(self, step: int, steps: int) -> None:
+        """What rank 0 proposed at this boundary."""
+        self._steps, self._next = steps, step + steps
 
 
 class AloneKeeper:
@@ -138,16 +155,20 @@ class AloneKeeper:
         self._environment = environment
         self._config: CheckpointConfig = config.checkpoint
         self._note = note
+        self._run_id = context.job_id if context is not None else _RUN_ID
+        self._granted = context.formation.epoch if context is not None else 0
         self.run_dir = context.run_dir if context is not None else default_run_dir(sys.argv[0])
         self.epoch = context.epoch if context is not None else 1
         self.events_bytes_max = EventsConfig().bytes_max
         self.resumed = False
         self.stop_asked = False
+        self.needs_others = environment.world_size > 1
         self._store = DurableStore(self._config.dir or f"{self.run_dir}/checkpoints")
-        self._agreement = Agreement(environment.world_size)
+        self._agreement = Agreement()
+        self._looks = Looks(self._config.durable_every_s / 4)
         self._slots = LocalSlots()
         self._engine: CaptureEngine | None = None
-        self._saves = 0
+        self._save_asked = False
         self._saved_step = -1
         self._stopped_step = -1  # where a version was to be written because of a stop
         self._saved_at = time.monotonic()
@@ -169,7 +190,8 @@ class AloneKeeper:
         self._topology = state.topology(self._environment.world_size)
         versions = self._store.versions(None)
         newest = max((version.fence for version in versions), default=0)
-        count, self._fence = self._agreement.share([len(versions), newest + 1])
+        # A launcher's epoch is a fence that was granted, and above every one in the directory.
+        count, self._fence = self._agreement.share([len(versions), self._granted or newest + 1])
         for version in versions[:count]:
             self._check_world(version.manifest.world_size)
             small, problem = None, ""
@@ -197,23 +219,15 @@ class AloneKeeper:
         tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
-        finished: bool,
-    ) -> None:
-        """Write the version at boundary ``step`` if one is due."""
+        *,
+        last: bool,
+    ) -> bool:
+        """Write the version at boundary ``step`` if one is due; whether it is written."""
         if not self._config.enabled or step == 0:
-            return
-        name = f"save{self._saves}"
-        late = time.monotonic() - self._saved_at > self._config.durable_every_s
-        if self._environment.rank == 0 and late:
-            self._agreement.propose(name, step + _LEAD_STEPS)
-        agreed = self._agreement.agreed(name)
-        due = agreed is not None and step >= agreed  # later, if nothing was captured there
-        if due:
-            self._saves += 1
-        if self._stop_agreed(step):
-            self._stopped_step = step
-        if due or finished or self._stopped_step == step:
+            return True
+        if self._due(step) or last:
             self._write(step, tensors, small, collectives)
+        return self._saved_step == step
 
     def barrier(self) -> None:
         """Nothing is captured behind the step."""
@@ -221,15 +235,15 @@ class AloneKeeper:
     def drain(self) -> None:
         """Nothing is captured behind the step."""
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         """The loop is over."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
 
-    def save_at(self, step: int) -> None:
-        """Every rank asked for a durable version at this boundary."""
-        self._agreement.propose(f"save{self._saves}", step)
+    def save(self) -> None:
+        """A durable version is wanted soon."""
+        self._save_asked = True
 
     def stop_here(self, step: int) -> bool:
         """Whether the script is to end at this boundary: only where a version could be written."""
@@ -243,17 +257,32 @@ class AloneKeeper:
         sys.stderr.write(f"ftrain: stopped, but step {step} was not saved in {self.run_dir}\n")
         raise SystemExit(1)
 
-    def _stop_agreed(self, step: int) -> bool:
-        if self.stop_asked:
-            self._agreement.propose("stop", step + (_LEAD_STEPS if dist.is_initialized() else 0))
-        agreed = self._agreement.agreed("stop")
-        return agreed is not None and step >= agreed
-
     def statistics(self) -> CaptureStatistics:
         """What capturing cost so far."""
         return self._engine.statistics() if self._engine is not None else CaptureStatistics()
 
     # ---- details
+
+    def _due(self, step: int) -> bool:
+        """Whether the version at this boundary is to be written; equal on all ranks."""
+        if not self._agreement.lone and not self._looks.due(step):
+            return False
+        now_s = time.monotonic()
+        first = self._environment.rank == 0
+        late = first and now_s - self._saved_at > self._config.durable_every_s
+        stop, save, steps = self._agreement.most(
+            [
+                int(self.stop_asked),
+                int(self._save_asked or late),
+                self._looks.proposal(step, now_s) if first else 0,
+            ]
+        )
+        self._looks.agree(step, steps)
+        if stop:
+            self._stopped_step = step
+        if save:
+            self._save_asked = False
+        return bool(stop or save)
 
     def _write(
         self, step: int, tensors: tuple[StateTensor, ...], small: bytes, collectives: int
@@ -292,8 +321,10 @@ class AloneKeeper:
 
     def _publish(self, version: VersionId) -> bool:
         try:
-            self._store.publish_written(self._fence, version, _RUN_ID, self._environment.world_size)
-            self._store.sweep(KeepLast(self._config.keep_last), _RUN_ID)
+            self._store.publish_written(
+                self._fence, version, self._run_id, self._environment.world_size
+            )
+            self._store.sweep(KeepLast(self._config.keep_last), self._run_id)
         except FtrainError as error:
             self._note(f"step {version.step} was not published: {error}")
             return False
@@ -308,7 +339,7 @@ class AloneKeeper:
 
     def _identity(self, version: VersionId, rank: int) -> ImageIdentity:
         return ImageIdentity(
-            run_id=_RUN_ID,
+            run_id=self._run_id,
             topology=self._topology,
             version=version,
             rank=rank,

@@ -30,7 +30,8 @@ class Keeper(Protocol):
     epoch: int
     events_bytes_max: int
     resumed: bool
-    stop_asked: bool
+    stop_asked: bool  # by a signal to this process
+    needs_others: bool  # all ranks together have to keep a version
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None: ...
     def capture(
@@ -39,12 +40,13 @@ class Keeper(Protocol):
         tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
-        finished: bool,
-    ) -> None: ...
+        *,
+        last: bool,
+    ) -> bool: ...
     def barrier(self) -> None: ...
     def drain(self) -> None: ...
-    def finish(self, step: int) -> None: ...
-    def save_at(self, step: int) -> None: ...
+    def finish(self) -> None: ...
+    def save(self) -> None: ...
     def stop_here(self, step: int) -> bool: ...
     def stop(self, step: int) -> None: ...
     def statistics(self) -> CaptureStatistics: ...
@@ -61,6 +63,9 @@ def open_keeper(environment: RankEnvironment, note: Note) -> Keeper:
 class SnapshotKeeper:
     """Captures every version into the node's snapshot manager."""
 
+    stop_asked = False  # signals go to the agent, and its wishes come through the telemetry page
+    needs_others = False
+
     def __init__(self, environment: RankEnvironment, context: RankContext, note: Note) -> None:
         self._context = context
         self._config = context.config.snapshot
@@ -70,7 +75,6 @@ class SnapshotKeeper:
         self.epoch = context.epoch
         self.events_bytes_max = context.config.events.bytes_max
         self.resumed = context.formation.restarts > 0
-        self.stop_asked = False
         first = environment.rank - environment.local_rank
         self._group = GroupView(
             environment.rank,
@@ -146,12 +150,14 @@ class SnapshotKeeper:
         tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
-        finished: bool,
-    ) -> None:
-        """Begin to capture the version at boundary ``step``."""
-        if step % self._config.every_steps and not finished and not self.stop_asked:
-            return
+        *,
+        last: bool,
+    ) -> bool:
+        """Begin to capture the version at boundary ``step``; False: it is not its turn."""
+        if step % self._config.every_steps and not last:
+            return False
         self._engine.start(VersionId(self.epoch, step), tensors, small, collectives)
+        return True
 
     def barrier(self) -> None:
         """To be called before any registered optimizer writes."""
@@ -161,11 +167,11 @@ class SnapshotKeeper:
         """Wait for the capture under way."""
         self._engine.drain(self._config.barrier_s_max)
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         """The loop is over."""
         self.drain()
 
-    def save_at(self, step: int) -> None:
+    def save(self) -> None:
         """The agent reads the wish from the telemetry page."""
 
     def stop_here(self, step: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftrain.checkpoint.capture import CaptureStatistics
+from ftrain.checkpoint.capture import CaptureStatistics, Changes, StateTensor
 from ftrain.checkpoint.codec import encode_tree
 from ftrain.comms.environment import RankEnvironment, rank_environment
 from ftrain.comms.errors import SessionError
@@ -107,6 +108,8 @@ class Session:
         self._stepped = False  # an optimizer was stepped since the last boundary
         self._optimizer_steps = 0
         self._iterating = False
+        # The newest version, while the keeper has not taken it: (step, tensors, small, collectives)
+        self._pending: tuple[int, tuple[StateTensor, ...], bytes, int] | None = None
         self._skipping = False  # a deliberate fault: this step leaves its all-reduce out
         self._logged: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
@@ -129,6 +132,7 @@ class Session:
         """Yield ``(step, batch)`` from where the run stands to ``total_steps`` (0-based).
 
         Resuming the iterator is the boundary: everything the loop's body did belongs to the step.
+        A ``break`` leaves its step undone: the run's last version is of the boundary before it.
         """
         if self._iterating:
             raise SessionError("session.steps() is already being iterated: use one loop")
@@ -151,8 +155,12 @@ class Session:
                 began = self._begin_step()
                 yield self._step, batch
                 self._boundary(began)
-            self._keeper.finish(self._step)
+            self._keep_last()
+            self._keeper.finish()
             self._phase(Phase.FINISHED)
+        except GeneratorExit:
+            self._leave()
+            raise
         finally:
             self._iterating = False
             if self._page is not None and self._page[Word.PHASE] != Phase.STOPPED:
@@ -163,8 +171,9 @@ class Session:
         self._logged.update(values)
 
     def save(self) -> None:
-        """Ask for a durable version of the next boundary; all ranks have to, in the same step."""
-        self._keeper.save_at(self._step + 1)
+        """Ask for a durable version soon: alone of the next boundary, in a group of one that all
+        ranks agree on, about a second later at most; all ranks have to ask, in the same step."""
+        self._keeper.save()
         self._set(Word.SAVE_STEP, self._step + 2)
 
     @contextlib.contextmanager
@@ -181,8 +190,9 @@ class Session:
     @property
     def stopping(self) -> bool:
         """Whether a graceful stop was asked for; the run ends at one of the next boundaries."""
-        paused = self._page is not None and bool(self._page[Word.PAUSE])
-        return paused or self._keeper.stop_asked
+        page = self._page
+        told = page is not None and bool(page[Word.PAUSE] or page[Word.STOP_AT])
+        return told or self._keeper.stop_asked
 
     @property
     def step(self) -> int:
@@ -254,10 +264,32 @@ class Session:
             "buckets": self._bucket_orders,
             "step": self._step,
         }
-        layout = self._state.layout()
-        self._keeper.capture(
-            self._step, layout.tensors, encode_tree(small), collectives, self._finished
-        )
+        tensors = self._state.layout().tensors
+        self._pending = (self._step, tensors, encode_tree(small), collectives)
+        if self._keeper.capture(*self._pending, last=self._finished):
+            self._pending = None
+
+    def _keep_last(self, *, in_step: bool = False) -> None:
+        """The run ends: have the newest version kept, if it was not and still can be.
+
+        Code of the script that ran since its boundary may have changed what no optimizer owns.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        untouched = not in_step and pending[0] == self._step
+        if untouched or all(tensor.changes is Changes.IN_STEP for tensor in pending[1]):
+            self._keeper.capture(*pending, last=True)
+
+    def _leave(self) -> None:
+        """The loop was left in the body of a step, which does not count: what counts is the
+        boundary before it, and that is lost if an optimizer was stepped since and it was not
+        captured (``snapshot.every_steps``)."""
+        if sys.is_finalizing():  # it ends with an error, and threads run no more
+            return
+        if not self._keeper.needs_others:  # who may not have left
+            self._keep_last(in_step=True)
+        self._keeper.finish()
 
     @property
     def _finished(self) -> bool:
@@ -278,7 +310,8 @@ class Session:
             time.sleep(0.001)  # a word in shared memory has no event
         page[Word.HELD_AT] = 0
         if page[Word.STOP_AT] == self._step + 1:
-            self._keeper.drain()
+            self._keep_last()
+            self._keeper.finish()
             self._phase(Phase.STOPPED)
             raise SystemExit(0)
         self._phase(Phase.BOUNDARY)
@@ -326,6 +359,7 @@ class Session:
             scaler.step = step
 
     def _before_optimizer(self, *_: Any) -> None:
+        self._pending = None
         self._keeper.barrier()
         self._phase(Phase.OPTIMIZER)
         self._fault(Phase.OPTIMIZER)

@@ -233,3 +233,54 @@ for step, batch in session.steps():
     run(broken, body.replace("EXTRA", "pass"))
     assert losses(broken) == losses(whole)
     assert os.path.exists(broken / "ftrain-runs/job/checkpoints/1/7.json")
+
+
+OPEN_ENDED = """
+session = ftrain.Session(model=model, optimizer=optimizer, data=data)
+for step, batch in session.steps():
+    EARLY
+    loss = model(batch).pow(2).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    session.log(loss=loss)
+    LATE
+print("end", session.step)
+"""
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the durable versions."""
+    found = (folder / "ftrain-runs/job/checkpoints").glob("*/*.json")
+    return sorted(int(manifest.stem) for manifest in found)
+
+
+def test_the_end_of_the_data_is_saved(tmp_path: Path) -> None:
+    body = OPEN_ENDED.replace("EARLY", "pass").replace("LATE", "pass")
+    assert "end 8" in run(tmp_path, body).stdout
+    assert saved_steps(tmp_path) == [8]
+    again = run(tmp_path, body)
+    assert "end 8" in again.stdout
+    assert len(losses(tmp_path)) == 8
+
+
+def test_a_break_saves_the_last_boundary_while_it_is_still_there(tmp_path: Path) -> None:
+    body = OPEN_ENDED.replace("EARLY", "if step == 5: break").replace("LATE", "pass")
+    assert "end 5" in run(tmp_path, body).stdout
+    assert saved_steps(tmp_path) == [5]
+    again = run(tmp_path, OPEN_ENDED.replace("EARLY", "pass").replace("LATE", "pass"))
+    assert "end 8" in again.stdout
+    assert sorted(losses(tmp_path)) == list(range(8))
+    late = tmp_path / "late"
+    late.mkdir()
+    body = OPEN_ENDED.replace("EARLY", "pass").replace("LATE", "if step == 5: break")
+    assert "end 5" in run(late, body).stdout
+    assert saved_steps(late) == []  # the optimizer has changed what the boundary was
+
+
+def test_a_break_does_not_save_what_the_script_changed_since_the_boundary(tmp_path: Path) -> None:
+    body = OPEN_ENDED.replace("optimizer=optimizer,", "optimizer=optimizer, ema=ema,")
+    body = "ema = torch.optim.swa_utils.AveragedModel(model)\n" + body
+    body = body.replace("EARLY", "ema.update_parameters(model)\n    if step == 5: break")
+    assert "end 5" in run(tmp_path, body.replace("LATE", "pass")).stdout
+    assert saved_steps(tmp_path) == []
