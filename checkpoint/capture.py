@@ -99,6 +99,7 @@ class Slots(Protocol):
     def reserve(self, image_bytes: int) -> None: ...
     def begin(self, version: VersionId) -> memoryview | None: ...
     def sealed(self, version: VersionId, held: Held) -> None: ...
+    def withdraw(self, version: VersionId) -> None: ...
     def fileno(self) -> int: ...
     def poll(self) -> FinishRequest | None: ...
     def finished(self, version: VersionId, rank: int, held: Held | None) -> None: ...
@@ -496,7 +497,8 @@ class CaptureEngine:
         """Compare a rotating stretch of live memory with what was captured of it.
 
         Writes outside ``optimizer.step`` (an EMA swap, ``.data``, an optimizer inside backward)
-        can't be seen in ``Tensor._version``; fused updates do not count it up.
+        can't be seen in ``Tensor._version``; fused updates do not count it up.  A version found to
+        differ is withdrawn: its image goes, then everybody is told.
         """
         live, written, plan = self._live, self._written, self._plan
         if live is None or written is None or plan is None or not self._offsets:
@@ -515,10 +517,13 @@ class CaptureEngine:
         at = plan.layout.data_offset + segment.offset + skip
         if written[at : at + size] != now:
             self._statistics.eager = True
+            live.writer.abandon()  # before anything can go wrong with telling
+            self._slots.withdraw(live.version)
             self._note(
-                f"{segment.name} changed between a boundary and the next optimizer.step: versions "
-                "are copied at the boundary from now on, which stalls the step; write to "
-                "parameters only inside optimizer.step, or before the boundary"
+                f"{segment.name} changed between a boundary and the next optimizer.step: step "
+                f"{live.version.step} will not be restored from, and versions are copied at the "
+                "boundary from now on, which stalls the step; write to parameters only inside "
+                "optimizer.step, or before the boundary"
             )
 
 

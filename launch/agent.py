@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -491,6 +492,9 @@ class Agent:
     def _from_manager(self, message: Any) -> None:
         if isinstance(message, smp.Committed):
             self._committed = message.version
+        elif isinstance(message, smp.Withdrawn):
+            text = f"step {message.version.step} was captured wrongly: it is not restored from"
+            self._uplink.say("withdrawn", text, **asdict(message.version))
         elif isinstance(message, smp.CapturesFinished):
             self._captures_finished(message.epoch, message.held)
         elif isinstance(message, smp.Inventory):

@@ -31,7 +31,14 @@ from ftrain.comms.events import EventLog
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
-from ftrain.comms.protocol.messages import Formation, NodeGone, NodeReport, Notice, StopRequest
+from ftrain.comms.protocol.messages import (
+    Formation,
+    NodeGone,
+    NodeReport,
+    Notice,
+    StopRequest,
+    VersionId,
+)
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
 from ftrain.launch.job import JobSpec, read_job
@@ -44,7 +51,7 @@ _RESEND_TICKS = 5
 _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
-_QUIET_KINDS = ("phase", "total_steps", "save")  # for the event log only
+_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn")  # for the event log only
 
 
 def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard | None:
@@ -305,9 +312,16 @@ class Coordinator:
         if notice.kind == "total_steps":
             total = notice.data.get("total_steps")
             self._total_steps = total if isinstance(total, int) else 0
+        elif notice.kind == "withdrawn":
+            self._withdraw(notice)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(self._machine.request_flush)
         self._announce(notice)
+
+    def _withdraw(self, notice: Notice) -> None:
+        epoch, step = notice.data.get("epoch"), notice.data.get("step")
+        if isinstance(epoch, int) and isinstance(step, int):
+            self._bad.withdraw(VersionId(epoch, step))
 
     # ------------------------------------------------------------------ news
 

@@ -32,6 +32,7 @@ from ftrain.snapshot.protocol.messages import (
     RequestRefused,
     Reserve,
     Reserved,
+    Withdraw,
 )
 
 UNAVAILABLE = "snapshot manager unavailable"
@@ -164,6 +165,14 @@ class SnapshotClient:
             if isinstance(answer, Granted):
                 self._slot = answer.slot
                 self._enter(answer.slot)
+
+    def withdraw(self, version: VersionId) -> None:
+        """The image of a version that was sealed is worth nothing; its header is gone already.
+
+        When no manager hears it the next one finds no image.
+        """
+        with self._lock:
+            self._tell(Withdraw(version))
 
     # ------------------------------------------------------------ reading
 

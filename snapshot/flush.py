@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import file_name
-from ftrain.comms.errors import FtrainError
+from ftrain.comms.errors import FtrainError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.snapshot.protocol.messages import Flush, Flushed, FlushedFile, FlushRefused
 from ftrain.snapshot.store import Image, SlotStore, places_of
@@ -35,6 +35,7 @@ class Flusher:
         self._waiting: Flush | None = None  # for a version to be committed
         self._writing: Flush | None = None
         self._next: Flush | None = None  # came while another was written
+        self._withdrawn: deque[VersionId] = deque(maxlen=_REMEMBERED)
         self._recent: deque[VersionId] = deque(maxlen=_REMEMBERED)  # committed
         self._thread = ThreadPoolExecutor(1, "ftrain-flush", _lower_priority)
         self._task: asyncio.Task[None] | None = None
@@ -65,6 +66,10 @@ class Flusher:
         elif version.step >= waiting.version.step:
             self._waiting = None
             self._write(waiting, version)
+
+    def withdrawn(self, version: VersionId) -> None:
+        """A rank found its image of ``version`` to be wrong."""
+        self._withdrawn.append(version)
 
     def group_changed(self) -> None:
         """Another epoch began: nothing of an older one will be committed any more."""
@@ -139,6 +144,8 @@ class Flusher:
                 )
                 path = f"{flush.fence}/{version.step}/{file_name(image.rank)}"
                 files.append(FlushedFile(record.rank, path, record.nbytes, record.digest))
+            if version in self._withdrawn:
+                raise StateError(f"step {version.step} was withdrawn")
             answer = Flushed(flush.version, version, flush.fence, tuple(files))
         except (FtrainError, OSError) as error:
             answer = FlushRefused(flush.version, flush.fence, str(error))

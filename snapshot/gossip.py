@@ -105,6 +105,12 @@ class Gossip:
         for link in self._peers.values():
             link.post(payload)
 
+    def withdrawn(self, version: VersionId) -> None:
+        """``version`` is not complete on this node any more, and never will be."""
+        self._commit.dropped_here(version)
+        self._driver.pump()
+        self.tell_standing()
+
     def _agrees(self, version: VersionId) -> bool:
         """Whether this node's ranks and those heard of belong to one state at ``version``."""
         heard = self._heard.get(version, {}).values()

@@ -37,6 +37,7 @@ from ftrain.snapshot.protocol.messages import (
     RankDied,
     SetGroup,
     Setup,
+    Withdrawn,
 )
 from ftrain.snapshot.ranks import RankServer
 from ftrain.snapshot.store import SlotStore
@@ -69,6 +70,7 @@ class Manager:
         self._ranks = RankServer(
             self._store,
             on_sealed=self._image_sealed,
+            on_withdrawn=self._withdrawn,
             on_skipped=lambda: self._gossip.tell_standing(),
             on_change=self._captures_changed,
             on_hold=self._hold,
@@ -188,6 +190,12 @@ class Manager:
         custody = self._store.custody
         if version.epoch == custody.epoch and custody.complete(version):
             self._gossip.sealed(version)
+
+    def _withdrawn(self, version: VersionId) -> None:
+        """What is committed stays committed, but the coordinator has nobody restore from it."""
+        self._gossip.withdrawn(version)
+        self._flusher.withdrawn(version)
+        self._link.post(Withdrawn(version))
 
     def _captures_changed(self) -> None:
         """Somebody began, sealed, died or answered: hand out what a survivor can finish."""

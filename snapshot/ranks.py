@@ -36,6 +36,7 @@ from ftrain.snapshot.protocol.messages import (
     RequestRefused,
     Reserve,
     Reserved,
+    Withdraw,
 )
 from ftrain.snapshot.protocol.takeover import Task
 from ftrain.snapshot.store import Place, SlotStore, places_of
@@ -49,6 +50,7 @@ class RankServer:
     Args:
         store: what they write to and read from.
         on_sealed: a rank's image of this version was sealed.
+        on_withdrawn: a rank's sealed image of this version is wrong.
         on_skipped: a rank will not hold some version.
         on_change: a rank began, ended or answered: captures may be finishable now, or not any more.
         on_hold: keep this slot's descriptor: rank, slot, descriptor, bytes.
@@ -60,6 +62,7 @@ class RankServer:
         store: SlotStore,
         *,
         on_sealed: Callable[[VersionId], None],
+        on_withdrawn: Callable[[VersionId], None],
         on_skipped: Callable[[], None],
         on_change: Callable[[], None],
         on_hold: Callable[[int, int, int, int], None],
@@ -67,6 +70,7 @@ class RankServer:
     ) -> None:
         self.store = store
         self.on_sealed = on_sealed
+        self.on_withdrawn = on_withdrawn
         self.on_skipped = on_skipped
         self.on_change = on_change
         self.on_hold = on_hold
@@ -168,6 +172,7 @@ class _RankSession:
             Reserve: self._reserve,
             Begin: self._begin,
             ImageSealed: self._sealed,
+            Withdraw: self._withdraw,
             Open: self._open,
             Release: self._release,
             Finished: self._finished,
@@ -282,6 +287,11 @@ class _RankSession:
         self._server.on_sealed(message.version)
         self._grant(message.request, None)
         self._server.on_change()
+
+    def _withdraw(self, message: Withdraw) -> None:
+        self._require_current(message.version)
+        if self._store.withdraw(self.rank, message.version):
+            self._server.on_withdrawn(message.version)
 
     def _grant(self, request: int, version: VersionId | None) -> None:
         grant = self._store.grant(self.rank, version)

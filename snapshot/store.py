@@ -163,6 +163,13 @@ class SlotStore:
         self.custody.seal(rank, slot, version)
         self._held[rank, slot] = held
 
+    def withdraw(self, rank: int, version: VersionId) -> bool:
+        """The rank's image of ``version`` is wrong; False when there is none."""
+        slots = self.custody.withdraw(rank, version)
+        for slot in slots:
+            self._held.pop((rank, slot), None)
+        return bool(slots)
+
     def reload(self, rank: int, slot: int) -> None:
         """Nobody writes this slot any more (that we know of): it holds what its header says."""
         state = self.custody.slots(rank)[slot]

@@ -93,8 +93,8 @@ class VersionCommit:
     def dropped_here(self, version: VersionId) -> None:
         """This member gave ``version`` up: it must not count here any more, should it get complete.
 
-        A member gives up only what can't be committed or what is older than something committed
-        somewhere, so what others heard of it does no harm.
+        A member gives up only what can't be committed, what is older than something committed
+        somewhere, or what nobody may restore from, so what others heard of it does no harm.
         """
         if self._mine.pop(version, None) is not None and isinstance(self._me, int):
             self._tally.withdraw(self._me, version)

@@ -534,7 +534,9 @@ class Membership:
         if newest is not None and (durable is None or newest > durable):
             self._enter(Event.STOP_ASKED, f"saving step {newest.step}, the newest all nodes hold")
             self._aim_at(newest)
-        elif durable is not None and known is not None and durable >= known:
+        elif durable is not None and (
+            durable >= known if known is not None else durable.step >= self._reached
+        ):
             self._end(EXIT_SAVED, f"{stopped}: step {durable.step} was saved before")
         elif known is None and self._reached == 0 and self._all_heard():
             self._end(EXIT_SAVED, f"{stopped} with nothing to save")

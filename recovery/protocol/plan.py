@@ -25,7 +25,7 @@ class DurableVersion:
 
 @dataclass(slots=True)
 class BadVersions:
-    """Versions that a rank could not put back.
+    """Versions that a rank could not put back, or withdrew.
 
     Memory and durable files are told apart: a version's file may be good where its memory is not.
     """
@@ -40,6 +40,11 @@ class BadVersions:
             return False
         found.add(plan.version)
         return True
+
+    def withdraw(self, version: VersionId) -> None:
+        """A rank found that it had captured ``version`` wrongly: no copy of it is good."""
+        self._memory.add(version)
+        self._durable.add(version)
 
     @property
     def memory(self) -> frozenset[VersionId]:

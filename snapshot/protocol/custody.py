@@ -34,6 +34,7 @@ class SlotEvent(Enum):
     GRANT = "grant"  # its rank may write it
     SEAL = "seal"  # its image is complete (or was found complete by a new manager)
     ABANDON = "abandon"  # nobody will complete what is in it
+    WITHDRAW = "withdraw"  # its image turned out to be wrong
 
 
 TRANSITIONS: dict[tuple[SlotState, SlotEvent], SlotState] = {
@@ -43,6 +44,7 @@ TRANSITIONS: dict[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.WRITING, SlotEvent.GRANT): SlotState.WRITING,
     (SlotState.WRITING, SlotEvent.SEAL): SlotState.SEALED,
     (SlotState.WRITING, SlotEvent.ABANDON): SlotState.EMPTY,
+    (SlotState.SEALED, SlotEvent.WITHDRAW): SlotState.EMPTY,
 }
 
 
@@ -185,6 +187,21 @@ class Custody:
         """Nobody will complete what is in this slot."""
         self.slots(rank)[number].apply(SlotEvent.ABANDON)
 
+    def withdraw(self, rank: int, version: VersionId) -> list[int]:
+        """The rank's image of ``version`` is wrong; returns the slots that held it.
+
+        If it was committed it stays the anchor: the older version is kept no longer than it would
+        have been, and the next one makes up for both.
+        """
+        numbers = [
+            number
+            for number, slot in enumerate(self.slots(rank))
+            if slot.state is SlotState.SEALED and slot.version == version
+        ]
+        for number in numbers:
+            self.slots(rank)[number].apply(SlotEvent.WITHDRAW)
+        return numbers
+
     # ------------------------------------------------------------ versions
 
     def sealed(self, version: VersionId) -> list[tuple[int, int]]:
@@ -302,11 +319,11 @@ class Custody:
 
     def _why_kept(self, slot: Slot) -> str:
         """Why a slot must stay as it is; "" when it may be written."""
+        if slot.pins:  # also of what was withdrawn: somebody reads it all the same
+            return "reader"
         version = slot.version
         if slot.state is not SlotState.SEALED or version is None:
             return ""
-        if slot.pins:
-            return "reader"
         anchor = self.anchor
         if version == anchor:
             return "newest committed"

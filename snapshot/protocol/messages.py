@@ -141,6 +141,13 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A rank found that what it captured of ``version`` is wrong: nobody may restore from it."""
+
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
 class BoundaryCounts:
     """How many collectives other nodes' ``ranks`` had enqueued at the boundary of ``version``."""
 
@@ -241,6 +248,13 @@ class ImageSealed:
     request: int
     version: VersionId
     slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """My image of ``version`` was sealed and is wrong: count it no more. No answer."""
+
+    version: VersionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +416,7 @@ MESSAGES: tuple[type, ...] = (
     Hold,
     Drop,
     Committed,
+    Withdrawn,
     BoundaryCounts,
     CapturesFinished,
     Inventory,
@@ -412,6 +427,7 @@ MESSAGES: tuple[type, ...] = (
     Reserve,
     Begin,
     ImageSealed,
+    Withdraw,
     Open,
     Release,
     Finished,

@@ -130,3 +130,36 @@ def test_a_damaged_durable_version_gives_way_and_another_model_does_not(tmp_path
     assert (restore["level"], restore["version"]["step"]) == ("durable", older.step)
     assert f"durable step {newest.step} of epoch 1 was found bad" in restore["reason"]
     assert losses(run_dir) == before  # also where a step was done again
+
+
+WRITER = """
+import os, signal, torch, ftrain
+torch.manual_seed(0)
+model = torch.nn.Linear(64, 64, bias=False)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+session = ftrain.Session(model=model, optimizer=optimizer, total_steps=30)
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+for step, _ in session.steps():
+    model(torch.ones(4, 64)).square().mean().backward()
+    if first and step == 20:
+        while session.statistics().captured < 21:
+            pass
+        model.weight.data.mul_(1.5)  # outside of any optimizer
+    optimizer.step()
+    optimizer.zero_grad()
+    if first and step == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_version_that_a_write_outside_the_optimizer_may_have_hit_is_not_restored(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    (tmp_path / "writer.py").write_text(WRITER)
+    line = [*command(run_dir, [], [])[:-1], str(tmp_path / "writer.py")]
+    subprocess.run(line, cwd=tmp_path, check=True, timeout=90)
+    _, second = [event["formation"] for event in events(run_dir, "formation")]
+    assert second["restore"]["version"]["step"] == 19
+    (withdrawn,) = events(run_dir, "withdrawn")
+    assert withdrawn["data"]["step"] == 20

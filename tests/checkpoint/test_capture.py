@@ -20,7 +20,7 @@ from ftrain.checkpoint.capture import (
     plan_image,
 )
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState, ImageWriter
-from ftrain.comms.errors import MemoryShortError
+from ftrain.comms.errors import CorruptionError, MemoryShortError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
 CHUNK_BYTES = 64 * 1024
@@ -42,6 +42,7 @@ class Memory:
         self.maps: list[mmap.mmap] = []
         self.turn = 0
         self.handed_in: list[tuple[VersionId, Held]] = []
+        self.withdrawn: list[VersionId] = []
         self.answers: list[tuple[int, Held | None]] = []
         self.door, self.bell = socket.socketpair()
         self.door.setblocking(False)
@@ -61,6 +62,9 @@ class Memory:
 
     def sealed(self, version: VersionId, held: Held) -> None:
         self.handed_in.append((version, held))
+
+    def withdraw(self, version: VersionId) -> None:
+        self.withdrawn.append(version)
 
     def fileno(self) -> int:
         return self.door.fileno()
@@ -213,6 +217,9 @@ def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies
         if engine.statistics().eager:
             break
     assert "between a boundary and the next optimizer.step" in notes[0]
+    assert memory.withdrawn == [VersionId(1, step)]
+    with pytest.raises(CorruptionError, match="no valid header"):
+        memory.image()
     before = state[0].tensor.clone()
     engine.start(VersionId(1, 99), state, b"")  # returns when all is copied
     state[0].tensor.zero_()

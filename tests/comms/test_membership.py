@@ -422,6 +422,23 @@ def test_a_stop_before_anything_ran() -> None:
     assert job.effects == [EndJob(75, "stopped (Ctrl-C) with nothing to save")]
 
 
+def test_a_stop_before_a_step_after_a_durable_restart_finds_everything_saved() -> None:
+    job, epoch = running()
+    stopped_at(job, epoch)
+    version = VersionId(epoch, 8)
+    job.say(flush=version, fence=epoch, prepared=(version,))
+    job.machine.published(epoch, version)
+    job.take()
+    job.start(launch="second")
+    job.reports = {n: NodeReport(n, 2, 0, 0, IDLE, 1, f"h{n}", f"h{n}:1") for n in range(job.nodes)}
+    job.say(epoch=epoch, state=STOPPED)
+    second = job.form(step=8)
+    job.say(epoch=second, state=STARTING)
+    job.give(StopRequest("SIGTERM"))
+    job.say(state=STOPPED)
+    assert job.effects[-1] == EndJob(75, "stopped (SIGTERM): step 8 was saved before")
+
+
 def test_a_signal_at_a_node_is_a_stop() -> None:
     job, _ = running()
     job.say(1, signals=("SIGUSR1",))

@@ -44,6 +44,14 @@ def test_each_bad_version_leads_to_the_next_older_one_down_to_a_fresh_start() ->
     assert "durable step 6 of epoch 1 was found bad" in choose(bad, [], files).reason
 
 
+def test_a_withdrawn_version_is_restored_from_no_place() -> None:
+    bad = BadVersions()
+    bad.withdraw(VersionId(1, 5))
+    plan = choose(bad, [VersionId(1, 5), VersionId(1, 4)], [durable(1, 5)])
+    assert (plan.level, plan.version) == ("memory", VersionId(1, 4))
+    assert choose(bad, [VersionId(1, 5)], [durable(1, 5)]).level == "fresh"
+
+
 def test_a_version_bad_in_memory_may_be_good_on_the_disk() -> None:
     bad = BadVersions()
     plan = choose(bad, [VersionId(1, 5)], [durable(1, 5)])

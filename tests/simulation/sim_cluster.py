@@ -68,6 +68,7 @@ class Cluster:
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
+        self.withdrawn: set[VersionId] = set()
         self.flush_orders: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
@@ -247,12 +248,18 @@ class Cluster:
             membership.formed(form.epoch, None, "no port is free")
             return
         world = sum(p.local_world for p in form.places)
-        published = [(f, v) for f, v in self.checkers.published if f in membership.hard.granted]
+        published = [
+            (f, v)
+            for f, v in self.checkers.published
+            if f in membership.hard.granted and v not in self.withdrawn
+        ]
         durable = None
         if published:
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
             durable = DurableVersion(fence, version.step, "p", world)
-        plan = self.machines.choose_restore(dict(form.held), world, durable)
+        refused = frozenset(self.withdrawn)
+        plan = self.machines.choose_restore(dict(form.held), world, durable, refused)
+        demand(plan.version not in refused, f"{plan.version} was withdrawn and is restored from")
         if membership.phase is Phase.FORMING and membership.hard.epoch == form.epoch:
             self._check_plan(form, plan, durable, world)
             step = 0 if plan.version is None else plan.version.step
@@ -267,7 +274,8 @@ class Cluster:
         current = {n.number: n.incarnation for n in self.nodes if n.life.alive}
         if any(current.get(p.node) != p.incarnation for p in form.places):
             return  # memory was lost meanwhile, and the coordinator is about to hear of it
-        best = max(restorable(form.held, world, sharded=self.options.sharded), default=None)
+        found = restorable(form.held, world, sharded=self.options.sharded)
+        best = max((v for v in found if v not in self.withdrawn), default=None)
         demand(
             plan.level != "memory" or self.restorable(plan.version),
             f"{plan.version} is planned, but is not in memory",
@@ -466,6 +474,11 @@ class Cluster:
         self._armed.append((fault.kind, node.number))
 
     _fault_torn_write = _fault_form_fails = _fault_fork_fails = _fault_late_order = _arm
+
+    def _fault_write_found(self, fault: Fault, node: SimNode) -> None:
+        victims = node.alive_ranks() if node.life.alive else []
+        if victims and node.withdraw(victims[fault.other % len(victims)]):
+            self.delivered["write found"] += 1
 
     def _fault_flush(self, fault: Fault, node: SimNode) -> None:
         if self.membership is not None:

@@ -199,6 +199,16 @@ class EndsUnsaved(Membership):
             super()._enter(event, reason)
 
 
+class SavesWhatItHeardOf(Membership):
+    """The last version is saved only if some node has said by then that one is committed."""
+
+    def _finish(self) -> None:
+        if self._committed is None:
+            self._end(0, "every rank is done")
+        else:
+            super()._finish()
+
+
 class _LaxRound(FlushRound):
     def hear(self, report: NodeReport) -> None:
         super().hear(replace(report, flush=self.target, fence=self.fence, refused=""))
@@ -289,7 +299,9 @@ class SendsBeforePersisting(Driver[Any]):
             self._pumping = False
 
 
-def restores_any_whole(held: Any, world_size: int, durable: Any) -> RestorePlan:
+def restores_any_whole(
+    held: Any, world_size: int, durable: Any, refused: Any = frozenset()
+) -> RestorePlan:
     """Nobody asks whether every rank's small section is there."""
     records: list[Held] = [h for found in held.values() for h in found if h.whole]
     version = max((h.version for h in records), default=None)
@@ -298,13 +310,22 @@ def restores_any_whole(held: Any, world_size: int, durable: Any) -> RestorePlan:
     return RestorePlan("memory", version)
 
 
-def restores_oldest(held: Any, world_size: int, durable: Any) -> RestorePlan:
+def restores_oldest(
+    held: Any, world_size: int, durable: Any, refused: Any = frozenset()
+) -> RestorePlan:
     """An older version than need be."""
     plan = choose_restore(held, world_size, durable)
     if plan.level != "memory" or plan.version is None:
         return plan
     older = choose_restore(held, world_size, durable, frozenset({plan.version}))
     return older if older.level == "memory" else plan
+
+
+def restores_withdrawn(
+    held: Any, world_size: int, durable: Any, refused: Any = frozenset()
+) -> RestorePlan:
+    """Nobody remembers what was withdrawn: another node may hold enough of it."""
+    return choose_restore(held, world_size, durable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +356,7 @@ MUTANTS = (
     _of("directive not resent", membership=OrdersOnce),
     _of("stop at lowest boundary", membership=StopsAtTheLowestBoundary),
     _of("late stop ends unsaved", membership=EndsUnsaved),
+    _of("end saved only if heard of", membership=SavesWhatItHeardOf),
     _of("flush under old fence counts", membership=CountsOldFiles),
     _of("publish on majority", membership=PublishesOnMajority),
     _of("stale epoch accepted", node=ObeysStaleOrders),

@@ -239,6 +239,20 @@ class SimNode:
         self._image_sealed(image.version)
         self.smp.pump()
 
+    def withdraw(self, rank: SimRank) -> bool:
+        """At its barrier the rank finds that its tensors are not what it captured."""
+        version = VersionId(rank.epoch, rank.boundary)
+        if rank.capturing >= 0 or not self.custody.withdraw(rank.rank, version):
+            return False
+        for place, image in list(self.memory.images.items()):
+            if place[0] == rank.rank and image.version == version:
+                del self.memory.images[place]
+        self.cluster.withdrawn.add(version)
+        self.commit.dropped_here(version)
+        self.smp.pump()
+        self._tell_standing()
+        return True
+
     # ------------------------------------------------------------------ snapshot manager
 
     def start_smp(self) -> None:

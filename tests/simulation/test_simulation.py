@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sim_checkers import Violation
 from sim_cluster import Cluster, Machines, simulate
+from sim_mutants import restores_withdrawn
 from sim_schedule import Fault, Options, Schedule, draw
 from sim_shrink import failure, shrink
 
@@ -163,6 +165,27 @@ def test_the_end_of_a_run_can_be_durable(save_at_end: bool) -> None:
     cluster = simulate(quiet(steps_total=20, save_at_end=save_at_end))
     assert cluster.exit_code == 0
     assert [v.step for _, v in cluster.checkers.published] == ([20] if save_at_end else [])
+
+
+def with_writes(seed: int) -> Schedule:
+    """A seed's schedule in which ranks now and then find that they captured wrongly."""
+    drawn, rng = draw(seed), random.Random(seed)
+    writes = tuple(
+        Fault(rng.randrange(5, 160), "write_found", rng.randrange(12), rng.randrange(12))
+        for _ in range(12)
+    )
+    return replace(drawn, faults=tuple(sorted(drawn.faults + writes, key=lambda f: f.at)))
+
+
+def test_a_withdrawn_version_is_never_restored_from() -> None:
+    delivered: Counter[str] = Counter()
+    caught = 0
+    for seed in range(60):
+        delivered += simulate(with_writes(seed)).delivered
+        said = failure(with_writes(seed), Machines(choose_restore=restores_withdrawn))
+        caught += "was withdrawn" in (said or "")
+    assert delivered["write found"] >= 100
+    assert caught >= 1
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -254,3 +254,22 @@ def test_broken_rules_are_caught(mutant: type[Custody]) -> None:
             caught += 1
     print(f"{mutant.__name__}: caught by {caught} of 140 seeds")
     assert caught >= 1
+
+
+def test_a_withdrawn_version_is_neither_complete_nor_possible_and_its_readers_keep_its_slot() -> (
+    None
+):
+    made = custody()
+    capture(made, 0, v(1))
+    number = capture(made, 0, v(2))
+    made.commit(v(2))
+    made.pin([(0, number)])
+    assert made.withdraw(0, v(2)) == [number]
+    assert not made.complete(v(2))
+    assert made.dead(v(2))
+    assert made.complete(v(1))
+    assert made.committed == v(2)  # what was said is not taken back
+    assert capture(made, 0, v(3)) != number
+    made.unpin([(0, number)])
+    assert made.grant(0, v(4)).slot == number
+    assert made.withdraw(0, v(2)) == []

@@ -31,6 +31,7 @@ from ftrain.snapshot.protocol.messages import (
     FlushRefused,
     ImageSealed,
     Reserve,
+    Withdrawn,
 )
 
 
@@ -477,3 +478,28 @@ def test_manager_starts_fast_and_without_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "False False\n"
+
+
+def test_a_withdrawn_version_is_not_held_not_flushed_and_not_found_again(tmp_path: Path) -> None:
+    with Manager(tmp_path) as manager:
+        manager.group()
+        with Rank(manager) as rank:
+            rank.capture(1)
+            writer = rank.start(2)
+            assert writer is not None
+            rank.seal(writer, 2)
+            manager.newest_committed(v(2))
+            writer.abandon()
+            rank.client.withdraw(v(2))
+            assert manager.expect(Withdrawn).version == v(2)
+            assert steps_held(manager) == [1]
+            assert rank.restored(1) == {0: state(0, 1)}
+            manager.link.send(Flush(v(2), fence=1))
+            assert "passed" in manager.expect(FlushRefused).reason
+            manager.kill()
+            manager.start()
+            manager.group()
+            assert steps_held(manager) == [1]
+            assert rank.capture(3)
+            manager.newest_committed(v(3))
+            assert steps_held(manager)[-1] == 3
