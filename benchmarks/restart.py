@@ -44,6 +44,7 @@ from ftrain.recovery.node_file import read_node_files
 PEER = ROOT / "benchmarks" / "peers" / "torchrun_train.py"
 STEPS_BETWEEN = {"0.5m": 12, "10m": 8, "124m": 4}  # at least, after a start, before the next kill
 BATCH = {"0.5m": 8, "10m": 4, "124m": 1}
+HEAD = ("", "at once", "never", "median", "first", "least", "most", "recomputed", "of ours")
 SEQ = {"0.5m": 128, "10m": 128, "124m": 64}
 
 
@@ -190,6 +191,7 @@ def row(name: str, outcomes: Sequence[Kill | str], reference_s: float | None) ->
     return [
         name,
         f"{sum(kill.at_once for kill in kills)} of {len(outcomes)}",
+        len(outcomes) - len(kills),
         middle,
         median(firsts),
         pauses[0],
@@ -204,10 +206,8 @@ def show(preset: str, results: dict[str, list[Kill | str]], ranks: int) -> None:
     ours = [kill for kill in results.get("ftrain", []) if isinstance(kill, Kill)]
     reference_s = median(kill.pause_s for kill in ours) if ours else None
     rows = [row(name, outcomes, reference_s) for name, outcomes in results.items()]
-    head = ("", "at once", "median s", "first s", "least s", "most s", "recomputed", "of ours")
-    print_table(
-        f"restart, preset {preset}, {ranks} ranks, {os.cpu_count()} cores: pause", head, rows
-    )
+    title = f"restart, preset {preset}, {ranks} ranks, {os.cpu_count()} cores: pause in s"
+    print_table(title, HEAD, rows)
     names = dict.fromkeys(name for kill in ours for name in kill.phases_s)
     phases = [
         (name, median(kill.phases_s[name] for kill in ours if name in kill.phases_s))
@@ -217,6 +217,12 @@ def show(preset: str, results: dict[str, list[Kill | str]], ranks: int) -> None:
         print_table("ours by phase, seconds since the fault, median", ("phase", "s"), phases)
 
 
+def wants_more(outcomes: Sequence[Kill | str], args: argparse.Namespace) -> bool:
+    """Whether an arm has kills to go, and hope."""
+    lost = sum(isinstance(outcome, str) for outcome in outcomes)
+    return len(outcomes) < args.kills and lost < args.lost_max
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -224,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30, help="per arm and preset")
     parser.add_argument("--kills-per-launch", type=int, default=5)
     parser.add_argument("--patience-s", type=float, default=60, help="until a kill counts as lost")
+    parser.add_argument("--lost-max", type=int, default=5, help="kills without return, per arm")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -247,7 +254,7 @@ def main() -> None:
     for preset in args.presets:
         results: dict[str, list[Kill | str]] = {arm.name: [] for arm in arms}
         for number in itertools.count():
-            behind = [arm for arm in arms if len(results[arm.name]) < args.kills]
+            behind = [arm for arm in arms if wants_more(results[arm.name], args)]
             if not behind:
                 break
             for arm in behind:
