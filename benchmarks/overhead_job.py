@@ -1,4 +1,4 @@
-"""The training that ``overhead`` measures: one rank's times and costs over a window of steps.
+"""The training that ``overhead`` measures: one rank's times and costs over blocks of steps.
 
 Run by overhead.py under ``ftrain launch``; each rank writes ``<out>/rank<r>.json``.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ PRESETS = {**example.PRESETS, "5m": example.LlamaConfig(256, layers=6, heads=4, 
 REFERENCE_BYTES = 64 * 1024 * 1024  # larger than the caches, as training state is
 
 
-def core_ms_per_mb(work: Callable[[], object], megabytes: float, at_least_s: float = 0.3) -> float:
+def core_ms_per_mb(work: Callable[[], object], megabytes: float, at_least_s: float = 0.15) -> float:
     """CPU time of this thread that the work takes."""
     work()
     began, rounds = time.thread_time(), 0
@@ -71,27 +71,67 @@ def capture_thread_s() -> float:
 
 
 def manager_s() -> float:
-    """CPU time of the node's snapshot manager; 0 without one."""
+    """CPU time of the node's snapshot manager."""
     context = rank_environment().context
-    if context is None:
-        return 0.0
+    assert context is not None, "run by overhead.py under ftrain launch"
     node = read_node_file(Path(context.run_dir) / "state" / f"node{context.node}.json")
-    if node is None or not node.smp_pid:
-        return 0.0
-    fields = Path(f"/proc/{node.smp_pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    assert node is not None
+    threads = Path(f"/proc/{node.smp_pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
-def usage(session: ftrain.Session, boundary_s: float) -> dict[str, Any]:
-    """Everything counted so far."""
-    return {
-        "wall_s": time.monotonic(),
-        "process_s": time.process_time(),
-        "capture_thread_s": capture_thread_s(),
-        "manager_s": manager_s(),
-        "boundary_s": boundary_s,
-        **dataclasses.asdict(session.statistics()),
-    }
+class Meter:
+    """Trains in blocks with and without snapshots, in turn, and counts what each block took."""
+
+    def __init__(self, session: ftrain.Session, place: example.Place, rounds: int) -> None:
+        self.session = session
+        self.place = place
+        self.rounds = rounds
+        self.arm = "on"
+        self.boundary_s = 0.0
+        self.results: list[dict[str, Any]] = []
+        self._references: list[dict[str, float]] = []
+        capture = session._capture  # a run with snapshots can't be told to leave some out
+
+        def gated(*arguments: Any) -> None:
+            if self.arm == "on":
+                capture(*arguments)
+
+        session._capture = gated  # type: ignore[method-assign]
+
+    def blocks(self, warmup: int, settle: int, steps: int) -> Iterator[bool]:
+        """Once per step: whether the script may go on. Counts the last ``steps`` of each block."""
+        for _ in range(warmup):
+            yield True
+        for number in range(self.rounds):
+            self._references.append(reference(self.place))
+            for arm in ("off", "on") if number % 2 else ("on", "off"):
+                self.arm = arm
+                for _ in range(settle):
+                    yield True
+                before = self._usage()
+                for _ in range(steps):
+                    yield True
+                after = self._usage()
+                spent = {name: after[name] - value for name, value in before.items()}
+                self.results.append({"arm": arm, "round": number, "steps": steps, **spent})
+        yield False
+
+    def report(self) -> dict[str, Any]:
+        """Everything, for the parent."""
+        return {"reference": self._references, "blocks": self.results}
+
+    def _usage(self) -> dict[str, float]:
+        """Everything counted so far."""
+        counted = dataclasses.asdict(self.session.statistics())
+        return {
+            "wall_s": time.monotonic(),
+            "process_s": time.process_time(),
+            "capture_thread_s": capture_thread_s(),
+            "manager_s": manager_s(),
+            "boundary_s": self.boundary_s,
+            **{name: float(v) for name, v in counted.items() if type(v) is int},
+        }
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -108,34 +148,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="0.5m")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30, help="in the measured window")
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--settle", type=int, default=2, help="steps at the start of each block")
+    parser.add_argument("--steps", type=int, default=10, help="counted in each block")
+    parser.add_argument("--rounds", type=int, default=6, help="of one block with, one without")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure the reference, train, and write what the window cost."""
+    """Train, and write what each block of steps cost."""
     args = parse_arguments()
     place = example.join()
     torch.manual_seed(0)
-    costs = reference(place)
     windows = example.Windows(example.read_corpus("training", args.cache), args.seq)
     sampler = DistributedSampler(windows, place.world_size, place.rank, drop_last=True)
     loader = DataLoader(windows, args.batch_size, sampler=sampler, drop_last=True)
     llama = example.Llama(PRESETS[args.preset]).to(place.device)
     model = DistributedDataParallel(llama) if place.world_size > 1 else llama
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    total = args.warmup + args.steps + 1
-    session = ftrain.Session(model=model, optimizer=optimizer, data=loader, total_steps=total)
+    session = ftrain.Session(model=model, optimizer=optimizer, data=loader, total_steps=10**6)
+    meter = Meter(session, place, args.rounds)
+    blocks = meter.blocks(args.warmup, args.settle, args.steps)
 
-    boundary_s, left_s, began = 0.0, time.monotonic(), {}
-    for step, batch in session.steps():
-        boundary_s += time.monotonic() - left_s  # loading the batch included, in every arm
-        if step == args.warmup:
-            began = usage(session, boundary_s)
-        if step == args.warmup + args.steps:
+    left_s = time.monotonic()
+    for _, batch in session.steps():
+        meter.boundary_s += time.monotonic() - left_s  # loading the batch included, in both arms
+        if not next(blocks):
             break
         loss = model(batch.to(place.device))
         loss.backward()
@@ -144,13 +184,7 @@ def main() -> None:
         optimizer.zero_grad()
         session.log(loss=loss.detach())
         left_s = time.monotonic()
-    ended = usage(session, boundary_s)
-    window = {
-        name: ended[name] - value
-        for name, value in began.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    result = {"state_bytes": state_bytes(llama, optimizer), "reference": costs, "window": window}
+    result = {"state_bytes": state_bytes(llama, optimizer), **meter.report()}
     (args.out / f"rank{place.rank}.json").write_text(json.dumps(result))
     if place.world_size > 1:
         dist.destroy_process_group()
