@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -44,25 +44,38 @@ class StateLayout:
 
     tensors: tuple[StateTensor, ...]  # parameters first, in an order that all ranks share
     skeleton: bytes  # encoded: parameter names and the optimizers' tensors, without their bytes
-    pointers: list[tuple[torch.Tensor, int]]
-    # optimizer, parameter, its state, key, tensor; load_state_dict exchanges the state itself
-    slots: list[tuple[torch.optim.Optimizer, torch.Tensor, dict[Any, Any], Any, torch.Tensor]]
-    numbers: int  # values in the optimizers' state that are no tensors
-    owned: list[int]  # id() of each parameter in the optimizers' groups
+    numbers: bool  # the optimizers' state holds values that are no tensors
+    places: _Places
 
-    def holds(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-        """Whether every tensor still is where it was; some optimizers exchange theirs."""
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Which objects the training state is made of, and where their bytes lie.
+
+    Taken at every boundary, so it is made of the fewest Python operations that tell.
+    """
+
+    owned: list[int]  # id() of each parameter in the optimizers' groups
+    states: list[int]  # id() of each parameter with optimizer state, and of the tensors in it
+    pointers: list[int]
+    objects: list[torch.Tensor] = field(compare=False)  # kept, so that no id() is given again
+
+    @classmethod
+    def of(
+        cls, parameters: Iterable[torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
+    ) -> _Places:
+        """As they are now."""
         optimizers = list(optimizers)
-        return (
-            _owned(optimizers) == self.owned
-            and all(
-                optimizer.state.get(parameter) is values and values.get(key) is tensor
-                for optimizer, parameter, values, key, tensor in self.slots
-            )
-            and all(_pointer(tensor) == pointer for tensor, pointer in self.pointers)
-            and sum(len(values) for o in optimizers for values in o.state.values())
-            == len(self.slots) + self.numbers
-        )
+        objects = list(parameters)
+        pointers = [_pointer(parameter) for parameter in objects]
+        states: list[int] = []
+        for optimizer in optimizers:
+            for parameter, values in optimizer.state.items():
+                tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
+                states += (id(parameter), len(values), *map(id, tensors))
+                pointers += [v.data_ptr() for v in tensors if not isinstance(v, DTensor)]
+                objects += tensors
+        return cls(_owned(optimizers), states, pointers, objects)
 
 
 class TrainingState:
@@ -92,6 +105,7 @@ class TrainingState:
         self._layout: StateLayout | None = None
         self._keys: dict[int, str] = {}
         self._names: dict[int, str] = {}
+        self._buffers = {name: _Buffers(model) for name, model in self.models.items()}
         self._parameters: list[torch.Tensor] = []  # once each; in an order that all ranks share
         self._take_parameters()
 
@@ -108,15 +122,17 @@ class TrainingState:
 
     def layout(self) -> StateLayout:
         """The tensors as they are now; the same object as last time while nothing moved."""
-        if self._layout is None or not self._layout.holds(self.optimizers.values()):
-            self._layout = self._lay_out()
+        places = _Places.of(self._parameters, self.optimizers.values())
+        if self._layout is None or self._layout.places != places:
+            self._layout = self._lay_out()  # some optimizers exchange their tensors
         return self._layout
 
     def small(self) -> dict[str, Any]:
         """Everything else, as a tree of plain values and small tensors."""
+        layout = self.layout()
         return {
-            "layout": self.layout().skeleton,
-            "buffers": {name: dict(_buffers(model)) for name, model in self.models.items()},
+            "layout": layout.skeleton,
+            "buffers": {name: self._buffers[name].read() for name in self.models},
             "groups": {
                 name: [
                     {key: value for key, value in group.items() if key != "params"}
@@ -124,18 +140,20 @@ class TrainingState:
                 ]
                 for name, optimizer in self.optimizers.items()
             },
-            "numbers": {
-                f"{name}/{self._names[id(parameter)]}": numbers
-                for name, optimizer in self.optimizers.items()
-                for parameter, values in optimizer.state.items()
-                if (numbers := _numbers(values))
-            },
+            "numbers": self._numbers() if layout.numbers else {},
             "objects": {name: value.state_dict() for name, value in self.objects.items()},
+        }
+
+    def _numbers(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"{name}/{self._names[id(parameter)]}": numbers
+            for name, optimizer in self.optimizers.items()
+            for parameter, values in optimizer.state.items()
+            if (numbers := _numbers(values))
         }
 
     def _lay_out(self) -> StateLayout:
         tensors: list[StateTensor] = []
-        pointers: list[tuple[torch.Tensor, int]] = []
         owned = _owned(self.optimizers.values())
         if not self._names.keys() >= set(owned):  # optimizer.add_param_group
             self._take_parameters()
@@ -144,10 +162,8 @@ class TrainingState:
             changes = Changes.ANYTIME if parameter.requires_grad else Changes.NEVER
             if id(parameter) in in_groups:
                 changes = Changes.IN_STEP
-            pointers.append((parameter, _pointer(parameter)))
             name, key = self._names[id(parameter)], self._keys[id(parameter)]
             tensors.append(StateTensor(name, local_part(parameter), key, changes))
-        slots: list[Any] = []
         skeleton: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             own = key_of([self.rank]) if hasattr(optimizer, "consolidate_state_dict") else ""
@@ -161,16 +177,17 @@ class TrainingState:
                     places = state.setdefault(inner, {})
                     for key, value in values.items():
                         if isinstance(value, torch.Tensor):
-                            slots.append((optimizer, parameter, values, key, value))
                             places[str(key)] = _placeholder(value)
                             share = own or self._keys[id(parameter)]
                             path = f"{name}/{inner}/{key}"
                             tensors.append(StateTensor(path, local_part(value), share))
             skeleton[name] = {"groups": groups, "state": state}
-        numbers = sum(
-            len(_numbers(values)) for o in self.optimizers.values() for values in o.state.values()
+        return StateLayout(
+            tuple(tensors),
+            encode_tree(skeleton),
+            bool(self._numbers()),
+            _Places.of(self._parameters, self.optimizers.values()),
         )
-        return StateLayout(tuple(tensors), encode_tree(skeleton), pointers, slots, numbers, owned)
 
     # ---- restore
 
@@ -289,17 +306,43 @@ def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if not isinstance(value, torch.Tensor)}
 
 
-def _buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The persistent buffers, under plain names."""
-    for prefix, module in model.named_modules():
+def _buffers(
+    modules: Iterable[tuple[str, torch.nn.Module]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The persistent buffers of modules, under plain names."""
+    for prefix, module in modules:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 path = f"{prefix}.{name}" if prefix else name
                 yield plain_name(path), local_part(buffer)
 
 
+class _Buffers:
+    """A model's persistent buffers; walks through the modules only when one of them changed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._modules: list[torch.nn.Module] = []
+        self._shape: list[int] = []
+        self._holders: list[tuple[str, torch.nn.Module]] = []  # modules with buffers, their paths
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """The buffers as they are, under plain names."""
+        if not self._modules or self._shape != self._tree():
+            named = list(self._model.named_modules())
+            self._modules = [module for _, module in named]
+            self._shape = self._tree()
+            self._holders = [(path, module) for path, module in named if module._buffers]
+        return dict(_buffers(self._holders))
+
+    def _tree(self) -> list[int]:
+        """What changes when a module or a buffer is added, exchanged or taken away."""
+        children = [id(child) for m in self._modules for child in m._modules.values()]
+        return children + [len(module._buffers) for module in self._modules]
+
+
 def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    mine = dict(_buffers(model))
+    mine = dict(_buffers(model.named_modules()))
     if set(mine) != set(saved):
         odd = sorted(set(mine) ^ set(saved))[0]
         raise StateError(f"{name}'s buffer {odd!r} is only on one side of this script and the run")
