@@ -27,57 +27,27 @@ import select
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import torch
 
+from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.digest import NO_DIGEST, digest_of
 from ftrain.checkpoint.image import (
     ImageIdentity,
     ImagePlan,
     ImageWriter,
-    Piece,
-    Segment,
-    lay_out,
     resume_writer,
 )
+from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import FtrainError, PeerLostError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
-_SMALL_COPY_BYTES = 128 * 1024  # below this, giving up the GIL costs more than the copy
 _COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
-_PART_ALIGNMENT_BYTES = 4096
-
-# The same memmove twice: one gives up the GIL while it copies, the other does not.
-_memmove_free = ctypes.memmove
-_memmove_held = ctypes.PYFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
-
-
-class Changes(Enum):
-    """When a tensor changes, as far as the Session knows."""
-
-    IN_STEP = "inside the step of a registered optimizer"
-    ANYTIME = "whenever the script writes to it"
-    NEVER = "it is frozen"
-
-
-@dataclass(frozen=True, slots=True)
-class StateTensor:
-    """A tensor that is part of every version.
-
-    ``tensor`` is the rank's local shard (any device); ``share`` names the ranks that hold the same
-    bytes (see :class:`~ftrain.comms.protocol.messages.Share`).
-    """
-
-    name: str
-    tensor: torch.Tensor
-    share: str
-    changes: Changes = Changes.IN_STEP
+_LAZY = (Changes.IN_STEP,)
+_LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
 
 
 class FinishRequest(Protocol):
@@ -118,60 +88,6 @@ class CaptureStatistics:
     skip_reason: str = ""
     finished_for_others: int = 0
     eager: bool = False
-
-
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Size of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
-
-
-def plan_image(
-    tensors: Sequence[StateTensor],
-    share_of: Callable[[str], Share],
-    small_bytes_max: int,
-    chunk_bytes: int,
-) -> ImagePlan:
-    """What this rank captures: of every share, its part of the concatenated bytes (REFT).
-
-    Frozen tensors come last, in chunks of their own.
-    """
-    by_key: dict[tuple[str, Changes], list[StateTensor]] = {}
-    for kind in Changes:
-        for tensor in tensors:
-            if tensor.changes is kind:
-                by_key.setdefault((tensor.share, kind), []).append(tensor)
-    moving: list[Segment] = []
-    frozen: list[Segment] = []
-    shares = {key: share_of(key) for key, _ in by_key}
-    for (key, kind), members in by_key.items():
-        found = _segments_of(members, shares[key])
-        (frozen if kind is Changes.NEVER else moving).extend(found)
-    placed = lay_out(moving)
-    if frozen:
-        end = placed[-1].offset + placed[-1].nbytes if placed else 0
-        placed += lay_out(frozen, -(-end // chunk_bytes) * chunk_bytes)
-    return ImagePlan(placed, tuple(shares.values()), small_bytes_max, chunk_bytes)
-
-
-def _segments_of(members: Sequence[StateTensor], share: Share) -> Iterator[Segment]:
-    """One rank's part of these tensors, one behind the other."""
-    total = sum(tensor_bytes(member.tensor) for member in members)
-    first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
-    at = 0
-    for member in members:
-        size = tensor_bytes(member.tensor)
-        start, stop = max(first - at, 0), min(last - at, size)
-        if start < stop:
-            dtype = str(member.tensor.dtype).removeprefix("torch.")
-            shape = tuple(member.tensor.shape)
-            yield Segment(member.name, dtype, shape, share.key, start, stop - start)
-        at += size
-
-
-def _bound(total: int, part: int, parts: int) -> int:
-    if part == parts:
-        return total
-    return total * part // parts // _PART_ALIGNMENT_BYTES * _PART_ALIGNMENT_BYTES
 
 
 class FrozenChunks:
@@ -215,6 +131,7 @@ class _ChangedError(FtrainError):
 class _Job:
     version: VersionId
     tensors: tuple[StateTensor, ...]
+    program: CopyProgram
     writer: ImageWriter
     buffer: memoryview
     ready: torch.cuda.Event | None
@@ -252,6 +169,7 @@ class CaptureEngine:
         self._written: memoryview | None = None  # its sealed image, for the comparison
         self._plan: ImagePlan | None = None
         self._planned_for: tuple[StateTensor, ...] = ()
+        self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
         self._offsets: list[int] = []  # of the plan's segments that change in the step only
         self._frozen: FrozenChunks | None = None
@@ -377,39 +295,36 @@ class CaptureEngine:
         if buffer is None:
             return None
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
-        writer.begin(small, lambda: self._copy_now(writer, tensors))
+        writer.begin(small, lambda: self._copy_now(writer))
         ready = None
         if any(tensor.tensor.is_cuda for tensor in tensors):
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        return _Job(version, tensors, writer, buffer, ready)
+        assert self._program is not None
+        return _Job(version, tensors, self._program, writer, buffer, ready)
 
-    def _copy_now(self, writer: ImageWriter, tensors: tuple[StateTensor, ...]) -> None:
+    def _copy_now(self, writer: ImageWriter) -> None:
         """Copy what may change as soon as the script goes on."""
         assert self._frozen is not None
+        assert self._program is not None
         kinds = {Changes.ANYTIME}
         if not self._frozen.expect(writer):
             kinds.add(Changes.NEVER)
-        chosen = {t.name: t.tensor for t in tensors if t.changes in kinds}
-        if not chosen:
+        if not self._program.has(kinds):
             return
         began = time.monotonic_ns()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
-        for segment in writer.plan.segments:
-            if segment.name in chosen:
-                piece = Piece(segment, segment.start, segment.nbytes, segment.offset)
-                _copy_piece(piece, chosen[segment.name], address)
+        for chunk in range(writer.chunks):
+            self._program.copy(writer, chunk, kinds)
         self._statistics.copy_ns += time.monotonic_ns() - began
 
     def _capture(self, job: _Job) -> None:
         writer = job.writer
         if job.ready is not None:
             job.ready.synchronize()
-        sources = {tensor.name: tensor for tensor in job.tensors}
         for chunk in range(writer.chunks):
             if self._job is not job:
                 return  # the barrier gave up on it
-            self._fill(writer, chunk, sources)
+            self._fill(writer, chunk, job.program)
         with self._lock:
             if self._job is not job:
                 return
@@ -428,25 +343,20 @@ class CaptureEngine:
             plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
             self._slots.reserve(plan.total_bytes)
             self._plan, self._planned_for = plan, tensors
+            self._program = CopyProgram(plan, tensors)
             self._frozen = FrozenChunks(plan, tensors)
             lazy = {tensor.name for tensor in tensors if tensor.changes is Changes.IN_STEP}
             self._offsets = [s.offset for s in plan.segments if s.name in lazy]  # the first ones
         return plan
 
-    def _fill(self, writer: ImageWriter, chunk: int, sources: Mapping[str, StateTensor]) -> None:
+    def _fill(self, writer: ImageWriter, chunk: int, program: CopyProgram) -> None:
         """Complete a chunk with what is not in it since the boundary.
 
         Raises :class:`_ChangedError` when it does not have the digest that is expected of it.
         """
         began = time.monotonic_ns()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
         expected = writer.digest(chunk)
-        for piece in writer.plan.pieces(chunk):
-            source = sources[piece.segment.name]
-            if source.changes is Changes.IN_STEP or (
-                source.changes is Changes.NEVER and expected != NO_DIGEST
-            ):
-                _copy_piece(piece, source.tensor, address)
+        program.copy(writer, chunk, _LAZY if expected == NO_DIGEST else _LAZY_AND_FROZEN)
         copied = time.monotonic_ns()
         start, stop = writer.chunk_range(chunk)
         digest = digest_of(writer.data[start:stop])
@@ -471,11 +381,11 @@ class CaptureEngine:
             if live is not None and live.version == request.version:
                 try:
                     writer = resume_writer(request.buffer)
-                    sources = {tensor.name: tensor for tensor in live.tensors}
                     mine = {tensor.name: tensor.share for tensor in live.tensors}
                     if all(mine.get(s.name) == s.share for s in writer.plan.segments):
+                        program = CopyProgram(writer.plan, live.tensors)
                         for chunk in writer.missing_chunks():
-                            self._fill(writer, chunk, sources)
+                            self._fill(writer, chunk, program)
                         writer.seal()
                         held = writer.held()
                         self._statistics.finished_for_others += 1
@@ -541,14 +451,3 @@ class _Counters:
 
     def frozen(self) -> CaptureStatistics:
         return CaptureStatistics(**{name: getattr(self, name) for name in self.__slots__})
-
-
-def _copy_piece(piece: Piece, source: torch.Tensor, data_address: int) -> None:
-    """Copy one piece of a tensor into the image's data, which begins at ``data_address``."""
-    if source.is_cuda:
-        flat = source.reshape(-1).view(torch.uint8)[piece.start : piece.start + piece.nbytes]
-        source, start = flat.cpu(), 0
-    else:
-        source, start = source.contiguous(), piece.start
-    move = _memmove_held if piece.nbytes < _SMALL_COPY_BYTES else _memmove_free
-    move(data_address + piece.offset, source.data_ptr() + start, piece.nbytes)

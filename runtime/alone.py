@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest, StateTensor
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageIdentity
 from ftrain.checkpoint.retention import KeepLast
+from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.environment import RankEnvironment, default_run_dir
 from ftrain.comms.errors import (
     CorruptionError,

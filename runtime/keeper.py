@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, StateTensor
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageIdentity, ImageReader
+from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.channel import Identity
 from ftrain.comms.environment import RankContext, RankEnvironment
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError

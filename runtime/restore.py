@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftrain.checkpoint.capture import StateTensor, tensor_bytes
 from ftrain.checkpoint.codec import decode_tree
 from ftrain.checkpoint.image import ImageReader, Segment
+from ftrain.checkpoint.tensors import StateTensor, tensor_bytes
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.runtime.state import TrainingState
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ftrain.checkpoint.capture import CaptureStatistics, Changes, StateTensor
+from ftrain.checkpoint.capture import CaptureStatistics
 from ftrain.checkpoint.codec import encode_tree
+from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.environment import RankEnvironment, rank_environment
 from ftrain.comms.errors import SessionError
 from ftrain.comms.protocol.phases import Phase

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ftrain.checkpoint.capture import Changes, StateTensor
 from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.runtime.data import Stateful
 from ftrain.runtime.group import key_of, local_part, share_keys

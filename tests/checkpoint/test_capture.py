@@ -12,14 +12,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ftrain.checkpoint.capture import (
-    CaptureEngine,
-    Changes,
-    FrozenChunks,
-    StateTensor,
-    plan_image,
-)
+from ftrain.checkpoint.capture import CaptureEngine, FrozenChunks
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState, ImageWriter
+from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ftrain.checkpoint.capture import Changes, plan_image
 from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageWriter
+from ftrain.checkpoint.tensors import Changes, plan_image
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.runtime.group import GroupView, key_of, ranks_of

@@ -1,0 +1,90 @@
+"""The tensors of a version, and which part of them each rank captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ftrain.checkpoint.image import ImagePlan, Segment, lay_out
+from ftrain.comms.protocol.messages import Share
+
+_PART_ALIGNMENT_BYTES = 4096
+
+
+class Changes(Enum):
+    """When a tensor changes, as far as the Session knows."""
+
+    IN_STEP = "inside the step of a registered optimizer"
+    ANYTIME = "whenever the script writes to it"
+    NEVER = "it is frozen"
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """A tensor that is part of every version.
+
+    ``tensor`` is the rank's local shard (any device); ``share`` names the ranks that hold the same
+    bytes (see :class:`~ftrain.comms.protocol.messages.Share`).
+    """
+
+    name: str
+    tensor: torch.Tensor
+    share: str
+    changes: Changes = Changes.IN_STEP
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Size of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def plan_image(
+    tensors: Sequence[StateTensor],
+    share_of: Callable[[str], Share],
+    small_bytes_max: int,
+    chunk_bytes: int,
+) -> ImagePlan:
+    """What this rank captures: of every share, its part of the concatenated bytes (REFT).
+
+    Frozen tensors come last, in chunks of their own.
+    """
+    by_key: dict[tuple[str, Changes], list[StateTensor]] = {}
+    for kind in Changes:
+        for tensor in tensors:
+            if tensor.changes is kind:
+                by_key.setdefault((tensor.share, kind), []).append(tensor)
+    moving: list[Segment] = []
+    frozen: list[Segment] = []
+    shares = {key: share_of(key) for key, _ in by_key}
+    for (key, kind), members in by_key.items():
+        found = _segments_of(members, shares[key])
+        (frozen if kind is Changes.NEVER else moving).extend(found)
+    placed = lay_out(moving)
+    if frozen:
+        end = placed[-1].offset + placed[-1].nbytes if placed else 0
+        placed += lay_out(frozen, -(-end // chunk_bytes) * chunk_bytes)
+    return ImagePlan(placed, tuple(shares.values()), small_bytes_max, chunk_bytes)
+
+
+def _segments_of(members: Sequence[StateTensor], share: Share) -> Iterator[Segment]:
+    """One rank's part of these tensors, one behind the other."""
+    total = sum(tensor_bytes(member.tensor) for member in members)
+    first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
+    at = 0
+    for member in members:
+        size = tensor_bytes(member.tensor)
+        start, stop = max(first - at, 0), min(last - at, size)
+        if start < stop:
+            dtype = str(member.tensor.dtype).removeprefix("torch.")
+            shape = tuple(member.tensor.shape)
+            yield Segment(member.name, dtype, shape, share.key, start, stop - start)
+        at += size
+
+
+def _bound(total: int, part: int, parts: int) -> int:
+    if part == parts:
+        return total
+    return total * part // parts // _PART_ALIGNMENT_BYTES * _PART_ALIGNMENT_BYTES
