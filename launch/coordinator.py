@@ -28,13 +28,13 @@ from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog
+from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
 from ftrain.comms.protocol.messages import Formation, NodeGone, NodeReport, Notice, StopRequest
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
-from ftrain.launch.job import JobSpec, read_job
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore

@@ -18,10 +18,10 @@ from typing import Any
 
 from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.errors import AuthenticationError, FtrainError
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import NodeGone, Notice, StopRequest
 from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
-from ftrain.launch.job import JobSpec
 from ftrain.launch.run_directory import RunDirectory
 
 FORCED = 130

@@ -21,9 +21,9 @@ from ftrain.comms.addresses import (
 )
 from ftrain.comms.environment import default_run_dir, secret_from_environment
 from ftrain.comms.errors import UsageError
+from ftrain.comms.job import JobSpec, write_job
 from ftrain.configs.schema import FtrainConfig, LaunchConfig
 from ftrain.launch.console import Console
-from ftrain.launch.job import JobSpec, write_job
 from ftrain.launch.options import LaunchRequest, parse_launch
 from ftrain.launch.resolve import resolve, to_yaml
 from ftrain.launch.run_directory import RunDirectory, open_run_directory

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.comms.environment import rank_environment
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, NodePlace, RestorePlan
 from ftrain.configs.schema import FtrainConfig, LaunchConfig
 from ftrain.launch.contract import (
@@ -16,7 +17,6 @@ from ftrain.launch.contract import (
     shared_environment,
     threads_per_rank,
 )
-from ftrain.launch.job import JobSpec
 
 FORMATION = Formation(
     epoch=7,

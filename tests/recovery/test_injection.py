@@ -18,15 +18,14 @@ import pytest
 
 from ftrain.comms.errors import ConfigError, RunDirectoryError
 from ftrain.comms.events import read_events
+from ftrain.comms.job import JobSpec, read_job, write_job
 from ftrain.comms.process import oom_kills
 from ftrain.configs.schema import FaultConfig, FaultsConfig, FtrainConfig, LaunchConfig
-from ftrain.launch.job import JobSpec, write_job
 from ftrain.recovery.faults import NodeFile, NodeRank, read_node_files
 from ftrain.recovery.injection import (
     FAULTS_FILE,
     Injector,
     inject_now,
-    read_injector_job,
     replay_schedule,
 )
 from ftrain.recovery.node_file import node_file_path, write_node_file
@@ -80,7 +79,7 @@ class FakeJob:
         return list(read_node_files(self.run_dir))
 
     def inject(self, *faults: FaultConfig, seed: int = 0) -> list[dict[str, Any]]:
-        job = read_injector_job(self.run_dir / "job.json")
+        job = read_job(self.run_dir / "job.json")
         return asyncio.run(Injector(job, faults, seed).run())
 
     def ends(self, node: int) -> list[dict[str, int]]:
