@@ -32,9 +32,18 @@ from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
-from ftrain.comms.protocol.messages import Formation, NodeGone, NodeReport, Notice, StopRequest
+from ftrain.comms.protocol.messages import (
+    Formation,
+    JoinAnswer,
+    JoinRequest,
+    NodeGone,
+    NodeReport,
+    Notice,
+    StopRequest,
+)
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
+from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
@@ -68,6 +77,7 @@ class Coordinator:
         config = job.config
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
+        self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
             hard=_above(self._store.load(), self._launch, self._durable),
@@ -277,10 +287,17 @@ class Coordinator:
                 message = await channel.receive()
                 if isinstance(message, NodeGone | StopRequest):
                     self._input(self._machine.receive, message)
+                elif isinstance(message, JoinRequest):
+                    channel.post(self._admit(message))
                 else:
                     raise RemoteProtocolError(f"{channel.peer} sent a {type(message).__name__}")
         finally:
             self._watchers.remove(channel)
+
+    def _admit(self, request: JoinRequest) -> JoinAnswer:
+        known = [r.incarnation for r in self._machine.reports if r.node == request.node]
+        refused = difference(request, join_request(self._job))
+        return JoinAnswer(refused, self._mark, max(known, default=0))
 
     def _hear(self, report: NodeReport) -> None:
         if report.failures and self._tracebacks.add(report.epoch, report.failures):

@@ -39,6 +39,7 @@ def make_job(tmp_path: Path, **launch: object) -> JobSpec:
         config=FtrainConfig(launch=LaunchConfig(nnodes=2, nproc_per_node=2, **launch)),
         argv=("train.py",),
         module=False,
+        script_digest="0" * 32,
         coordinator="127.0.0.1:1",
         front_pid=os.getpid(),
     )

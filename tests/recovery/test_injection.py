@@ -56,6 +56,7 @@ class FakeJob:
                 config=FtrainConfig(launch=launch, faults=faults),
                 argv=("train.py",),
                 module=False,
+                script_digest="0" * 32,
                 coordinator="127.0.0.1:1",
                 front_pid=os.getpid(),
             )
