@@ -344,7 +344,7 @@ class Coordinator:
 
     def _show_tracebacks(self, epoch: int) -> None:
         formation = self._machine.hard.formation
-        nodes = {} if formation is None else ranks_to_nodes(formation)
+        nodes = {} if formation is None else ranks_to_nodes(formation.places)
         for text in self._tracebacks.take(epoch, nodes):
             self._announce(Notice("traceback", text, {"epoch": epoch}))
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from ftrain.comms.errors import RestoreError
 from ftrain.comms.process import describe_exit, oom_kills
 from ftrain.comms.protocol.messages import Formation, Phases, RankFailure
+from ftrain.comms.protocol.roster import is_consequence
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.contract import Seat
-from ftrain.launch.incidents import is_consequence
 from ftrain.launch.rank_main import read_error_file
 from ftrain.recovery.node_file import NodeRank
 
