@@ -50,20 +50,20 @@ from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_re
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
+_DISK_RETRY_S = 1.0
 _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
 _QUIET_KINDS = ("phase", "total_steps", "save")  # for the event log only
 
 
-def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard | None:
-    """Begin a launch above every fence in the run directory: ranks that ran without a launcher
-    count their own fences, and what they saved is to be resumed from too."""
-    if hard is not None and hard.launch == launch:
-        return hard
+def _above(hard: MembershipHard | None, store: DurableStore) -> MembershipHard:
+    """Begin above every fence in the run directory: ranks that ran without a launcher count their
+    own fences, and what they saved is to be resumed from too; and a full disk may have kept an
+    epoch from being stored."""
     newest = max((version.fence for version in store.versions()), default=0)
     hard = hard or MembershipHard()
-    return replace(hard, epoch=max(hard.epoch, newest))
+    return replace(hard, epoch=newest, formation=None) if newest > hard.epoch else hard
 
 
 class Coordinator:
@@ -80,7 +80,7 @@ class Coordinator:
         self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
-            hard=_above(self._store.load(), self._launch, self._durable),
+            hard=_above(self._store.load(), self._durable),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
             launch=self._launch,
@@ -89,7 +89,7 @@ class Coordinator:
             save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
         self._driver: Driver[MembershipHard] = Driver(
-            self._machine, self._store.save, self._send, self._perform
+            self._machine, self._persist, self._send, self._perform
         )
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
@@ -101,6 +101,7 @@ class Coordinator:
         self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
         self._tracebacks = Tracebacks()
         self._total_steps = 0
+        self._disk_refuses = False
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._rate = _Rate()
@@ -120,11 +121,13 @@ class Coordinator:
         secret = bytes.fromhex(self._job.secret)
         asyncio.get_running_loop().set_exception_handler(self._unexpected)
         server = await serve(listener, identity, secret, self._handle)
-        (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
+        with suppress(OSError):  # a full disk hides us from `ftrain inject`, no more
+            (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
         self._events.write("launch", launch=self._launch, pid=os.getpid(), run_id=self._job.run_id)
         self._driver.pump()
         for coroutine in (self._tick(), self._show_progress(), self._flush_now_and_then()):
             self._spawn(coroutine)
+        self._spawn(self._persist_later())
         try:
             await self._failed
         finally:
@@ -161,7 +164,6 @@ class Coordinator:
             call(*arguments)
             self._driver.pump()
         except (OSError, FtrainError) as error:
-            # What the machine believes could not be stored: start afresh from what was.
             if not self._failed.done():
                 self._failed.set_exception(error)
             return
@@ -183,6 +185,28 @@ class Coordinator:
             self._events.write("running", launch=self._launch, first_step=first_step)
 
     # ------------------------------------------------------------------ the driver's side
+
+    def _persist(self, hard: MembershipHard) -> None:
+        self._tell_of_disk(self._store.save(hard))
+
+    async def _persist_later(self) -> None:
+        while True:
+            await asyncio.sleep(_DISK_RETRY_S)
+            self._tell_of_disk(self._store.retry())
+
+    def _tell_of_disk(self, problem: str) -> None:
+        """Say once that the disk takes nothing, and once that it does again."""
+        if bool(problem) == self._disk_refuses:
+            return
+        self._disk_refuses = bool(problem)
+        if problem:
+            text = (
+                f"the coordinator's state can't be written to {self._state} ({problem}): training"
+                " goes on, but make room there before this launch ends"
+            )
+        else:
+            text = f"the coordinator's state is written to {self._state} again"
+        self._announce(Notice("warning" if problem else "info", text, {}))
 
     def _send(self, address: object, message: object) -> None:
         channel = self._agents.get(address) if isinstance(address, int) else None

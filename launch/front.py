@@ -26,6 +26,7 @@ from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
 from ftrain.launch.joining import find_mark, join_request
 from ftrain.launch.run_directory import RunDirectory
+from ftrain.recovery.hold import is_held
 
 FORCED = 130
 FAILED = 1
@@ -195,8 +196,7 @@ class Front:
         self._spawn(self._restart_coordinator())
 
     async def _restart_coordinator(self) -> None:
-        hold = self._directory.path / "hold-coordinator"  # fault injection keeps it down
-        while hold.exists():
+        while is_held(self._directory.path):
             await asyncio.sleep(_HOLD_POLL_S)
         self._start_coordinator()
 

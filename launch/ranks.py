@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ftrain.comms.errors import RestoreError
-from ftrain.comms.process import describe_exit, oom_kills
+from ftrain.comms.process import OomKills, describe_exit, oom_kills
 from ftrain.comms.protocol.messages import Formation, Phases, RankFailure
 from ftrain.comms.protocol.roster import is_consequence
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
@@ -88,7 +88,7 @@ class RankGroup:
     stopped_ns: int = 0
     forked_ns: int = 0
     stepped: bool = False
-    ooms: int = field(default_factory=oom_kills)
+    ooms: OomKills = field(default_factory=oom_kills)
 
     @classmethod
     def plan(cls, formation: Formation, seats: Sequence[Seat], pages: PageStore) -> RankGroup:
@@ -200,8 +200,8 @@ class RankGroup:
             if error.type == _RESTORE_ERROR:
                 kind, cause = "restore", error.line.removeprefix(f"{error.type}: ")
         ooms = oom_kills()
-        if cause == "SIGKILL" and ooms > self.ooms:
-            kind, cause = "oom", "killed by the kernel because memory ran out (SIGKILL)"
+        if cause == "SIGKILL" and (how := ooms.explain(self.ooms)):
+            kind, cause = "oom", f"{how} (SIGKILL)"
         self.ooms = ooms
         rank.blamed = True
         return RankFailure(rank.rank, kind, cause, now_ns, _shortened(error.traceback))

@@ -26,6 +26,7 @@ from ftrain.comms.job import JobSpec, write_job
 from ftrain.configs.schema import FtrainConfig, LaunchConfig
 from ftrain.launch.console import Console
 from ftrain.launch.options import LaunchRequest, parse_launch
+from ftrain.launch.own_process import in_own_process
 from ftrain.launch.resolve import resolve, to_yaml
 from ftrain.launch.run_directory import RunDirectory, open_run_directory
 from ftrain.launch.script import Script, check_script
@@ -68,7 +69,7 @@ def launch(tokens: Sequence[str]) -> int:
         )
         secret = secret or secrets.token_hex(32)
         job = _job(request, script, config, directory, secret, listener)
-        return asyncio.run(_run(job, directory, listener, notes))
+        return in_own_process(lambda: asyncio.run(_run(job, directory, listener, notes)))
     finally:
         if listener is not None:
             listener.close()
@@ -85,6 +86,7 @@ async def _run(
     from ftrain.launch.front import Front
 
     events = job.config.events
+    job = dataclasses.replace(job, front_pid=os.getpid())
     console = Console(progress_piped_every_s=events.progress_piped_every_s)
     for note in (*notes, *directory.notes):
         console.line(f"ftrain: {note}")
@@ -192,7 +194,7 @@ def _job(
         module=request.module,
         script_digest=script.digest,
         coordinator=coordinator,
-        front_pid=os.getpid(),
+        front_pid=0,  # said by the process that will be it
     )
 
 

@@ -228,7 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = read_job(parser.parse_args(arguments).job)
         if job.front_pid:
             die_with_parent(job.front_pid)
-        (Path(job.run_dir) / "hold-coordinator").unlink(missing_ok=True)  # of a killed injector
         faults = job.config.faults
         if faults.replay:
             faults = replace(faults, schedule=(*faults.schedule, *replay_schedule(faults.replay)))

@@ -34,10 +34,11 @@ class Trouble:
         return bool(self.failures or self.nodes)
 
     def telling(self) -> Trouble:
-        """Without what only follows from the rest: that a rank lost its peer says nothing once it
-        is known who went, and how."""
+        """Without what only follows from the rest: that a rank lost its peer, or that a node has
+        stopped, says nothing once it is known who went, and how."""
         roots = tuple(f for f in self.failures if not is_consequence(f))
-        return replace(self, failures=roots) if roots or self.nodes else self
+        lost = self.losses().nodes
+        return Trouble(roots, lost) if roots or lost else self
 
     def losses(self) -> Trouble:
         """Without nodes that merely do what a stopping group is told to."""

@@ -177,8 +177,7 @@ def test_a_signal_explains_what_its_peers_said_first() -> None:
     job.say(0, failures=(RankFailure(0, "exception", GLOO, 5),))
     job.say(1, state=STOPPED, failures=(RankFailure(1, "oom", "killed for memory", 6),))
     job.start()  # also for the next coordinator
-    job.say(2, state=STOPPED)
-    job.say(0, 2, state=STOPPED)
+    job.say(state=STOPPED)
     job.run()
     assert job.effects[0].cause == "rank 1 (node 1) died: killed for memory"
 
