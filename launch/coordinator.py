@@ -57,12 +57,17 @@ _BACKLOG_MAX = 200  # notices kept while nobody watches
 _QUIET_KINDS = ("phase", "total_steps", "save")  # for the event log only
 
 
-def _above(hard: MembershipHard | None, store: DurableStore) -> MembershipHard:
+def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard:
     """Begin above every fence in the run directory: ranks that ran without a launcher count their
     own fences, and what they saved is to be resumed from too; and a full disk may have kept an
     epoch from being stored."""
-    newest = max((version.fence for version in store.versions()), default=0)
     hard = hard or MembershipHard()
+    try:
+        newest = max((version.fence for version in store.versions()), default=0)
+    except FtrainError:
+        if hard.launch != launch:
+            raise
+        newest = 0  # a directory that went away while the job runs is not this process's end
     return replace(hard, epoch=newest, formation=None) if newest > hard.epoch else hard
 
 
@@ -80,7 +85,7 @@ class Coordinator:
         self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
-            hard=_above(self._store.load(), self._durable),
+            hard=_above(self._store.load(), self._launch, self._durable),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
             launch=self._launch,

@@ -104,6 +104,7 @@ class Front:
         self._out: int | None = None  # where agents and ranks print; None: where we do
         self._err: int | None = None
         self._incarnation = 0  # newest that an agent got
+        self._mark = ""  # of the launch that was joined
 
     async def run(self) -> int:
         """Run the job to its end; returns the exit code, with every process gone."""
@@ -373,10 +374,14 @@ class Front:
 
     async def _join(self, answer: JoinAnswer) -> None:
         """The coordinator knows who we are: start this host's node, or say what is in the way."""
-        why = answer.refused or await find_mark(self._job, answer)
+        why = answer.refused
+        if not why and answer.mark != self._mark:  # of another launch than the one we joined
+            why = await find_mark(self._job, answer)
         if why:
             self._fail(why, USAGE)
-        elif not self._agents:
+            return
+        self._mark = answer.mark
+        if not self._agents:
             self._incarnation = answer.incarnation  # also if this host's clock was set back
             self._start_nodes()
 

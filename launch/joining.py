@@ -8,6 +8,7 @@ directory.  A host that does not see the file writes its durable versions where 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +94,7 @@ async def find_mark(job: JobSpec, answer: JoinAnswer) -> str:
     """Look for the coordinator's file; what is wrong as one sentence, empty when it is there."""
     folder = Path(job.config.checkpoint.dir)
     deadline_s = time.monotonic() + _SEEN_S
-    while answer.mark and not (folder / answer.mark).exists():
+    while answer.mark and not os.path.exists(folder / answer.mark):  # False on any error
         if time.monotonic() > deadline_s:
             return (
                 f"node {job.config.launch.node_rank} does not see the checkpoint directory of the"
