@@ -185,4 +185,4 @@ def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
     names = "5:cpu,cpuacct:/x\n4:memory:/a/unseen\n0::/\n"
     root = host(tmp_path / "v1", available_kb=1000, cgroup=names, files=version1)
     assert process.available_memory_bytes(root) == 0
-    assert process.oom_kills(root) == process.OomKills(own=0, host=4)
+    assert process.oom_kills(root) == process.OomKills(own=4, host=4)
