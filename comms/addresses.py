@@ -32,6 +32,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def loopback_behind(host: str) -> str:
+    """The loopback address that ``host`` stands for on this host; empty when it is another one.
+
+    A name may: many systems map their own name to 127.0.1.1 in /etc/hosts.
+    """
+    if is_loopback(host):
+        return host
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return ""  # who connects or binds says what is wrong
+    addresses = [str(entry[4][0]) for entry in found]
+    return addresses[0] if all(is_loopback(address) for address in addresses) else ""
+
+
 def check_bind(host: str, secret_given: bool) -> None:
     """Refuse to listen where other hosts can connect unless the user chose a secret.
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ftrain.comms.errors import LocalProtocolError
@@ -94,16 +95,31 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-def oom_kills(root: Path = Path("/")) -> int:
-    """Processes that the kernel killed for lack of memory, in this cgroup or on this host so far.
+@dataclass(frozen=True, slots=True)
+class OomKills:
+    """How many processes the kernel has killed for lack of memory so far; 0: it does not count."""
 
-    A SIGKILL beside which this number grew is such a kill; 0 where the kernel does not count.
-    """
-    counts = [_keyed_number(root / "proc/vmstat", "oom_kill")]
-    for directory in _memory_cgroups(root):
-        counts.append(_keyed_number(directory / "memory.events", "oom_kill"))
-        counts.append(_keyed_number(directory / "memory.oom_control", "oom_kill"))
-    return max(counts)
+    own: int  # in this cgroup and those below it
+    host: int  # anywhere that can be seen
+
+    def explain(self, before: OomKills) -> str:
+        """How surely a SIGKILL between ``before`` and now was such a kill; empty: it was not."""
+        if self.own > before.own:
+            return "killed by the kernel because memory ran out"
+        if self.host > before.host:
+            return "killed, probably by the kernel because memory ran out"
+        return ""
+
+
+def oom_kills(root: Path = Path("/")) -> OomKills:
+    """The present counts, to be compared with earlier ones."""
+    own, host = 0, _keyed_number(root / "proc/vmstat", "oom_kill")
+    for number, directory in enumerate(_memory_cgroups(root)):
+        for name in ("memory.events", "memory.oom_control"):
+            count = _keyed_number(directory / name, "oom_kill")
+            own = count if number == 0 and count else own
+            host = max(host, count)
+    return OomKills(own, host)
 
 
 def _prctl(option: int, argument: int) -> None:

@@ -29,6 +29,8 @@ class LaunchConfig:
     preload: tuple[str, ...] = ()  # modules imported once by the worker server
     stop_grace_s: float = 30.0  # from a stop signal to the durable version
     threads_per_rank: int = 0  # 0: cores / local ranks, at least 1
+    join_timeout_s: float = 600.0  # how long another host waits for the coordinator to be there
+    rejoin_timeout_s: float = 60.0  # ... and to be there again, once it was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from typing import Any
 from ftrain.comms.driver import Driver
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.errors import FtrainError
+from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
@@ -44,7 +45,6 @@ from ftrain.launch.contract import (
     threads_per_rank,
 )
 from ftrain.launch.helper import HelperProcess
-from ftrain.launch.job import JobSpec, read_job
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file

@@ -1,7 +1,8 @@
 """The front's child processes: started together, noticed when they end, none left behind.
 
 The front is a subreaper: whatever an ended agent leaves behind becomes the front's child, and is
-killed at that moment.  So "no child is left" means that nothing of the job is left.
+killed at that moment.  So "no child is left" means that nothing of the job is left; own_process.py
+sees to it that the front has no children of others.
 """
 
 from __future__ import annotations

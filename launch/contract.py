@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftrain.comms.environment import CONTEXT_VARIABLE, RankContext, encode_context
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, NodePlace
-from ftrain.launch.job import JobSpec
 from ftrain.launch.worker_messages import TELEMETRY_FD
 
 

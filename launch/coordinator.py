@@ -28,11 +28,14 @@ from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog
+from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
 from ftrain.comms.protocol.messages import (
     Formation,
+    JoinAnswer,
+    JoinRequest,
     NodeGone,
     NodeReport,
     Notice,
@@ -41,27 +44,32 @@ from ftrain.comms.protocol.messages import (
 )
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
-from ftrain.launch.job import JobSpec, read_job
+from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
+_DISK_RETRY_S = 1.0
 _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
 _QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn")  # for the event log only
 
 
-def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard | None:
-    """Begin a launch above every fence in the run directory: ranks that ran without a launcher
-    count their own fences, and what they saved is to be resumed from too."""
-    if hard is not None and hard.launch == launch:
-        return hard
-    newest = max((version.fence for version in store.versions()), default=0)
+def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard:
+    """Begin above every fence in the run directory: ranks that ran without a launcher count their
+    own fences, and what they saved is to be resumed from too; and a full disk may have kept an
+    epoch from being stored."""
     hard = hard or MembershipHard()
-    return replace(hard, epoch=max(hard.epoch, newest))
+    try:
+        newest = max((version.fence for version in store.versions()), default=0)
+    except FtrainError:
+        if hard.launch != launch:
+            raise
+        newest = 0  # a directory that went away while the job runs is not this process's end
+    return replace(hard, epoch=newest, formation=None) if newest > hard.epoch else hard
 
 
 class Coordinator:
@@ -75,6 +83,7 @@ class Coordinator:
         config = job.config
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
+        self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
             hard=_above(self._store.load(), self._launch, self._durable),
@@ -86,7 +95,7 @@ class Coordinator:
             save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
         self._driver: Driver[MembershipHard] = Driver(
-            self._machine, self._store.save, self._send, self._perform
+            self._machine, self._persist, self._send, self._perform
         )
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
@@ -98,6 +107,7 @@ class Coordinator:
         self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
         self._tracebacks = Tracebacks()
         self._total_steps = 0
+        self._disk_refuses = False
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._rate = _Rate()
@@ -117,11 +127,13 @@ class Coordinator:
         secret = bytes.fromhex(self._job.secret)
         asyncio.get_running_loop().set_exception_handler(self._unexpected)
         server = await serve(listener, identity, secret, self._handle)
-        (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
+        with suppress(OSError):  # a full disk hides us from `ftrain inject`, no more
+            (self._state / "coordinator.pid").write_text(f"{os.getpid()}\n")
         self._events.write("launch", launch=self._launch, pid=os.getpid(), run_id=self._job.run_id)
         self._driver.pump()
         for coroutine in (self._tick(), self._show_progress(), self._flush_now_and_then()):
             self._spawn(coroutine)
+        self._spawn(self._persist_later())
         try:
             await self._failed
         finally:
@@ -158,7 +170,6 @@ class Coordinator:
             call(*arguments)
             self._driver.pump()
         except (OSError, FtrainError) as error:
-            # What the machine believes could not be stored: start afresh from what was.
             if not self._failed.done():
                 self._failed.set_exception(error)
             return
@@ -180,6 +191,28 @@ class Coordinator:
             self._events.write("running", launch=self._launch, first_step=first_step)
 
     # ------------------------------------------------------------------ the driver's side
+
+    def _persist(self, hard: MembershipHard) -> None:
+        self._tell_of_disk(self._store.save(hard))
+
+    async def _persist_later(self) -> None:
+        while True:
+            await asyncio.sleep(_DISK_RETRY_S)
+            self._tell_of_disk(self._store.retry())
+
+    def _tell_of_disk(self, problem: str) -> None:
+        """Say once that the disk takes nothing, and once that it does again."""
+        if bool(problem) == self._disk_refuses:
+            return
+        self._disk_refuses = bool(problem)
+        if problem:
+            text = (
+                f"the coordinator's state can't be written to {self._state} ({problem}): training"
+                " goes on, but make room there before this launch ends"
+            )
+        else:
+            text = f"the coordinator's state is written to {self._state} again"
+        self._announce(Notice("warning" if problem else "info", text, {}))
 
     def _send(self, address: object, message: object) -> None:
         channel = self._agents.get(address) if isinstance(address, int) else None
@@ -284,10 +317,17 @@ class Coordinator:
                 message = await channel.receive()
                 if isinstance(message, NodeGone | StopRequest):
                     self._input(self._machine.receive, message)
+                elif isinstance(message, JoinRequest):
+                    channel.post(self._admit(message))
                 else:
                     raise RemoteProtocolError(f"{channel.peer} sent a {type(message).__name__}")
         finally:
             self._watchers.remove(channel)
+
+    def _admit(self, request: JoinRequest) -> JoinAnswer:
+        known = [r.incarnation for r in self._machine.reports if r.node == request.node]
+        refused = difference(request, join_request(self._job))
+        return JoinAnswer(refused, self._mark, max(known, default=0))
 
     def _hear(self, report: NodeReport) -> None:
         if report.failures and self._tracebacks.add(report.epoch, report.failures):
@@ -341,7 +381,7 @@ class Coordinator:
 
     def _show_tracebacks(self, epoch: int) -> None:
         formation = self._machine.hard.formation
-        nodes = {} if formation is None else ranks_to_nodes(formation)
+        nodes = {} if formation is None else ranks_to_nodes(formation.places)
         for text in self._tracebacks.take(epoch, nodes):
             self._announce(Notice("traceback", text, {"epoch": epoch}))
 

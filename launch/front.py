@@ -2,7 +2,8 @@
 
 It decides nothing about training.  It keeps the coordinator's listening socket, so that a restarted
 coordinator listens on the same port at once; it replaces agents that died, under a new incarnation;
-it passes stop signals on; and nothing that it started outlives it.
+it passes stop signals on; and nothing that it started outlives it.  On a host that joins another
+one's coordinator nothing is started before that has agreed, and all ends when it stays away.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +20,20 @@ from typing import Any
 
 from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.errors import AuthenticationError, FtrainError
-from ftrain.comms.protocol.messages import NodeGone, Notice, StopRequest
+from ftrain.comms.job import JobSpec
+from ftrain.comms.protocol.messages import JoinAnswer, NodeGone, Notice, StopRequest
 from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
-from ftrain.launch.job import JobSpec
+from ftrain.launch.joining import find_mark, join_request
 from ftrain.launch.run_directory import RunDirectory
+from ftrain.recovery.hold import is_held
 
 FORCED = 130
 FAILED = 1
 USAGE = 2
+STOPPED = 75
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_FINAL_CODES = (0, 75, FORCED)  # codes with which an agent ends only when the job is over
+_FINAL_CODES = (0, STOPPED, FORCED)  # codes with which an agent ends only when the job is over
 _GRACE_AFTER_END_S = 5.0  # for agents to end their ranks and themselves, once the job is over
 _KILL_S = 2.0
 _WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent was faster
@@ -46,6 +51,15 @@ class _Agent:
     incarnation: int
     child: Child
     quick_ends: int = 0
+
+
+@dataclass(slots=True)
+class _Absence:
+    """A time without a coordinator."""
+
+    since_s: float
+    limit_s: float
+    said: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +101,10 @@ class Front:
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._relays: list[tuple[int, int, int]] = []  # (reading end, writing end, whose place)
+        self._out: int | None = None  # where agents and ranks print; None: where we do
+        self._err: int | None = None
+        self._incarnation = 0  # newest that an agent got
+        self._mark = ""  # of the launch that was joined
 
     async def run(self) -> int:
         """Run the job to its end; returns the exit code, with every process gone."""
@@ -95,12 +113,10 @@ class Front:
         for number in _STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job
                 loop.add_signal_handler(number, self._stop, number)
-        out, err = self._relay(1), self._relay(2)
-        self._start_coordinator()
-        for node in self._local_nodes():
-            self._start_agent(node, out, err)
-        if self._job.config.faults.schedule or self._job.config.faults.replay:
-            self._start_injector()
+        self._out, self._err = self._relay(1), self._relay(2)
+        if self._listener is not None:
+            self._start_coordinator()
+            self._start_nodes()
         self._spawn(self._follow_coordinator())
         try:
             code = await self._exit_code
@@ -146,6 +162,12 @@ class Front:
 
     # ------------------------------------------------------------------ processes
 
+    def _start_nodes(self) -> None:
+        for node in self._local_nodes():
+            self._start_agent(node)
+        if self._job.config.faults.schedule or self._job.config.faults.replay:
+            self._start_injector()
+
     def _start_coordinator(self) -> None:
         if self._listener is None or self._exit_code.done():
             return
@@ -175,39 +197,42 @@ class Front:
         self._spawn(self._restart_coordinator())
 
     async def _restart_coordinator(self) -> None:
-        hold = self._directory.path / "hold-coordinator"  # fault injection keeps it down
-        while hold.exists():
+        while is_held(self._directory.path):
             await asyncio.sleep(_HOLD_POLL_S)
         self._start_coordinator()
 
-    def _start_agent(
-        self, node: int, out: int | None, err: int | None, quick_ends: int = 0
-    ) -> None:
-        incarnation = self._directory.next_incarnation(node)
+    def _next_incarnation(self) -> int:
+        """A number that no agent of this job had before: the time, which no other host has to know
+        of and no lost directory can set back."""
+        self._incarnation = max(self._incarnation + 1, time.time_ns())
+        return self._incarnation
+
+    def _start_agent(self, node: int, quick_ends: int = 0) -> None:
+        incarnation = self._next_incarnation()
         arguments = ["--job", str(self._job_path), "--node", str(node)]
 
         def ended(_: Child) -> None:
-            self._agent_ended(self._agents[node], out, err)
+            self._agent_ended(self._agents[node])
 
         child = self._children.start(
             f"agent of node {node}",
             "ftrain.launch.agent",
             [*arguments, "--incarnation", str(incarnation)],
             ended,
-            stdout=out,
-            stderr=err,
+            stdout=self._out,
+            stderr=self._err,
         )
         self._agents[node] = _Agent(node, incarnation, child, quick_ends)
 
-    def _agent_ended(self, agent: _Agent, out: int | None, err: int | None) -> None:
+    def _agent_ended(self, agent: _Agent) -> None:
         if self._exit_code.done():
             return
         if agent.child.popen.returncode < 0:
-            self._replace_agent(agent, out, err)
+            self._replace_agent(agent)
         else:
-            self._spawn(self._agent_left(agent, out, err))
+            self._spawn(self._agent_left(agent))
 
-    def _replace_agent(self, agent: _Agent, out: int | None, err: int | None) -> None:
+    def _replace_agent(self, agent: _Agent) -> None:
         child = agent.child
         self._tell(NodeGone(agent.node, agent.incarnation, child.ended))
         quick = child.age_s < _QUICK_S and child.popen.returncode > 0
@@ -218,9 +243,9 @@ class Front:
                 " start; its complaint is above"
             )
             return
-        self._start_agent(agent.node, out, err, quick_ends)
+        self._start_agent(agent.node, quick_ends)
 
-    async def _agent_left(self, agent: _Agent, out: int | None, err: int | None) -> None:
+    async def _agent_left(self, agent: _Agent) -> None:
         """An agent ended of itself: told to, or by a mistake of ours. Who knows is the coordinator,
         whose word may be under way."""
         await asyncio.sleep(_WORD_S)
@@ -230,7 +255,7 @@ class Front:
         if code == USAGE:
             self._end(USAGE)  # its sentence was printed; another one would say the same
         elif code not in _FINAL_CODES:
-            self._replace_agent(agent, out, err)
+            self._replace_agent(agent)
         elif all(other.child.ended for other in self._agents.values()):
             await asyncio.sleep(_GRACE_AFTER_END_S)  # the coordinator may be restarting
             self._end(max(a.child.popen.returncode for a in self._agents.values()))
@@ -270,6 +295,10 @@ class Front:
                 self._console.line("ftrain: forced to stop: nothing was saved", "warning")
                 self._end(FORCED)
             return
+        if not self._agents:
+            self._console.line(f"ftrain: {number.name}: nothing runs here yet")
+            self._end(STOPPED)
+            return
         cause = "Ctrl-C" if interrupt else number.name
         grace_s = self._job.config.launch.stop_grace_s
         hint = "; once more to force" if interrupt else ""
@@ -303,12 +332,14 @@ class Front:
         identity = Identity(self._job.run_id, "front", launch.node_rank, os.getpid())
         secret = bytes.fromhex(self._job.secret)
         loop = asyncio.get_running_loop()
-        waiting_until_s = loop.time() + _WAITING_S
+        absence = _Absence(loop.time(), launch.join_timeout_s)
         pause_s = 0.02
         while True:
             try:
                 self._channel = await connect(self._job.coordinator, identity, secret)
-                waiting_until_s, pause_s = float("inf"), 0.02
+                pause_s = 0.02
+                if self._listener is None:
+                    self._channel.post(join_request(self._job))
                 for message in self._news.messages():
                     self._channel.post(message)
                 await self._listen(self._channel)
@@ -321,15 +352,44 @@ class Front:
                 if self._channel is not None:
                     self._channel.close()
                     self._channel = None
-            if self._listener is None and loop.time() > waiting_until_s:
-                self._console.line(f"waiting for the coordinator at {self._job.coordinator}")
-                waiting_until_s = float("inf")
+                    absence = _Absence(loop.time(), launch.rejoin_timeout_s)
+            if self._listener is None:
+                self._wait_longer(absence, loop.time())
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
+
+    def _wait_longer(self, absence: _Absence, now_s: float) -> None:
+        """Another host's coordinator is not there: say so, and give up after a while."""
+        where, limit_s = self._job.coordinator, absence.limit_s
+        if now_s > absence.since_s + limit_s:
+            self._fail(
+                f"the coordinator at {where} was not there for {limit_s:g} s: see whether node 0's"
+                f" launch runs there and can be reached, then launch this node again"
+            )
+        elif now_s > absence.since_s + _WAITING_S and not absence.said:
+            absence.said = True
+            self._console.line(
+                f"ftrain: waiting for the coordinator at {where}, up to {limit_s:g} s"
+            )
+
+    async def _join(self, answer: JoinAnswer) -> None:
+        """The coordinator knows who we are: start this host's node, or say what is in the way."""
+        why = answer.refused
+        if not why and answer.mark != self._mark:  # of another launch than the one we joined
+            why = await find_mark(self._job, answer)
+        if why:
+            self._fail(why, USAGE)
+            return
+        self._mark = answer.mark
+        if not self._agents:
+            self._incarnation = answer.incarnation  # also if this host's clock was set back
+            self._start_nodes()
 
     async def _listen(self, channel: Channel) -> None:
         while True:
             message = await channel.receive()
+            if isinstance(message, JoinAnswer):
+                await self._join(message)
             if not isinstance(message, Notice):
                 continue
             if message.kind == "phase":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +10,10 @@ from typing import Any
 from ftrain.comms.events import read_events
 from ftrain.comms.protocol.effects import Incident
 from ftrain.comms.protocol.messages import Phases, RankFailure, RestorePlan
+from ftrain.comms.protocol.roster import is_consequence
 
 _SECOND_NS = 1_000_000_000
 _PARTS = ("stopped", "forked", "script", "formed", "restored", "stepped")
-
-# What a rank says when another rank has gone: a consequence, not the fault.
-_CONSEQUENCE = re.compile(
-    r"gloo|nccl|Connection (?:reset|closed|refused)|Broken pipe|DistBackendError|DistNetworkError"
-    r"|DistStoreError|TCPStore|process group",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +136,6 @@ class Tracebacks:
             self._shown.add(text)
             texts.append(f"{where} raised:\n{text.rstrip()}")
         return texts
-
-
-def is_consequence(failure: RankFailure) -> bool:
-    """Whether a rank only says that it lost another one."""
-    return failure.kind == "exception" and bool(_CONSEQUENCE.search(failure.cause))
 
 
 def _blame(failure: RankFailure) -> tuple[bool, int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ftrain.comms.environment import inherited_environment
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, Held
 from ftrain.launch.contract import place_of
 from ftrain.launch.helper import HelperProcess
-from ftrain.launch.job import JobSpec
 from ftrain.launch.reaper import Reaper
 from ftrain.snapshot.protocol.messages import (
     Drop,

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.comms.errors import FtrainError, RestoreError
-from ftrain.comms.process import describe_exit, oom_kills
+from ftrain.comms.job import JobSpec
+from ftrain.comms.process import OomKills, describe_exit, oom_kills
 from ftrain.comms.protocol.effects import FlushVersion
 from ftrain.comms.protocol.messages import Formation, Phases, RankFailure
+from ftrain.comms.protocol.roster import is_consequence
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.contract import Seat
-from ftrain.launch.incidents import is_consequence
-from ftrain.launch.job import JobSpec
 from ftrain.launch.rank_main import read_error_file
 from ftrain.recovery.node_file import NodeRank
 
@@ -91,7 +91,7 @@ class RankGroup:
     stopped_ns: int = 0
     forked_ns: int = 0
     stepped: bool = False
-    ooms: int = field(default_factory=oom_kills)
+    ooms: OomKills = field(default_factory=oom_kills)
 
     @classmethod
     def plan(cls, formation: Formation, seats: Sequence[Seat], pages: PageStore) -> RankGroup:
@@ -203,8 +203,8 @@ class RankGroup:
             if error.type == _RESTORE_ERROR:
                 kind, cause = "restore", error.line.removeprefix(f"{error.type}: ")
         ooms = oom_kills()
-        if cause == "SIGKILL" and ooms > self.ooms:
-            kind, cause = "oom", "killed by the kernel because memory ran out (SIGKILL)"
+        if cause == "SIGKILL" and (how := ooms.explain(self.ooms)):
+            kind, cause = "oom", f"{how} (SIGKILL)"
         self.ooms = ooms
         rank.blamed = True
         return RankFailure(rank.rank, kind, cause, now_ns, _shortened(error.traceback))

@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
-from ftrain.comms.addresses import parse_address
+from ftrain.comms.addresses import is_loopback, loopback_behind, parse_address
 from ftrain.comms.errors import UsageError
 from ftrain.launch.stores import make_store
 
@@ -135,6 +135,12 @@ def create_handler(parameters: RendezvousParameters) -> FtrainRendezvous:
         host, port = _LOOPBACK, 0
     else:
         raise ValueError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, equal on every node")
+    address = loopback_behind(host)
+    if nodes > 1 and address and not is_loopback(host):
+        raise ValueError(
+            f"--rdzv-endpoint {parameters.endpoint}: on this host that is the loopback address"
+            f" {address}, at which other hosts can't reach it: give its address in the network"
+        )
     meeting = _meet(host, port, is_host=parameters.get_as_bool("is_host"))
     own = _LOOPBACK if nodes == 1 else parameters.local_addr or _own_address(host, port)
     timeout_s = float(parameters.get("join_timeout", _JOIN_S))

@@ -233,6 +233,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "launch.redirects": _STD_RANGE,
     "launch.stop_grace_s": _at_least(0),
     "launch.threads_per_rank": _at_least(0),
+    "launch.join_timeout_s": (lambda v: v > 0, "more than 0"),
+    "launch.rejoin_timeout_s": (lambda v: v > 0, "more than 0"),
     "snapshot.every_steps": _at_least(1),
     "snapshot.slots": _at_least(2),
     "snapshot.chunk_bytes": (

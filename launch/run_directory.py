@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, who uses it now, and numbers that must never come again."""
+"""A run's directory: whose it is, and who uses it now."""
 
 from __future__ import annotations
 
@@ -36,16 +36,6 @@ class RunDirectory:
         self.notes = notes  # what the user should know, one line each
         self._lock_fd = lock_fd
 
-    def next_incarnation(self, node: int) -> int:
-        """A number that no agent of ``node`` ever had in this run; stored before it is returned."""
-        path = self.path / "state" / f"incarnation-{node}"
-        try:
-            number = int(path.read_text()) + 1
-        except (FileNotFoundError, ValueError):
-            number = 1
-        write_synced(path, str(number).encode())
-        return number
-
     def close(self) -> None:
         """Let another launch use the directory."""
         os.close(self._lock_fd)
@@ -55,6 +45,9 @@ def open_run_directory(
     path: Path, script: Script, *, world_size: int, run_id: str = "", node_rank: int = 0
 ) -> RunDirectory:
     """Make or take over a run directory.
+
+    ``run.json`` is node 0's, whose launch may share the directory with those of other hosts: they
+    neither read nor write it. What it guards is compared when they join the coordinator.
 
     Raises :class:`RunDirectoryError` when it can't be written, when a live launch uses it, or when
     it belongs to another script, world size or run id. An edited script is only noted.
@@ -68,9 +61,9 @@ def open_run_directory(
     try:
         (path / "state").mkdir(parents=True, exist_ok=True)
         lock_fd = _lock(path, node_rank)
-        found = _read(path)
+        found = None if node_rank else _read(path)
         record, notes = _settle(path, found, script, world_size, run_id)
-        if record != found:
+        if record != found and not node_rank:
             write_synced(path / "run.json", msgspec.json.format(msgspec.json.encode(record)))
     except OSError as error:
         if lock_fd >= 0:

@@ -17,17 +17,19 @@ from ftrain.comms.addresses import (
     format_address,
     is_loopback,
     listen_tcp,
+    loopback_behind,
     parse_address,
 )
 from ftrain.comms.environment import default_run_dir, secret_from_environment
 from ftrain.comms.errors import UsageError
+from ftrain.comms.job import JobSpec, write_job
 from ftrain.configs.schema import FtrainConfig, LaunchConfig
 from ftrain.launch.console import Console
-from ftrain.launch.job import JobSpec, write_job
 from ftrain.launch.options import LaunchRequest, parse_launch
+from ftrain.launch.own_process import in_own_process
 from ftrain.launch.resolve import resolve, to_yaml
 from ftrain.launch.run_directory import RunDirectory, open_run_directory
-from ftrain.launch.script import check_script
+from ftrain.launch.script import Script, check_script
 from ftrain.recovery.faults import check_schedule
 
 _LOOPBACK = LaunchConfig().bind
@@ -54,6 +56,7 @@ def launch(tokens: Sequence[str]) -> int:
     world_size = nodes * settings.nproc_per_node
     check_schedule(config.faults, nodes=nodes, world_size=world_size)
     secret = _secret(settings)
+    notes = (*request.notes, *_check_reachable(settings))
     listener = _listen(settings, secret is not None)
     directory: RunDirectory | None = None
     try:
@@ -64,8 +67,9 @@ def launch(tokens: Sequence[str]) -> int:
             run_id=settings.run_id,
             node_rank=settings.node_rank,
         )
-        job = _job(request, config, directory, secret or secrets.token_hex(32), listener)
-        return asyncio.run(_run(job, directory, listener, request.notes))
+        secret = secret or secrets.token_hex(32)
+        job = _job(request, script, config, directory, secret, listener)
+        return in_own_process(lambda: asyncio.run(_run(job, directory, listener, notes)))
     finally:
         if listener is not None:
             listener.close()
@@ -82,6 +86,7 @@ async def _run(
     from ftrain.launch.front import Front
 
     events = job.config.events
+    job = dataclasses.replace(job, front_pid=os.getpid())
     console = Console(progress_piped_every_s=events.progress_piped_every_s)
     for note in (*notes, *directory.notes):
         console.line(f"ftrain: {note}")
@@ -106,6 +111,30 @@ def _secret(settings: LaunchConfig) -> str | None:
     return secret
 
 
+def _check_reachable(settings: LaunchConfig) -> tuple[str, ...]:
+    """Refuse addresses at which other hosts would find themselves instead of this one.
+
+    A loopback address that was asked for is only noted: it serves to try several hosts on one.
+    """
+    if settings.nnodes == 1 or settings.local_nodes:
+        return ()
+    endpoint = settings.rdzv_endpoint
+    host = parse_address(endpoint)[0]
+    if is_loopback(host):
+        return (f"--rdzv-endpoint {endpoint} can be reached from this host only",)
+    given = {f"--rdzv-endpoint {endpoint}": host}
+    if settings.host != _LOOPBACK:  # the default: found out by the way to the endpoint
+        given[f"--local-addr {settings.host}"] = settings.host
+    for option, name in given.items():
+        address = loopback_behind(name)
+        if address:
+            raise UsageError(
+                f"{option}: on this host that is the loopback address {address}, at which other"
+                " hosts can't reach it: give its address in the network, or mend /etc/hosts"
+            )
+    return ()
+
+
 def _listen(settings: LaunchConfig, secret_given: bool) -> socket.socket | None:
     """The coordinator's listening socket, on the host that runs it.
 
@@ -127,6 +156,7 @@ def _listen(settings: LaunchConfig, secret_given: bool) -> socket.socket | None:
 
 def _job(
     request: LaunchRequest,
+    script: Script,
     config: FtrainConfig,
     directory: RunDirectory,
     secret: str,
@@ -162,8 +192,9 @@ def _job(
         config=dataclasses.replace(config, launch=settings, checkpoint=durable),
         argv=request.argv,
         module=request.module,
+        script_digest=script.digest,
         coordinator=coordinator,
-        front_pid=os.getpid(),
+        front_pid=0,  # said by the process that will be it
     )
 
 

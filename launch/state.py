@@ -4,11 +4,16 @@ One thing must never be lost: the highest epoch granted, because an epoch grante
 groups' fence.  It has a small file of its own, overwritten in place and synced (0.1 ms where a
 synced rename takes ten times as long), and is written first.  The rest only has to survive the
 process, since a host that loses power loses the agents and ranks that it speaks of as well.
+
+A disk that takes nothing does not end the training: the state is kept in memory and stored later.
+Until then an epoch is unique by what else knows of it: the agents' reports, and the fences of the
+durable versions, above which a coordinator always begins.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +34,7 @@ class HardStore:
     def __init__(self, directory: Path) -> None:
         self._path = directory / "coordinator.json"
         self._epoch_path = directory / "epoch"
+        self._unsaved: MembershipHard | None = None
         try:
             self._fd = os.open(self._epoch_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._epoch = self._read_epoch()
@@ -55,15 +61,31 @@ class HardStore:
             return replace(hard, epoch=self._epoch, formation=None)
         return hard
 
-    def save(self, hard: MembershipHard) -> None:
-        """Store; when this returns the epoch is on stable storage. Raises OSError."""
-        if hard.epoch > self._epoch:
-            os.pwrite(self._fd, b"%0*d" % (_DIGITS, hard.epoch), 0)
-            os.fdatasync(self._fd)
-            self._epoch = hard.epoch
+    def save(self, hard: MembershipHard) -> str:
+        """Store; when this returns the epoch is on stable storage. Otherwise the answer is why the
+        disk does not take it, and :meth:`retry` tries again."""
+        self._unsaved = hard
+        return self.retry()
+
+    def retry(self) -> str:
+        """Store what could not be stored; why it still can't, or empty: all is."""
+        hard = self._unsaved
+        if hard is None:
+            return ""
         fresh = self._path.with_suffix(".json.new")
-        fresh.write_bytes(msgspec.json.encode(hard))
-        fresh.replace(self._path)
+        try:
+            if hard.epoch > self._epoch:
+                os.pwrite(self._fd, b"%0*d" % (_DIGITS, hard.epoch), 0)
+                os.fdatasync(self._fd)
+                self._epoch = hard.epoch
+            fresh.write_bytes(msgspec.json.encode(hard))
+            fresh.replace(self._path)
+        except OSError as error:
+            with suppress(OSError):
+                fresh.unlink()  # a part of it would take what room there is
+            return error.strerror or str(error)
+        self._unsaved = None
+        return ""
 
     def close(self) -> None:
         """Close the files."""

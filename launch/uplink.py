@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.errors import AuthenticationError, FtrainError, PeerLostError
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Directive, NodeReport, Notice
-from ftrain.launch.job import JobSpec
 
 _RECONNECT_S_MIN, _RECONNECT_S_MAX = 0.02, 0.5
 _NOTICES_MAX = 100  # kept while there is no coordinator

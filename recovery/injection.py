@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import msgspec
 
 from ftrain.comms.errors import ConfigError, FtrainError, RunDirectoryError
 from ftrain.comms.events import EventLog, read_events
+from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.phases import Phase
-from ftrain.configs.schema import FaultConfig, FtrainConfig
+from ftrain.configs.schema import FaultConfig
 from ftrain.recovery.faults import (
     CATALOGUE,
     PHASES,
@@ -49,41 +50,10 @@ _ARM_S = 0.05  # what arming a rank may take
 _PHASE_MISSES = 50  # steps in which the wanted phase was too short to be seen; then any will do
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InjectorJob:
-    """What the injector needs of ``job.json``."""
-
-    run_dir: str
-    config: FtrainConfig
-    front_pid: int
-
-    @property
-    def nodes(self) -> int:
-        """Number of nodes of the job."""
-        return self.config.launch.local_nodes or self.config.launch.nnodes
-
-    @property
-    def local_world(self) -> int:
-        """Ranks per node."""
-        return self.config.launch.nproc_per_node
-
-
-def read_injector_job(path: str | os.PathLike[str]) -> InjectorJob:
-    """Read a job file; raises :class:`RunDirectoryError` when it is not one."""
-    try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=InjectorJob)
-    except FileNotFoundError:
-        raise RunDirectoryError(
-            f"{path} does not exist: no job was launched in this run directory"
-        ) from None
-    except (OSError, msgspec.DecodeError) as error:
-        raise RunDirectoryError(f"{path} can't be read as a job file: {error}") from None
-
-
 class Injector:
     """Commits faults on one job. :meth:`run` returns the ``fault_end`` events."""
 
-    def __init__(self, job: InjectorJob, faults: Sequence[FaultConfig], seed: int) -> None:
+    def __init__(self, job: JobSpec, faults: Sequence[FaultConfig], seed: int) -> None:
         self._job = job
         self._faults = faults
         self._seed = seed
@@ -209,7 +179,7 @@ def inject_now(run_dir: str | os.PathLike[str], fault: FaultConfig) -> dict[str,
     :class:`ConfigError` for a fault that this job can't have, :class:`RunDirectoryError` when no
     job runs there.
     """
-    job = read_injector_job(Path(run_dir) / "job.json")
+    job = read_job(Path(run_dir) / "job.json")
     check_fault(fault, nodes=job.nodes, world_size=job.nodes * job.local_world, now=True)
     seed = random.SystemRandom().getrandbits(32)
     return asyncio.run(Injector(job, (fault,), seed).run())[-1]
@@ -255,10 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ftrain.recovery.injection")
     parser.add_argument("--job", required=True, help="path of the job file")
     try:
-        job = read_injector_job(parser.parse_args(arguments).job)
+        job = read_job(parser.parse_args(arguments).job)
         if job.front_pid:
             die_with_parent(job.front_pid)
-        (Path(job.run_dir) / "hold-coordinator").unlink(missing_ok=True)  # of a killed injector
         faults = job.config.faults
         if faults.replay:
             faults = replace(faults, schedule=(*faults.schedule, *replay_schedule(faults.replay)))

@@ -17,6 +17,7 @@ from ftrain.comms.protocol.phases import Phase
 from ftrain.comms.telemetry import Word
 from ftrain.configs.schema import FaultConfig
 from ftrain.recovery.faults import OOM_ALLOWANCE_BYTES, PHASES, FaultKind, FaultSpec, Target, arm
+from ftrain.recovery.hold import hold_coordinator, let_go
 from ftrain.recovery.sightings import Sighting, Sightings
 from ftrain.recovery.victims import MemoryTrap, Victim, seize_node
 
@@ -194,7 +195,6 @@ class Strike:
                 victim.close()
 
     async def _coordinator(self) -> str:
-        hold = self.tools.run_dir / "hold-coordinator"
         while (victim := _coordinator(self.tools.run_dir)) is None:
             self.tools.check_running()
             await asyncio.sleep(_POLL_S)
@@ -202,12 +202,12 @@ class Strike:
             self._begin(victim.pid)
             try:
                 if self.fault.down_s > 0:
-                    hold.touch()  # the front starts no other while this is there
+                    hold_coordinator(self.tools.run_dir, self.fault.down_s)
                 outcome = await self._kill([victim])
                 await asyncio.sleep(self.fault.down_s)
                 return outcome
             finally:
-                hold.unlink(missing_ok=True)
+                let_go(self.tools.run_dir)
 
     # ---- common
 

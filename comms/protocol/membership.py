@@ -388,8 +388,9 @@ class Membership:
     def _stopping(self) -> None:
         """Every present node ends its ranks; only then may anything new begin."""
         if self._places and self._hard.incident is not None:
-            trouble = self._trouble(started=False)
-            self._hard = replace(self._hard, incident=self._hard.incident.joined(trouble))
+            losses = self._trouble(started=False).losses()
+            if losses:
+                self._hard = begin_incident(self._hard, losses, self._places, self._reached)
         if self._at_rest():
             self._enter(Event.ALL_STOPPED, "no rank is alive")
 
@@ -447,13 +448,13 @@ class Membership:
         return self._roster.trouble(self._places, self._hard.epoch, started=started)
 
     def _break(self, trouble: Trouble) -> None:
-        words = trouble.words(self._hard.formation)
+        words = trouble.words(self._places)
         hard = self._hard
         # A version that can't be put back is refused from then on, so such failures are finite.
         finite = any(failure.kind == "restore" for failure in trouble.failures)
         if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
             hard = count_failure(hard, self._committed, trouble.nature())
-        self._hard = begin_incident(hard, trouble, words, self._reached)
+        self._hard = begin_incident(hard, trouble, self._places, self._reached)
         if hard.failures_in_row > self._max_restarts and not hard.stop_cause:
             self._end(
                 EXIT_FAILED,

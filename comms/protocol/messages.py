@@ -186,6 +186,23 @@ class NodeGone:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinRequest:
+    """The first message of another host's front: what has to be the same on every host."""
+
+    node: int
+    facts: tuple[tuple[str, str], ...]  # name, value: versions, the script's digest, settings
+
+
+@dataclass(frozen=True, slots=True)
+class JoinAnswer:
+    """The coordinator's answer to :class:`JoinRequest`."""
+
+    refused: str = ""  # what differs, as a sentence; empty: welcome
+    mark: str = ""  # name of a file that must be seen in the checkpoint directory; "": none
+    incarnation: int = 0  # newest of the node's agents that the coordinator knows
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequest:
     """Somebody asks for a graceful stop with a durable version."""
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ftrain.comms.protocol.effects import Incident
-from ftrain.comms.protocol.messages import Formation, NodeReport, RankFailure, VersionId
+from ftrain.comms.protocol.messages import (
+    Formation,
+    NodePlace,
+    NodeReport,
+    RankFailure,
+    VersionId,
+)
 from ftrain.comms.protocol.roster import Trouble
 
 EXIT_FAILED = 1
@@ -19,19 +25,15 @@ class OpenIncident:
 
     epoch: int
     step: int
-    cause: str
+    cause: str = ""  # in words, by the most telling evidence so far
     failures: tuple[RankFailure, ...] = ()
     nodes: tuple[tuple[int, str], ...] = ()
     recomputed: int = 0
 
-    def joined(self, trouble: Trouble) -> OpenIncident:
-        """With what else broke, each rank and node once per cause."""
-        failures = tuple(f for f in trouble.failures if f not in self.failures)
-        known = {node for node, _ in self.nodes}
-        nodes = tuple((n, why) for n, why in trouble.nodes if n not in known and "lost" in why)
-        if not failures and not nodes:
-            return self
-        return replace(self, failures=self.failures + failures, nodes=self.nodes + nodes)
+    def joined(self, trouble: Trouble, places: tuple[NodePlace, ...]) -> OpenIncident:
+        """With what became known since: the first word is seldom the most telling one."""
+        known = Trouble(self.failures, self.nodes).joined(trouble)
+        return replace(self, cause=known.words(places), failures=known.failures, nodes=known.nodes)
 
     def rewound(self, reached: int, restored: int) -> OpenIncident:
         """With the steps counted that a formation goes back over."""
@@ -92,11 +94,11 @@ def count_failure(hard: MembershipHard, committed: VersionId | None, cause: str)
 
 
 def begin_incident(
-    hard: MembershipHard, trouble: Trouble, cause: str, reached: int
+    hard: MembershipHard, trouble: Trouble, places: tuple[NodePlace, ...], reached: int
 ) -> MembershipHard:
     """Open an incident, or add to the one that is open."""
-    open_ = hard.incident or OpenIncident(hard.epoch, reached, cause)
-    return replace(hard, incident=open_.joined(trouble))
+    open_ = hard.incident or OpenIncident(hard.epoch, reached)
+    return replace(hard, incident=open_.joined(trouble, places))
 
 
 def close_incident(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from ftrain.comms.protocol.messages import (
-    Formation,
     NodeGone,
     NodePlace,
     NodeReport,
@@ -13,6 +14,12 @@ from ftrain.comms.protocol.messages import (
     RankFailure,
 )
 
+# What a rank says when another rank has gone: a consequence, not the fault.
+_CONSEQUENCE = re.compile(
+    r"gloo|nccl|Connection (?:reset|closed|refused)|Broken pipe|DistBackendError|DistNetworkError"
+    r"|DistStoreError|TCPStore|process group",
+    re.IGNORECASE,
+)
 _PATIENCE_LEASES = 5  # how long a graceful stop waits for a silent node's memory
 
 
@@ -26,20 +33,46 @@ class Trouble:
     def __bool__(self) -> bool:
         return bool(self.failures or self.nodes)
 
+    def telling(self) -> Trouble:
+        """Without what only follows from the rest: that a rank lost its peer, or that a node has
+        stopped, says nothing once it is known who went, and how."""
+        roots = tuple(f for f in self.failures if not is_consequence(f))
+        lost = self.losses().nodes
+        return Trouble(roots, lost) if roots or lost else self
+
+    def losses(self) -> Trouble:
+        """Without nodes that merely do what a stopping group is told to."""
+        return replace(self, nodes=tuple((n, why) for n, why in self.nodes if "lost" in why))
+
+    def joined(self, later: Trouble) -> Trouble:
+        """With what became known since: each failure once, of each node the newest word."""
+        failures = tuple(f for f in later.failures if f not in self.failures)
+        nodes = dict(self.nodes) | dict(later.nodes)
+        return Trouble(self.failures + failures, tuple(sorted(nodes.items())))
+
     def nature(self) -> str:
         """What happened, apart from the rank that it happened to: equal when a bug comes back."""
-        kinds = sorted({f"{f.kind}: {f.cause}" for f in self.failures})
-        return "; ".join([*kinds, *(f"node {n} {why}" for n, why in self.nodes)])
+        telling = self.telling()
+        kinds = sorted({f"{f.kind}: {f.cause}" for f in telling.failures})
+        return "; ".join([*kinds, *(f"node {n} {why}" for n, why in telling.nodes)])
 
-    def words(self, formation: Formation | None) -> str:
-        """One line: what happened to whom."""
-        where = {} if formation is None else ranks_to_nodes(formation)
-        said = [
-            f"rank {f.rank} (node {where.get(f.rank, '?')}) {_verb(f)} {f.cause}"
-            for f in self.failures
-        ]
-        said += [f"node {node} {cause}" for node, cause in self.nodes]
+    def words(self, places: tuple[NodePlace, ...]) -> str:
+        """One line: what happened to whom. ``places`` says where the ranks live."""
+        telling, where = self.telling(), ranks_to_nodes(places)
+        ranks: dict[str, dict[int, None]] = {}  # who it happened to, in order, each once
+        for f in telling.failures:
+            ranks.setdefault(f"{_verb(f)} {f.cause}", {})[f.rank] = None
+        said = []
+        for what, who in ranks.items():
+            victims = ", ".join(f"rank {rank} (node {where.get(rank, '?')})" for rank in who)
+            said.append(f"{victims} {what}")
+        said += [f"node {node} {cause}" for node, cause in telling.nodes]
         return "; ".join(said)
+
+
+def is_consequence(failure: RankFailure) -> bool:
+    """Whether a rank only says that it lost another one."""
+    return failure.kind == "exception" and bool(_CONSEQUENCE.search(failure.cause))
 
 
 def _verb(failure: RankFailure) -> str:
@@ -48,11 +81,11 @@ def _verb(failure: RankFailure) -> str:
     return "raised" if failure.kind == "exception" else "failed:"
 
 
-def ranks_to_nodes(formation: Formation) -> dict[int, int]:
+def ranks_to_nodes(places: Iterable[NodePlace]) -> dict[int, int]:
     """Which node each rank of a formation lives on."""
     return {
         place.first_rank + local: place.node
-        for place in formation.places
+        for place in places
         for local in range(place.local_world)
     }
 
@@ -152,6 +185,12 @@ class Roster:
             if e.report is not None and not self.absence(n)
         )
 
+    def _replaced(self, place: NodePlace) -> str:
+        """How a node was lost whose next agent is there already."""
+        entry = self._entries[place.node]
+        known = entry.gone_incarnation >= place.incarnation
+        return f"was lost: {entry.gone_cause if known else 'its agent was started anew'}"
+
     def trouble(self, places: tuple[NodePlace, ...], epoch: int, *, started: bool) -> Trouble:
         """What keeps ``places`` from running ``epoch``; ``started``: each was in it already."""
         failures: list[RankFailure] = []
@@ -165,14 +204,14 @@ class Roster:
             if report.epoch == epoch:
                 failures += report.failures
             fault = _place_fault(place, report, epoch, started=started)
+            if report.incarnation != place.incarnation:
+                fault = self._replaced(place)
             if fault:
                 nodes.append((place.node, fault))
         return Trouble(tuple(sorted(failures, key=lambda f: f.noticed_ns)), tuple(nodes))
 
 
 def _place_fault(place: NodePlace, report: NodeReport, epoch: int, *, started: bool) -> str:
-    if report.incarnation != place.incarnation:
-        return "was lost: its agent was started anew"
     if report.epoch > epoch or (started and report.epoch < epoch):
         return f"runs epoch {report.epoch}, not {epoch}"
     if report.epoch == epoch and not report.failures and report.state is NodeState.STOPPED:

@@ -12,6 +12,7 @@ from ftrain.comms.addresses import (
     format_address,
     is_loopback,
     listen_tcp,
+    loopback_behind,
     parse_address,
 )
 from ftrain.comms.errors import UsageError
@@ -42,6 +43,16 @@ def test_only_loopback_may_be_bound_without_a_secret() -> None:
         check_bind(host, secret_given=True)
         with pytest.raises(UsageError, match="FTRAIN_SECRET"):
             check_bind(host, secret_given=False)
+
+
+def test_a_name_may_stand_for_loopback() -> None:
+    for host, address in {
+        "127.0.1.1": "127.0.1.1",
+        "127.1": "127.0.0.1",  # only the resolver understands this one
+        "192.0.2.1": "",
+        "no such host.invalid": "",
+    }.items():
+        assert loopback_behind(host) == address
 
 
 def test_a_port_in_use_is_said_in_one_sentence() -> None:

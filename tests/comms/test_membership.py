@@ -147,6 +147,50 @@ def test_a_failure_is_one_incident_with_its_steps() -> None:
     )
 
 
+GLOO = "RuntimeError: [pair.cc:598] Connection closed by peer [10.0.0.2]:5"
+
+
+@pytest.mark.parametrize("how", ["silent", "gone", "anew and then gone"])
+def test_a_lost_node_explains_what_its_peers_said_first(how: str) -> None:
+    job, _ = running()
+    job.say(0, failures=(RankFailure(0, "exception", GLOO, 5),))
+    assert job.machine.phase is Phase.STOPPING
+    assert job.machine.hard.incident is not None
+    assert GLOO in job.machine.hard.incident.cause
+    job.say(0, state=STOPPED)
+    if how == "silent":
+        for _ in range(LEASE + 1):
+            job.say(0)
+            job.tick()
+    elif how == "anew and then gone":
+        job.say(1, incarnation=2, epoch=0, state=IDLE)
+    job.give(NodeGone(1, 1, "SIGKILL")) if how != "silent" else None
+    job.say(1, incarnation=2, epoch=job.directives[0].epoch, state=STOPPED)
+    job.run()
+    why = "it is silent for longer than its lease" if how == "silent" else "SIGKILL"
+    assert job.effects[0].cause == f"node 1 was lost: {why}"
+    assert [f.cause for f in job.effects[0].failures] == [GLOO]  # kept, but not told
+
+
+def test_a_signal_explains_what_its_peers_said_first() -> None:
+    job, _ = running(nodes=3)
+    job.say(0, failures=(RankFailure(0, "exception", GLOO, 5),))
+    job.say(1, state=STOPPED, failures=(RankFailure(1, "oom", "killed for memory", 6),))
+    job.start()  # also for the next coordinator
+    job.say(state=STOPPED)
+    job.run()
+    assert job.effects[0].cause == "rank 1 (node 1) died: killed for memory"
+
+
+def test_what_nothing_explains_is_told_of_all_it_happened_to() -> None:
+    job, _ = running()
+    job.say(0, failures=(RankFailure(0, "exception", GLOO, 5),))
+    job.say(1, failures=(RankFailure(1, "exception", GLOO, 6),))
+    job.say(state=STOPPED)
+    job.run()
+    assert job.effects[0].cause == f"rank 0 (node 0), rank 1 (node 1) raised {GLOO}"
+
+
 def test_failures_in_a_row_end_the_job_in_words() -> None:
     job, epoch = running(max_restarts=2)
     for _ in range(2):

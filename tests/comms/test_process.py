@@ -167,7 +167,14 @@ def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
     }
     root = host(tmp_path / "v2", available_kb=1000, cgroup="0::/job/deep\n", files=version2)
     assert process.available_memory_bytes(root) == 300_000
-    assert process.oom_kills(root) == 2
+    before = process.oom_kills(root)
+    assert before == process.OomKills(own=0, host=2)
+    assert before.explain(before) == ""
+    (root / "proc/vmstat").write_text("oom_kill 9\n")
+    others = process.oom_kills(root)
+    assert "probably" in others.explain(before)
+    (root / "sys/fs/cgroup/job/deep/memory.events").write_text("oom 1\noom_kill 1\n")
+    assert process.oom_kills(root).explain(others) == "killed by the kernel because memory ran out"
     version1 = {
         "memory/memory.limit_in_bytes": "9223372036854771712\n",
         "memory/memory.usage_in_bytes": "5\n",
@@ -178,4 +185,4 @@ def test_memory_is_what_the_tightest_limit_leaves(tmp_path: Path) -> None:
     names = "5:cpu,cpuacct:/x\n4:memory:/a/unseen\n0::/\n"
     root = host(tmp_path / "v1", available_kb=1000, cgroup=names, files=version1)
     assert process.available_memory_bytes(root) == 0
-    assert process.oom_kills(root) == 4
+    assert process.oom_kills(root) == process.OomKills(own=4, host=4)

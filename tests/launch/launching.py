@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MARK = "LAUNCH_UNDER_TEST"  # inherited by every process of a launch
 
 
@@ -102,6 +104,29 @@ def launched(folder: Path, source: str, *tokens: str) -> Iterator[Launch]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert not left, f"left behind: {left}"
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Callable[[bool], None]]:
+    """A file system of that size at ``place``; what is yielded fills it up, or makes room again."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this user can't mount a file system")
+    filler = place / "filler"
+
+    def fill(full: bool) -> None:
+        if not full:
+            filler.unlink()
+            return
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):  # a full disk raises
+                pass
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def wait_for(question: Callable[[], Any], timeout_s: float = 30.0) -> Any:

@@ -119,6 +119,20 @@ def test_several_nodes_need_endpoint_name_and_secret(refused: Refused) -> None:
     assert SECRET_VARIABLE in refused(*line, "train.py")
 
 
+def test_a_name_for_loopback_is_no_endpoint(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "correct horse battery staple")
+    line = ["launch", "--nnodes", "2", "--run-id", "x", "--rdzv-endpoint"]
+    sentence = refused(*line, "127.1:29411", "train.py")
+    assert "--rdzv-endpoint 127.1:29411: on this host that is the loopback address 127.0.0.1" in (
+        sentence
+    )
+    for address in ("127.0.0.2", "localhost"):
+        options = ["192.0.2.1:29411", "--local-addr", address]
+        assert f"--local-addr {address}: on this host" in refused(*line, *options, "train.py")
+
+
 def test_read_only_run_directory(refused: Refused, folder: Path) -> None:
     if os.geteuid() == 0:
         where = Path("/proc/ftrain-run")  # root may write everywhere else

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.comms.environment import rank_environment
+from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, NodePlace, RestorePlan
 from ftrain.configs.schema import FtrainConfig, LaunchConfig
 from ftrain.launch.contract import (
@@ -16,7 +17,6 @@ from ftrain.launch.contract import (
     shared_environment,
     threads_per_rank,
 )
-from ftrain.launch.job import JobSpec
 
 FORMATION = Formation(
     epoch=7,
@@ -39,6 +39,7 @@ def make_job(tmp_path: Path, **launch: object) -> JobSpec:
         config=FtrainConfig(launch=LaunchConfig(nnodes=2, nproc_per_node=2, **launch)),
         argv=("train.py",),
         module=False,
+        script_digest="0" * 32,
         coordinator="127.0.0.1:1",
         front_pid=os.getpid(),
     )

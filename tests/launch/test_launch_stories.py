@@ -114,6 +114,7 @@ def test_two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     line = ["--nnodes", "2", "--rdzv-endpoint", endpoint, "--run-id", "pair"]
+    line.append(f"checkpoint.dir={tmp_path / 'durable'}")
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()

@@ -95,6 +95,8 @@ def test_options_that_make_no_sense_are_refused() -> None:
         create_handler(parameters("2:2"))
     with pytest.raises(ValueError, match="not an address"):
         create_handler(parameters("2:2", "nowhere"))
+    with pytest.raises(ValueError, match=r"that is the loopback address 127\.0\.0\.1"):
+        create_handler(parameters("2:2", "127.1:0"))
     handler = create_handler(parameters("2:2", "127.0.0.1:0", join_timeout=0.1))
     with pytest.raises(RendezvousTimeoutError, match="1 of 2 nodes came"):
         handler.next_rendezvous()

@@ -1,4 +1,4 @@
-"""Whose a run directory is, and numbers that never come again."""
+"""Whose a run directory is."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def test_moved_script_is_the_same(tmp_path: Path, script: Script) -> None:
     assert read_run_record(run).script == str(moved)
 
 
-def test_incarnations_never_come_again(tmp_path: Path, script: Script) -> None:
+def test_other_hosts_leave_the_record_to_node_0(tmp_path: Path, script: Script) -> None:
     run = tmp_path / "run"
-    numbers = []
-    for _ in range(3):
-        directory = open_run_directory(run, script, world_size=1)
-        numbers += [directory.next_incarnation(0), directory.next_incarnation(0)]
-        assert directory.next_incarnation(1) >= 1
-        directory.close()
-    assert numbers == [1, 2, 3, 4, 5, 6]
+    open_run_directory(run, script, world_size=2, run_id="x").close()
+    before = (run / "run.json").read_bytes()
+    elsewhere = Script(script.name, "/mnt/other/train.py", "0" * 32)  # compared when it joins
+    joining = open_run_directory(run, elsewhere, world_size=2, run_id="x", node_rank=1)
+    joining.close()
+    assert joining.record.run_id == "x"
+    assert (run / "run.json").read_bytes() == before
 
 
 def test_a_failed_opening_lets_go(tmp_path: Path, script: Script) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from launching import small_disk
 
 from ftrain.comms.errors import RunDirectoryError
 from ftrain.comms.protocol.membership import MembershipHard
@@ -42,6 +43,22 @@ def test_epoch_survives_what_the_rest_does_not(tmp_path: Path) -> None:
     assert reopened(tmp_path) == dataclasses.replace(HARD, epoch=8, formation=None)
     (tmp_path / "coordinator.json").unlink()
     assert reopened(tmp_path) == MembershipHard(epoch=8)
+
+
+def test_a_full_disk_keeps_nothing_from_the_coordinator(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as fill:
+        store = HardStore(tmp_path / "disk")
+        assert store.save(HARD) == ""
+        fill(True)
+        newer = dataclasses.replace(HARD, epoch=8, failures_in_row=3)
+        assert "No space left" in store.save(newer)
+        assert "No space left" in store.retry()
+        # the epoch is overwritten in place, so it is there whatever dies now
+        assert reopened(tmp_path / "disk") == dataclasses.replace(HARD, epoch=8)
+        fill(False)
+        assert store.retry() == ""
+        assert reopened(tmp_path / "disk") == newer
+        store.close()
 
 
 @pytest.mark.parametrize("torn", ["", '{"launch": "1", "ep', "no state at all"])

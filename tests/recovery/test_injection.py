@@ -18,15 +18,15 @@ import pytest
 
 from ftrain.comms.errors import ConfigError, RunDirectoryError
 from ftrain.comms.events import read_events
+from ftrain.comms.job import JobSpec, read_job, write_job
 from ftrain.comms.process import oom_kills
 from ftrain.configs.schema import FaultConfig, FaultsConfig, FtrainConfig, LaunchConfig
-from ftrain.launch.job import JobSpec, write_job
 from ftrain.recovery.faults import NodeFile, NodeRank, read_node_files
+from ftrain.recovery.hold import is_held
 from ftrain.recovery.injection import (
     FAULTS_FILE,
     Injector,
     inject_now,
-    read_injector_job,
     replay_schedule,
 )
 from ftrain.recovery.node_file import node_file_path, write_node_file
@@ -57,6 +57,7 @@ class FakeJob:
                 config=FtrainConfig(launch=launch, faults=faults),
                 argv=("train.py",),
                 module=False,
+                script_digest="0" * 32,
                 coordinator="127.0.0.1:1",
                 front_pid=os.getpid(),
             )
@@ -80,7 +81,7 @@ class FakeJob:
         return list(read_node_files(self.run_dir))
 
     def inject(self, *faults: FaultConfig, seed: int = 0) -> list[dict[str, Any]]:
-        job = read_injector_job(self.run_dir / "job.json")
+        job = read_job(self.run_dir / "job.json")
         return asyncio.run(Injector(job, faults, seed).run())
 
     def ends(self, node: int) -> list[dict[str, int]]:
@@ -202,13 +203,13 @@ def test_out_of_memory_kill_hits_one_process(job: FakeJob) -> None:
         check_memory_trap()
     except ConfigError as error:
         pytest.skip(str(error))
-    before = oom_kills()
+    before = oom_kills().host
     [end] = job.inject(FaultConfig(kind="oom", at_step=5, rank=1))
     assert end["outcome"] == "ended"
     wait_for(lambda: bool(job.ends(1)))
     assert job.ends(1)[0]["code"] == -signal.SIGKILL
     assert job.ends(0) == []
-    assert oom_kills() > before
+    assert oom_kills().host > before
     assert not list(Path("/sys/fs/cgroup").glob(f"**/ftrain-oom-{end['pid']}"))
 
 
@@ -242,7 +243,6 @@ def test_helpers_of_a_node(job: FakeJob) -> None:
 def test_coordinator_stays_down_for_a_while(tmp_path: Path) -> None:
     job = FakeJob(tmp_path)
     process = job.start_coordinator()
-    hold = tmp_path / "hold-coordinator"
     try:
         path = job.write_job(
             FaultsConfig(schedule=(FaultConfig(kind="coordinator", at_s=0.0, down_s=0.5),))
@@ -250,9 +250,9 @@ def test_coordinator_stays_down_for_a_while(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "ftrain.recovery.injection", "--job", str(path)]
         with subprocess.Popen(command) as injector:
             assert process.wait(10) == -signal.SIGKILL
-            assert hold.exists()
+            assert is_held(tmp_path)
             assert injector.wait(10) == 0
-        assert not hold.exists()
+        assert not is_held(tmp_path)
         assert [event["kind"] for event in job.events()] == ["fault_begin", "fault_end"]
     finally:
         job.close()

@@ -25,6 +25,7 @@ class JobSpec:
     config: FtrainConfig
     argv: tuple[str, ...]  # the script (or module) and its arguments
     module: bool  # argv[0] is a module name (-m)
+    script_digest: str  # hex, of its source at the launch
     coordinator: str  # "host:port"
     front_pid: int
 
