@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ftrain.comms.addresses import bound_address, format_address, listen_tcp, parse_address
@@ -35,6 +37,7 @@ from ftrain.snapshot.protocol.messages import (
     Inventory,
     ManagerStarted,
     RankDied,
+    Repaired,
     SetGroup,
     Setup,
 )
@@ -42,6 +45,7 @@ from ftrain.snapshot.ranks import RankServer
 from ftrain.snapshot.store import SlotStore
 
 _SETUP_S_MAX = 30.0
+_REPAIRS_REMEMBERED = 256
 _OOM_SCORE = -500  # what it holds is the way back for everybody else
 
 
@@ -53,6 +57,7 @@ class Manager:
         self._over = asyncio.Event()
         self._finishing: dict[int, asyncio.TimerHandle] = {}  # epoch -> deadline
         self._news: VersionId | None = None  # committed, the agent was not told yet
+        self._repairs: deque[str] = deque(maxlen=_REPAIRS_REMEMBERED)  # told already
         secret = bytes.fromhex(setup.secret)
         identity = Identity(setup.run_id, "smp", setup.node, setup.incarnation)
         self._store = SlotStore(
@@ -72,6 +77,7 @@ class Manager:
             on_skipped=lambda: self._gossip.tell_standing(),
             on_change=self._captures_changed,
             on_hold=self._hold,
+            on_repaired=self._repaired,
             on_trouble=self._trouble,
         )
         self._gossip = Gossip(
@@ -178,6 +184,23 @@ class Manager:
 
     def _hold(self, rank: int, slot: int, fd: int, nbytes: int) -> None:
         self._link.post(Hold(rank, slot, nbytes), [fd])
+
+    def _repaired(self, news: Repaired) -> None:
+        """Told once, although every rank that reads an image finds its damage."""
+        found = [text for text in news.damage if text not in self._repairs]
+        if not found:
+            return
+        self._repairs += found
+        what = " and ".join(text.removesuffix(": take another copy") for text in found)
+        sources = " and ".join(news.sources)
+        data = {
+            "node": self._setup.node,
+            "version": asdict(news.version),
+            "damage": list(news.damage),
+            "sources": list(news.sources),
+        }
+        remedy = f"repaired from {sources}" if sources else "what was in it was not needed"
+        self._link.post(Notice("repair", f"{what}; {remedy}", data))
 
     def _trouble(self, text: str) -> None:
         self._link.post(Notice("warning", text, {"node": self._setup.node}))

@@ -33,6 +33,7 @@ from ftrain.snapshot.protocol.messages import (
     Opened,
     Part,
     Release,
+    Repaired,
     RequestRefused,
     Reserve,
     Reserved,
@@ -52,6 +53,7 @@ class RankServer:
         on_skipped: a rank will not hold some version.
         on_change: a rank began, ended or answered: captures may be finishable now, or not any more.
         on_hold: keep this slot's descriptor: rank, slot, descriptor, bytes.
+        on_repaired: a rank was restored although images were damaged.
         on_trouble: one sentence for the user.
     """
 
@@ -63,6 +65,7 @@ class RankServer:
         on_skipped: Callable[[], None],
         on_change: Callable[[], None],
         on_hold: Callable[[int, int, int, int], None],
+        on_repaired: Callable[[Repaired], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self.store = store
@@ -70,6 +73,7 @@ class RankServer:
         self.on_skipped = on_skipped
         self.on_change = on_change
         self.on_hold = on_hold
+        self.on_repaired = on_repaired
         self.on_trouble = on_trouble
         self._sessions: dict[int, _RankSession] = {}  # by rank
         self._strangers: set[_RankSession] = set()  # not welcomed yet
@@ -171,6 +175,7 @@ class _RankSession:
             Open: self._open,
             Release: self._release,
             Finished: self._finished,
+            Repaired: lambda message: self._server.on_repaired(message),
         }
         self.link = LocalLink(sock, self._message, lambda _: self.end())
 
@@ -293,11 +298,7 @@ class _RankSession:
             self.link.post(Granted(request, grant.slot))
 
     def _open(self, message: Open) -> None:
-        try:
-            images = self._store.images(message.version)
-        except (CorruptionError, StateError) as error:
-            self._refuse(message.request, str(error))
-            return
+        images = self._store.images(message.version)
         if not images:
             self._refuse(message.request, f"this node holds nothing of {message.version}")
             return

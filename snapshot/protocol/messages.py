@@ -267,6 +267,18 @@ class Finished:
     held: Held | None
 
 
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """I have ``version`` back although ``damage`` was found, in the words of each error.
+
+    ``sources`` are the images that stood in for what was damaged.  No answer.
+    """
+
+    version: VersionId
+    damage: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
 # ---------------------------------------------------------------- manager -> rank
 
 
@@ -415,6 +427,7 @@ MESSAGES: tuple[type, ...] = (
     Open,
     Release,
     Finished,
+    Repaired,
     ClientWelcome,
     RequestRefused,
     Reserved,

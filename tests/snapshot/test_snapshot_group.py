@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,28 @@ def test_restarted_manager_learns_again_what_the_group_knows(pair: list[Manager]
         for manager in pair:
             manager.newest_committed(v(3))
         until(lambda: any(not h.whole and h.version == v(3) for h in pair[1].inventory()))
+
+
+def test_a_new_manager_forms_its_group_over_damaged_memory(pair: list[Manager]) -> None:
+    form(pair)
+    with Rank(pair[0], 0, world_size=2) as one, Rank(pair[1], 1, world_size=2) as two:
+        for step in (1, 2):
+            one.capture(step)
+            two.capture(step)
+            for manager in pair:
+                manager.newest_committed(v(step))
+        pair[0].kill()
+        for fd in pair[0].memory.values():
+            with mmap.mmap(fd, 0) as memory:
+                memory[one.plan.layout.small_offset] ^= 1
+        pair[0].start()
+        pair[0].group(first_rank=0, peers=pair[1:])
+        assert one.capture(3), one.client.denied
+        assert two.capture(3), two.client.denied
+        for manager in pair:
+            manager.newest_committed(v(3))
+        pair[0].drain()
+        assert pair[0].notices == []
 
 
 def test_dead_or_frozen_peer_does_not_stall_this_node(pair: list[Manager]) -> None:
