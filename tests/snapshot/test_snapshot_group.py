@@ -271,6 +271,25 @@ def test_gossip_of_strangers_is_not_believed(pair: list[Manager]) -> None:
         assert pair[0].inventory()
 
 
+def test_the_inventory_of_many_ranks(pair: list[Manager]) -> None:
+    form(pair)
+    plan = ImagePlan((), (), 100, 4096)
+    records, images = [], []
+    for rank in range(1, 512):
+        buffer = bytearray(plan.total_bytes)
+        who = ImageIdentity(RUN_ID, TOPOLOGY, v(1), rank, 512, 1, 101)
+        writer = ImageWriter(buffer, plan, who, whole=False)
+        writer.begin(b"small")
+        writer.seal()
+        records.append(held_of(ImageReader(buffer)))
+        images.append(bytes(buffer))
+    peer = identity(node=1, role="smp", incarnation=101)
+    with connect_blocking(pair[0].address, peer, bytes.fromhex(SECRET)) as channel:
+        channel.send(Sealed(v(1), 1, 101, tuple(records), tuple(images)))
+        until(lambda: pair[0].inventory())
+    assert [held.rank for held in pair[0].inventory()] == list(range(1, 512))
+
+
 def test_broken_small_images_are_refused(pair: list[Manager]) -> None:
     form(pair)
     plan = ImagePlan((), (), 100, 4096)
