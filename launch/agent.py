@@ -21,7 +21,7 @@ from typing import Any
 from ftrain.comms.driver import Driver
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.errors import FtrainError
-from ftrain.comms.process import die_with_parent
+from ftrain.comms.process import allow_many_descriptors, die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
     FinishCaptures,
@@ -118,6 +118,10 @@ class Agent:
                 on_started=self._manager_started,
                 on_message=self._from_manager,
                 on_down=self._manager_down,
+                on_hung=lambda: self._uplink.say(
+                    "warning",
+                    f"node {node}: the snapshot manager does not answer: it is being replaced",
+                ),
             )
         self._group: RankGroup | None = None
         self._forking = False  # a ForkRequest is not answered completely
@@ -575,6 +579,7 @@ def main() -> int:
     try:
         job = read_job(options.job)
         die_with_parent(job.front_pid)
+        allow_many_descriptors()
 
         async def serve() -> int:
             return await Agent(job, options.node, options.incarnation).run()

@@ -94,18 +94,29 @@ class SlotStore:
             fd = os.dup(region.fd)
         try:
             allocate(fd, nbytes)
-        except MemoryShortError:
+        except (MemoryShortError, OSError):
             os.close(fd)
             raise
         return fd
 
     def grow(self, rank: int, slot: int, fd: int) -> Region:
-        """Map what :meth:`allocate` returned; what the slot held stays in it."""
+        """Map what :meth:`allocate` returned; what the slot held stays in it. OSError."""
+        try:
+            region = Region(fd)
+        except OSError:
+            os.close(fd)
+            raise
         old = self._regions.get((rank, slot))
         if old is not None:
             old.close()
-        region = self._regions[rank, slot] = Region(fd)
+        self._regions[rank, slot] = region
+        self.custody.slots(rank)  # a rank that left meanwhile is known again, and so given back
         return region
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all slots take."""
+        return sum(region.nbytes for region in self._regions.values())
 
     def growth_failed(self, nbytes: int) -> None:
         """``nbytes`` of what :meth:`plan_growth` counted were not allocated."""

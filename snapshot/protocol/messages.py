@@ -94,6 +94,11 @@ class AskInventory:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer :class:`Pong` at once: a manager that does not is replaced."""
+
+
+@dataclass(frozen=True, slots=True)
 class Flush:
     """Write a version to the durable level.
 
@@ -162,6 +167,11 @@ class Inventory:
     """Every image this node holds: whole ones of its ranks, small ones of other nodes' ranks."""
 
     held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answer to :class:`Ping`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +419,7 @@ MESSAGES: tuple[type, ...] = (
     RankDied,
     FinishCaptures,
     AskInventory,
+    Ping,
     Flush,
     ManagerStarted,
     Hold,
@@ -417,6 +428,7 @@ MESSAGES: tuple[type, ...] = (
     BoundaryCounts,
     CapturesFinished,
     Inventory,
+    Pong,
     FlushedFile,
     Flushed,
     FlushRefused,

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small_runs import command, events, losses, run, wait_for
+from small_runs import command, events, losses, node_file, run, slots, wait_for
 
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.image import ImageReader, ImageState
-from ftrain.comms.errors import CorruptionError
+from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.protocol.messages import VersionId
-from ftrain.recovery.node_file import NodeFile, node_file_path, read_node_file
+from ftrain.recovery.node_file import NodeFile
 
 pytestmark = pytest.mark.slow
 
@@ -35,29 +34,6 @@ def held(run_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes]
             yield process, node_file(run_dir)
         finally:
             process.kill()
-
-
-def node_file(run_dir: Path, node: int = 0) -> NodeFile:
-    """Which processes a node has."""
-    found = read_node_file(node_file_path(run_dir, node))
-    assert found is not None
-    return found
-
-
-def slots(node: NodeFile, rank: int) -> dict[VersionId, Path]:
-    """The slots that hold a sealed image of this rank, as files of the snapshot manager."""
-    found = {}
-    for fd in Path(f"/proc/{node.smp_pid}/fd").iterdir():
-        try:
-            if f"ftrain-rank{rank}-slot" not in os.readlink(fd):
-                continue
-            reader = ImageReader(fd.read_bytes())
-        except (FileNotFoundError, CorruptionError):
-            continue  # closed meanwhile; never written
-        else:
-            if reader.state is ImageState.SEALED:
-                found[reader.identity.version] = fd
-    return found
 
 
 def damage(path: Path, what: str = "data", chunk: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from manager_process import Manager, Rank, state, until
 from ftrain.checkpoint.image import ImageReader
 from ftrain.comms import local
 from ftrain.comms.errors import MemoryShortError, PeerLostError, StateError
-from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.protocol.messages import Notice, VersionId
 from ftrain.snapshot.client import UNAVAILABLE
 from ftrain.snapshot.protocol.messages import (
     Begin,
     CapturesFinished,
     ClientHello,
+    ClientWelcome,
     Committed,
     FinishCaptures,
     Flush,
@@ -168,6 +170,36 @@ def test_writers_killed_at_random_never_leave_a_wrong_version(tmp_path: Path) ->
         assert step > 20
 
 
+@pytest.mark.slow
+def test_managers_killed_at_random_never_lose_what_was_committed(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    body = "step = 0\nprint('go', flush=True)\nwhile True: step += 1; rank.capture(step)"
+    newest = v(0)
+    with Manager(tmp_path) as manager:
+        manager.group()
+        process = child(manager, body)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "go\n"
+        for _ in range(12):
+            manager.newest_committed(VersionId(1, newest.step + 1))
+            time.sleep(rng.uniform(0.0, 0.05))
+            manager.kill()
+            told = [m.version for m in manager.inbox if isinstance(m, Committed)]
+            newest = max([newest, *told])
+            manager.inbox.clear()
+            manager.start()
+            assert max(held.version for held in manager.held) >= newest
+            manager.group()
+        slay(process)
+        manager.rank_died(0)
+        versions = {held.version for held in manager.finish_captures()}
+        manager.group(epoch=2, base=max(versions))
+        with Rank(manager, epoch=2) as rank:
+            for version in versions:
+                assert rank.restored(version.step, epoch=1) == {0: state(0, version.step)}
+        assert newest.step > 12
+
+
 def test_manager_killed_between_steps_loses_nothing(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         manager.group()
@@ -206,6 +238,31 @@ def test_manager_killed_in_mid_capture_costs_no_version(tmp_path: Path) -> None:
             rank.seal(writer, 3)
             manager.newest_committed(v(3))
             assert rank.restored(3) == {0: state(0, 3)}
+
+
+def test_a_node_of_many_ranks(tmp_path: Path) -> None:
+    """More slots than descriptors fit into one packet, and more records than bytes do."""
+    count = 128
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(Manager(tmp_path))
+        manager.group(ranks=count)
+        ranks = [
+            stack.enter_context(Rank(manager, rank, world_size=count, nbytes=1000))
+            for rank in range(count)
+        ]
+        for step in (1, 2, 3):
+            assert all(rank.capture(step) for rank in ranks)
+        manager.newest_committed(v(3))
+        before = manager.inventory()
+        assert len(before) == 2 * count
+        manager.kill()
+        assert len(manager.memory) == 3 * count
+        manager.start()
+        assert set(manager.held) >= set(before)
+        manager.group(ranks=count)
+        assert all(rank.capture(4) for rank in ranks)
+        manager.newest_committed(v(4))
+        assert len(ranks[0].restored(4)) == count
 
 
 def test_without_a_manager_captures_are_denied_soon_and_come_back(tmp_path: Path) -> None:
@@ -364,6 +421,23 @@ def test_flush_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
             assert "checkpoints" in manager.expect(FlushRefused).reason
 
 
+def test_a_flush_that_fails_in_an_unforeseen_way_is_refused_and_the_next_is_tried(
+    tmp_path: Path,
+) -> None:
+    with Manager(tmp_path, checkpoint_dir=f"{tmp_path}/no\0path") as manager:  # a ValueError
+        manager.group()
+        with Rank(manager) as rank:
+            for step in (1, 2):
+                rank.capture(step)
+                manager.newest_committed(v(step))
+                manager.link.send(Flush(v(step), fence=1))
+                refused = manager.expect(FlushRefused)
+                assert refused.asked == v(step)
+                assert "ValueError: embedded null byte" in refused.reason
+        manager.drain()
+        assert [text.split(" ")[:2] for text in manager.notices] == [["step", "1"], ["step", "2"]]
+
+
 def test_ranks_of_other_epochs(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         manager.group(epoch=3)
@@ -463,6 +537,62 @@ def shared_memory_bytes() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("Shmem:"))
     return int(line.split()[1]) * 1024
+
+
+def test_the_memory_that_is_stated_is_what_is_taken(tmp_path: Path) -> None:
+    """Slots times state, measured as pages, also after the state has grown."""
+    before, slots, size = shared_memory_bytes(), 3, 24 << 20
+    with Manager(tmp_path, slots=slots) as manager:
+        manager.group(ranks=2)
+        with (
+            Rank(manager, 0, world_size=2, nbytes=size // 3) as one,
+            Rank(manager, 1, world_size=2, nbytes=size) as two,
+        ):
+            one.client.reserve(two.plan.total_bytes)  # with moments it is three times the size
+            stated = manager.expect(Notice, lambda notice: notice.kind == "memory").data["bytes"]
+            assert isinstance(stated, int)
+            assert 0 <= stated - slots * 2 * size <= 0.01 * stated
+            pages = {}  # by inode: a map holds a descriptor of its own
+            for fd in Path(f"/proc/{manager.process.pid}/fd").iterdir():
+                if "ftrain-rank" in os.readlink(fd):
+                    pages[fd.stat().st_ino] = fd.stat().st_blocks * 512
+            assert len(pages) == slots * 2
+            assert 0 <= sum(pages.values()) - stated < slots * 2 * 4096
+            for step in range(1, 12):
+                one.capture(step)
+                two.capture(step)
+            # Others use shared memory as well, so this measure has some slack.
+            assert shared_memory_bytes() - before < 1.1 * stated
+    until(lambda: shared_memory_bytes() - before < 0.5 * stated)
+
+
+def lowest_free_descriptor(process: subprocess.Popen[bytes]) -> int:
+    """The number that the process's next descriptor will have."""
+    taken = {int(name) for name in os.listdir(f"/proc/{process.pid}/fd")}
+    return min(set(range(len(taken) + 1)) - taken)
+
+
+def test_a_manager_out_of_descriptors_says_so_once_and_recovers(tmp_path: Path) -> None:
+    with Manager(tmp_path) as manager:
+        manager.group(ranks=2)
+        with Rank(manager, 0, world_size=2) as rank:
+            pid, kind = manager.process.pid, resource.RLIMIT_NOFILE
+            _, hard = limits = resource.prlimit(pid, kind)
+            resource.prlimit(pid, kind, (lowest_free_descriptor(manager.process), hard))
+            with pytest.raises(MemoryShortError, match="Too many open files"):
+                rank.client.reserve(3_000_000)
+            with local.connect_local(manager.socket_path, 2.0) as late:
+                late.send(ClientHello(1, 1, 2, 0, 1))
+                until(lambda: manager.drain() or manager.notices)
+                deadline_s = time.monotonic() + 1.0
+                while time.monotonic() < deadline_s:
+                    manager.drain()
+                assert len(manager.notices) == 1
+                assert "can't take a rank in now" in manager.notices[0]
+                resource.prlimit(pid, kind, limits)
+                assert isinstance(late.receive()[0], ClientWelcome)
+            rank.client.reserve(3_000_000)
+            assert rank.capture(1)
 
 
 def test_manager_ends_with_its_agent(tmp_path: Path) -> None:
