@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ftrain.comms.errors import LocalProtocolError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_DESCRIPTORS = 65536  # some programs close as many at start as they may have
 _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
 
 
@@ -51,6 +53,17 @@ def start_ticks(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {pid}") from None
     return int(text.rpartition(")")[2].split()[19])  # the name in brackets may hold anything
+
+
+def allow_many_descriptors() -> None:
+    """Raise this process's limit of open descriptors, as far as it may and not beyond reason.
+
+    A node with many ranks holds several for each of them. Children inherit the limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def set_oom_score_adj(score: int) -> bool:

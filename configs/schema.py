@@ -23,6 +23,7 @@ class LaunchConfig:
     run_id: str = ""  # default: kept in the run directory
     run_dir: str = ""  # default: ./ftrain-runs/<script name>
     log_dir: str = ""  # default: <run_dir>/logs
+    log_attempts: int = 20  # newest attempts whose logs are kept, besides the first three
     tee: str = "3"  # torchrun's Std: 0 none, 1 stdout, 2 stderr, 3 both, or "0:1,1:3"
     redirects: str = "0"
     max_restarts: int = 3  # failures in a row with no newly committed version in between

@@ -23,7 +23,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import die_with_parent
+from ftrain.comms.process import allow_many_descriptors, die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
     FinishCaptures,
@@ -46,7 +46,7 @@ from ftrain.launch.contract import (
 )
 from ftrain.launch.helper import HelperProcess
 from ftrain.launch.manager_link import ManagerLink
-from ftrain.launch.output import OutputPump, parse_std
+from ftrain.launch.output import OutputPump, parse_std, prune_attempts
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.uplink import Uplink
@@ -98,7 +98,7 @@ class Agent:
         )
         self._loop = asyncio.get_running_loop()
         self._reaper = Reaper()
-        self._pump = OutputPump()
+        self._pump = OutputPump(self._output_trouble)
         self._pages = PageStore()
         self._threads = threads_per_rank(job)
         self._server = HelperProcess(
@@ -119,6 +119,10 @@ class Agent:
                 on_started=self._manager_started,
                 on_message=self._from_manager,
                 on_down=self._manager_down,
+                on_hung=lambda: self._uplink.say(
+                    "warning",
+                    f"node {node}: the snapshot manager does not answer: it is being replaced",
+                ),
             )
         self._group: RankGroup | None = None
         self._forking = False  # a ForkRequest is not answered completely
@@ -218,6 +222,10 @@ class Agent:
         group.noticed_ns, group.stopped_ns = self._failed_ns, self._stopped_ns
         self._group, self._killing, self._failed_ns = group, False, 0
         self._reaper.forget_strays()
+        attempts = group.ranks[0].seat.directory.parent.parent
+        self._loop.run_in_executor(
+            None, prune_attempts, attempts, self._job.config.launch.log_attempts
+        )
         if not self._server.running:
             self._forks_failed("the worker server is being started again")
             return
@@ -241,12 +249,16 @@ class Agent:
         prefix = f"[node{self._node} rank{rank.rank}] "
         redirects = parse_std(launch.redirects, seat.local_rank)
         tee = parse_std(launch.tee, seat.local_rank)
-        seat.directory.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # the pump says so; without its file an error is not described
+            seat.directory.mkdir(parents=True, exist_ok=True)
         out, err = (
             self._pump.open(kind, seat.directory, prefix, redirects=redirects, tee=tee)
             for kind in ("stdout", "stderr")
         )
         return out, err, rank.page_fd
+
+    def _output_trouble(self, text: str) -> None:
+        self._loop.call_soon_threadsafe(self._uplink.say, "warning", f"node {self._node}: {text}")
 
     def _from_server(self, message: Any, fds: list[int]) -> None:
         for fd in fds:
@@ -575,6 +587,7 @@ def main() -> int:
     try:
         job = read_job(options.job)
         die_with_parent(job.front_pid)
+        allow_many_descriptors()
 
         async def serve() -> int:
             return await Agent(job, options.node, options.incarnation).run()

@@ -17,7 +17,7 @@ from typing import TextIO
 from ftrain.comms.protocol.messages import Notice
 
 _ERASE = "\r\x1b[K"
-_STYLES = {"incident": "33", "warning": "33", "error": "31"}
+_STYLES = {"incident": "33", "warning": "33", "repair": "33", "error": "31"}
 
 
 class Console:

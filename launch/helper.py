@@ -72,6 +72,10 @@ class HelperProcess:
         if self._link is not None:
             self._link.post(message, fds)
 
+    def kill(self) -> None:
+        """SIGKILL the process; another one follows."""
+        self._reaper.kill(self.pid)
+
     def close(self) -> None:
         """Start it no more; the process ends when it notices that nobody listens."""
         self._closed = True

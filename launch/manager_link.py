@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,20 +20,26 @@ from ftrain.snapshot.protocol.messages import (
     Hold,
     ManagerStarted,
     Peer,
+    Ping,
+    Pong,
     RankDied,
     SetGroup,
     Setup,
     Taken,
 )
 
+_PING_S = 1.0
+_HUNG_S = 5.0  # without an answer; replacing one that was only slow costs nothing but a moment
+
 
 class ManagerLink:
-    """Keeps one snapshot manager running.
+    """Keeps one snapshot manager running, and replaces one that answers no more.
 
     Args:
         on_started: the manager serves; called with its address and inventory, also after a restart.
         on_message: any other message for the agent.
         on_down: it died, and why; a new one is on its way.
+        on_hung: it will be killed because it does not answer.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class ManagerLink:
         on_started: Callable[[str, tuple[Held, ...]], None],
         on_message: Callable[[Any], None],
         on_down: Callable[[str], None],
+        on_hung: Callable[[], None],
     ) -> None:
         self.socket_path = str(Path(job.run_dir, "state", f"smp{node}.sock"))
         self._setup = _setup(job, node, incarnation, self.socket_path)
@@ -52,13 +60,18 @@ class ManagerLink:
         self._on_message = on_message
         self._slots: dict[Taken, int] = {}  # descriptors kept for the next manager
         self._group: SetGroup | None = None
+        self._loop = asyncio.get_running_loop()
+        self._on_hung = on_hung
+        self._deadline: asyncio.TimerHandle | None = None  # of the answer to a ping
+        self._next_ping: asyncio.TimerHandle | None = None
+        self._on_down = on_down
         self._process = HelperProcess(
             "ftrain.snapshot.manager",
             inherited_environment(),
             reaper,
             on_start=self._set_up,
             on_message=self._received,
-            on_down=on_down,
+            on_down=self._went_down,
         )
 
     @property
@@ -88,6 +101,7 @@ class ManagerLink:
     def close(self) -> None:
         """Let go of the manager, which ends by itself, and of its memory."""
         self._process.close()
+        self._stop_pings()
         for fd in self._slots.values():
             os.close(fd)
         self._slots.clear()
@@ -107,9 +121,32 @@ class ManagerLink:
         if isinstance(message, Drop):
             self._forget(Taken(message.rank, message.slot))
         elif isinstance(message, ManagerStarted):
+            self._ping()
             self._on_started(message.address, message.held)
+        elif isinstance(message, Pong):
+            self._stop_pings()
+            self._next_ping = self._loop.call_later(_PING_S, self._ping)
         elif not isinstance(message, Hold):
             self._on_message(message)
+
+    def _ping(self) -> None:
+        self._stop_pings()
+        self._deadline = self._loop.call_later(_HUNG_S, self._replace)
+        self.post(Ping())
+
+    def _stop_pings(self) -> None:
+        for timer in (self._deadline, self._next_ping):
+            if timer is not None:
+                timer.cancel()
+
+    def _replace(self) -> None:
+        """It is stopped, or caught in something: its memory is here, the next one takes it over."""
+        self._on_hung()
+        self._process.kill()
+
+    def _went_down(self, how: str) -> None:
+        self._stop_pings()
+        self._on_down(how)
 
     def _forget(self, slot: Taken) -> None:
         fd = self._slots.pop(slot, -1)

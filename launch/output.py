@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import selectors
+import shutil
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from ftrain.comms.errors import UsageError
@@ -19,6 +22,8 @@ from ftrain.comms.errors import UsageError
 _PIPE_BYTES = 1 << 20  # what ranks can print while this thread is held up
 _READ_BYTES = 1 << 16
 _LINE_BYTES_MAX = 1 << 16
+_ATTEMPT = re.compile(r"attempt_\d{1,18}")
+_FIRST_ATTEMPTS = 3  # kept for ever
 _BITS = {"stdout": 1, "stderr": 2}
 _CONSOLE = {"stdout": 1, "stderr": 2}  # descriptors of this process
 
@@ -47,17 +52,25 @@ def parse_std(text: str, local_rank: int) -> int:
 class _Stream:
     """One output of one rank."""
 
-    def __init__(self, fd: int, log_fd: int, console_fd: int, prefix: bytes) -> None:
+    def __init__(
+        self,
+        fd: int,
+        log_fd: int,
+        console_fd: int,
+        prefix: bytes,
+        on_full: Callable[[_Stream, OSError], None],
+    ) -> None:
         self.fd = fd
         self.log_fd = log_fd
         self.console_fd = console_fd
         self._prefix = prefix
         self._partial = b""
+        self._on_full = on_full
 
     def take(self, data: bytes) -> None:
         """Pass data on; an incomplete line waits for its rest."""
-        if self.log_fd >= 0:
-            _write_all(self.log_fd, data)
+        if self.log_fd >= 0 and (error := _write_all(self.log_fd, data)):
+            self._on_full(self, error)  # the next lines are tried again: somebody may make room
         if self.console_fd >= 0:
             text = (self._partial + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             *lines, self._partial = text.split(b"\n")
@@ -76,14 +89,20 @@ class _Stream:
 
     def _show(self, lines: list[bytes]) -> None:
         shown = b"".join(self._prefix + line + b"\n" for line in lines if line)
-        if shown and not _write_all(self.console_fd, shown):
+        if shown and _write_all(self.console_fd, shown):
             self.console_fd = -1  # the terminal is gone
 
 
 class OutputPump:
-    """Reads the pipes that ranks print into. Its thread runs until :meth:`close`."""
+    """Reads the pipes that ranks print into. Its thread runs until :meth:`close`.
 
-    def __init__(self) -> None:
+    ``on_trouble`` is told once, from any thread, that logs can't be written; what would go there
+    only is shown on the terminal then.
+    """
+
+    def __init__(self, on_trouble: Callable[[str], None]) -> None:
+        self._on_trouble = on_trouble
+        self._troubled = False
         self._new: deque[_Stream] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._closing = False
@@ -99,18 +118,36 @@ class OutputPump:
         ``redirects`` to ``directory`` only; with ``tee`` to both.
         """
         bit = _BITS[kind]
-        log_fd = -1
+        log_fd, console_fd = -1, _CONSOLE[kind]
         if (redirects | tee) & bit:
-            directory.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            log_fd = os.open(directory / f"{kind}.log", flags, 0o644)
-        console_fd = -1 if redirects & bit and not tee & bit else _CONSOLE[kind]
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                log_fd = os.open(directory / f"{kind}.log", flags, 0o644)
+            except OSError as error:
+                self._complain(directory, error)
+            else:
+                console_fd = -1 if redirects & bit and not tee & bit else console_fd
         reading, writing = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # over the user's limit: the default size does
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._new.append(_Stream(reading, log_fd, console_fd, prefix.encode()))
+
+        def full(stream: _Stream, error: OSError) -> None:
+            self._complain(directory, error)
+            if not bit & tee:
+                stream.console_fd = _CONSOLE[kind]
+
+        self._new.append(_Stream(reading, log_fd, console_fd, prefix.encode(), full))
         os.eventfd_write(self._wake, 1)
         return writing
+
+    def _complain(self, directory: Path, error: OSError) -> None:
+        if not self._troubled:
+            self._troubled = True
+            self._on_trouble(
+                f"what ranks print is not kept in {directory}: {error.strerror}; it is shown here "
+                "all the same, and training goes on: make room, or choose another launch.log_dir"
+            )
 
     def close(self, timeout_s: float) -> None:
         """Pass on what is still in the pipes, then end the thread; at the deadline give up."""
@@ -151,12 +188,26 @@ def _pass_on(selector: selectors.BaseSelector, stream: _Stream) -> None:
         stream.end()
 
 
-def _write_all(fd: int, data: bytes) -> bool:
-    """Whether all was written; a full disk or a closed terminal loses output, nothing else."""
+def _write_all(fd: int, data: bytes) -> OSError | None:
+    """What kept it from being written; a full disk or a closed terminal loses output only."""
     view = memoryview(data)
     try:
         while view:
             view = view[os.write(fd, view) :]
+    except OSError as error:
+        return error
+    return None
+
+
+def prune_attempts(folder: Path, newest: int) -> None:
+    """Remove the logs of all attempts but the first few, which tell how it began, and the newest.
+
+    Agents of several nodes may do this to one folder at the same time.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if _ATTEMPT.fullmatch(name)]
     except OSError:
-        return False
-    return True
+        return  # nothing is kept there
+    names.sort(key=lambda name: int(name.partition("_")[2]))
+    for name in names[_FIRST_ATTEMPTS : max(_FIRST_ATTEMPTS, len(names) - newest)]:
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -228,6 +228,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "launch.nproc_per_node": _at_least(1),
     "launch.node_rank": _at_least(0),
     "launch.local_nodes": _at_least(0),
+    "launch.log_attempts": _at_least(1),
     "launch.max_restarts": _at_least(0),
     "launch.tee": _STD_RANGE,
     "launch.redirects": _STD_RANGE,

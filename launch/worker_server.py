@@ -235,15 +235,17 @@ def thread_count() -> int:
 
 
 def _take_descriptors(own: list[int], received: list[int], socket: LocalSocket) -> None:
+    socket.close()  # first, because it may have the page's number
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(own[0], 1)
     os.dup2(own[1], 2)
-    os.dup2(own[2], TELEMETRY_FD, inheritable=False)
+    # With many ranks the descriptors received, and the page's own, reach as far.
+    if own[2] != TELEMETRY_FD:
+        os.dup2(own[2], TELEMETRY_FD, inheritable=False)
     for fd in (null, *received):
-        if fd != TELEMETRY_FD:  # with many ranks the descriptors received reach as far
+        if fd != TELEMETRY_FD:
             os.close(fd)
-    socket.close()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)

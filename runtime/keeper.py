@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.image import ImageIdentity, ImageReader
+from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.channel import Identity
 from ftrain.comms.environment import RankContext, RankEnvironment
-from ftrain.comms.errors import CorruptionError, RestoreError, StateError
+from ftrain.comms.errors import (
+    CorruptionError,
+    PeerLostError,
+    RemoteProtocolError,
+    RestoreError,
+    StateError,
+)
 from ftrain.comms.protocol.messages import RestorePlan, VersionId
 from ftrain.runtime.alone import AloneKeeper
 from ftrain.runtime.group import GroupView
-from ftrain.runtime.restore import restore_from
+from ftrain.runtime.restore import Restoration, restore, restore_from
 from ftrain.runtime.state import TrainingState
 from ftrain.snapshot.client import OpenedImage, SnapshotClient
 from ftrain.snapshot.fetch import fetch_images
@@ -125,25 +130,29 @@ class SnapshotKeeper:
         self, state: TrainingState, plan: RestorePlan, version: VersionId
     ) -> dict[str, Any]:
         held_here = self._context.node in plan.sources  # a node that took another's place has none
-        found = self._open(version) if held_here else []
-        local: list[ImageReader] = []
+        near = _readable(self._context, version, self._open(version) if held_here else [])
+        sources = _RemoteSources(self._context, plan, version)
+        restoration = Restoration(near, sources, verify=self._config.verify_restore)
         try:
-            local += [
-                ImageReader(opened.buffer, where=f"rank {opened.rank}'s share in memory")
-                for opened in found
-            ]
-            sources = _RemoteSources(self._context, plan)
-            return restore_from(
-                state, local, self._rank, verify=self._config.verify_restore, more=sources
-            )
+            small = restore(state, restoration, self._rank)
+        except (CorruptionError, RestoreError) as error:
+            if sources.lost is not None:  # it may be back soon, and the version is as good as ever
+                raise sources.lost from error
+            raise
         finally:
-            del local, found
+            damage, used = restoration.damage, restoration.sources
+            del near, restoration
             if held_here:
                 self._client.release(version)
+        if damage:
+            self._client.repaired(version, damage, used)
+        return small
 
     def _open(self, version: VersionId) -> list[OpenedImage]:
-        with _gone(version):
+        try:
             return self._client.open(version)
+        except StateError:
+            return []  # another node may have it
 
     def capture(
         self,
@@ -199,44 +208,61 @@ class SnapshotKeeper:
 
 
 class _RemoteSources:
-    """Images from other nodes' snapshot managers, one node after the other, as needed."""
+    """Images from other nodes' snapshot managers, one node after the other, as needed.
 
-    def __init__(self, context: RankContext, plan: RestorePlan) -> None:
+    A node that can't help is passed over; ``lost`` is the last one that could not be reached.
+    """
+
+    def __init__(self, context: RankContext, plan: RestorePlan, version: VersionId) -> None:
+        self.lost: PeerLostError | None = None
         self._context = context
-        self._version = plan.version
+        self._version = version
         self._places = [
             place
             for place in context.formation.places
             if place.node in plan.sources and place.node != context.node and place.smp_address
         ]
 
-    def __call__(self) -> list[ImageReader]:
-        """The images of the next node; empty when there is none left."""
-        if not self._places or self._version is None:
-            return []
-        place = self._places.pop(0)
-        identity = Identity(
-            run_id=self._context.job_id,
-            role="rank",
-            node=self._context.node,
-            incarnation=self._context.incarnation,
+    def __call__(self) -> list[ImageReader | CorruptionError]:
+        """The images of the next node that has some; empty when there is none left."""
+        context, version = self._context, self._version
+        identity = Identity(context.job_id, "rank", context.node, context.incarnation)
+        secret = bytes.fromhex(context.secret)
+        while self._places:
+            place = self._places.pop(0)
+            try:
+                found = fetch_images(place.smp_address, version, identity, secret)
+            except PeerLostError as error:
+                self.lost = error
+            except (StateError, RemoteProtocolError):
+                continue
+            else:
+                return _readable(context, version, found, place.node)
+        return []
+
+
+def _readable(
+    context: RankContext, version: VersionId, found: list[OpenedImage], node: int | None = None
+) -> list[ImageReader | CorruptionError]:
+    """What ``node`` (this one) gave as images of ``version``; an error for what is none."""
+    images: list[ImageReader | CorruptionError] = []
+    for opened in found:
+        where = (
+            f"rank {opened.rank}'s share of step {version.step} in the memory of node "
+            f"{context.node if node is None else node}"
         )
-        secret = bytes.fromhex(self._context.secret)
-        with _gone(self._version):
-            found = fetch_images(place.smp_address, self._version, identity, secret)
-        return [
-            ImageReader(opened.buffer, where=f"rank {opened.rank}'s share on node {place.node}")
-            for opened in found
-        ]
-
-
-@contextmanager
-def _gone(version: VersionId) -> Iterator[None]:
-    """A snapshot manager that was counted on says that it can't help with ``version``."""
-    try:
-        yield
-    except StateError as error:
-        raise RestoreError(f"step {version.step} can't be put back: {error}") from error
+        try:
+            reader = ImageReader(opened.buffer, where=where)
+            reader.require(run_id=context.job_id, rank=opened.rank, state=ImageState.SEALED)
+            if reader.identity.version != version:
+                raise CorruptionError(f"{where} is of {reader.identity.version}")
+        except CorruptionError as error:
+            images.append(error)
+        except StateError as error:
+            images.append(CorruptionError(str(error)))
+        else:
+            images.append(reader)
+    return images
 
 
 def durable_images(context: RankContext, plan: RestorePlan, world_size: int) -> list[ImageReader]:

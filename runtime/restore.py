@@ -1,9 +1,14 @@
-"""From images back into live tensors."""
+"""From images back into live tensors.
+
+Any image that holds a byte is as good as any other, because ranks under one share key hold the same
+bytes.  So a damaged chunk is a gap like any other, filled from the next image that has those bytes.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,124 +20,225 @@ from ftrain.checkpoint.tensors import StateTensor, tensor_bytes
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.runtime.state import TrainingState
 
+_Key = tuple[str, str]  # name of a tensor, share key
+_Span = tuple[int, int]  # first byte of a tensor, and the one behind the last
 
-def choose_images(
-    keys: Iterable[str], images: Sequence[ImageReader]
-) -> tuple[list[tuple[ImageReader, frozenset[str]]], list[str]]:
-    """For each share key, the images of one node that together hold all its parts.
 
-    Two nodes may have split the same bytes differently, so parts of one node only are combined.
-    Returns the images with the keys to be read from each, and the keys that no node has whole.
+class Restoration:
+    """Puts one version together from images, and passes over what is damaged in them.
+
+    Args:
+        images: the nearest ones; all of them are looked at. An error stands for one that is there
+            and can't be read.
+        more: asked for the next ones while something is missing; gives none when there are none.
+        verify: compare a chunk with its digest before its bytes are used.
     """
-    parts: dict[tuple[str, int], dict[int, ImageReader]] = {}
-    counts: dict[tuple[str, int], int] = {}
-    for image in images:
-        if image.whole:
-            for share in image.shares:
-                parts.setdefault((share.key, share.node), {})[share.part] = image
-                counts[share.key, share.node] = share.parts
-    chosen: dict[int, tuple[ImageReader, set[str]]] = {}
-    missing = []
-    for key in dict.fromkeys(keys):
-        nodes = [at for at, held in parts.items() if at[0] == key and len(held) == counts[at]]
-        if not nodes:
-            missing.append(key)
-            continue
-        for image in parts[nodes[0]].values():
-            chosen.setdefault(id(image), (image, set()))[1].add(key)
-    return [(image, frozenset(found)) for image, found in chosen.values()], missing
 
+    def __init__(
+        self,
+        images: Sequence[ImageReader | CorruptionError],
+        more: Callable[[], Sequence[ImageReader | CorruptionError]] = tuple,
+        *,
+        verify: bool = True,
+    ) -> None:
+        self.damage: list[str] = []  # each damaged image once, in words
+        self.sources: list[str] = []  # images that something damaged was repaired from
+        self._images: list[ImageReader] = []
+        self._more = more
+        self._verify = verify
+        self._sound: dict[tuple[int, int], bool] = {}  # (image, chunk): matches its digest
+        self._damaged: set[int] = set()  # images
+        self._unreadable = False  # of what an image held nothing is known
+        self._gaps: dict[_Key, list[_Span]] = {}
+        self._broken: dict[_Key, list[_Span]] = defaultdict(list)  # found damaged somewhere
+        self._nearest = {id(image) for image in self._take(images)}
 
-def restore_tensors(
-    tensors: Sequence[StateTensor],
-    images: Iterable[tuple[ImageReader, frozenset[str]]],
-    *,
-    verify: bool = True,
-) -> int:
-    """Fill ``tensors`` from the segments of ``images`` under the given share keys; returns bytes.
+    def small(self, rank: int) -> dict[str, Any]:
+        """The small state of ``rank``, from the first good copy.
 
-    ``images`` comes from :func:`choose_images`.  Every byte of every tensor has to be there.  With
-    ``verify``, a chunk's digest is checked before its bytes are used.
+        Raises:
+            CorruptionError: every copy is damaged.
+            RestoreError: there is none.
+        """
+        repaired = False
+        for image in self._each():
+            if image.identity.rank != rank:
+                continue
+            try:
+                tree = decode_tree(image.small)
+                if not isinstance(tree, dict):
+                    raise CorruptionError(f"{image.where} holds no training state")
+            except CorruptionError as error:
+                self._note_damage(image, error)
+                repaired = True
+                continue
+            if repaired or self._stands_in(image):
+                self._note_source(image)
+            return tree
+        raise self._lack(f"no copy of rank {rank}'s own state is left for this version")
 
-    Raises:
-        StateError: a tensor has another shape or type in the images, or bytes are missing.
-        CorruptionError: a chunk does not match its digest.
-    """
-    wanted = {(tensor.name, tensor.share): tensor.tensor for tensor in tensors}
-    by_name = {tensor.name: tensor for tensor in tensors}
-    filled: dict[tuple[str, str], set[tuple[int, int]]] = {key: set() for key in wanted}
-    copied = 0
-    for image, keys in images:
-        checked: set[int] = set()
+    def fill(self, tensors: Sequence[StateTensor]) -> None:
+        """Fill ``tensors``; every byte of every one of them has to be somewhere.
+
+        Raises:
+            StateError: a tensor has another shape or type in the images, or is not in them.
+            CorruptionError: some bytes are damaged in every image that has them.
+            RestoreError: nobody has some part.
+        """
+        wanted = {(tensor.name, tensor.share): tensor.tensor for tensor in tensors}
+        known = {tensor.name for tensor in tensors}
+        self._gaps = {
+            (tensor.name, tensor.share): [(0, size)]
+            for tensor in tensors
+            if (size := tensor_bytes(tensor.tensor))
+        }
+        images: Sequence[ImageReader] = self._images
+        while True:
+            for image in images:
+                self._fill_from(image, wanted, known)
+            if not self._gaps:
+                return
+            self._refuse_foreign(wanted)
+            further = self._more()
+            if not further:
+                share = next(iter(self._gaps))[1]
+                raise self._lack(f"no node holds every part of what ranks {share} have in common")
+            images = self._take(further)
+
+    def _each(self) -> Iterator[ImageReader]:
+        """Every image, those that have to be asked for last."""
+        yield from tuple(self._images)
+        while further := self._more():
+            yield from self._take(further)
+
+    def _take(self, found: Sequence[ImageReader | CorruptionError]) -> list[ImageReader]:
+        images = [image for image in found if isinstance(image, ImageReader)]
+        errors = [str(error) for error in found if isinstance(error, CorruptionError)]
+        self.damage += errors
+        self._unreadable = self._unreadable or bool(errors)
+        self._images += images
+        return images
+
+    def _fill_from(
+        self, image: ImageReader, wanted: dict[_Key, torch.Tensor], known: set[str]
+    ) -> None:
+        if not image.whole:
+            return
+        shares = {share for _, share in wanted}
         for segment in image.segments:
             key = (segment.name, segment.share)
-            if segment.share not in keys:
+            if segment.share not in shares:
                 continue
-            _check_known(segment, by_name)
-            span = (segment.start, segment.nbytes)
-            if key not in wanted or span in filled[key]:
+            _check_known(segment, known)
+            if key not in self._gaps:
                 continue
             _check_shape(segment, wanted[key])
-            if verify:
-                for chunk in image.chunks_of(segment):
-                    if chunk not in checked:
-                        image.verify_chunk(chunk)
-                        checked.add(chunk)
-            _copy_in(wanted[key], segment, image.segment_bytes(segment))
-            filled[key].add(span)
-            copied += segment.nbytes
-    for (name, share), tensor in wanted.items():
-        have = sum(nbytes for _, nbytes in filled[name, share])
-        if have != tensor_bytes(tensor):
-            raise StateError(
-                f"{name} has {have} of its {tensor_bytes(tensor)} bytes in the version to restore: "
-                "was the run made by another model or another number of ranks?"
-            )
-    return copied
+            for start, stop in self._pieces(image, segment, key):
+                _copy_in(wanted[key], segment, image, start, stop)
+                self._filled(image, key, (start, stop))
+
+    def _pieces(self, image: ImageReader, segment: Segment, key: _Key) -> list[_Span]:
+        """What of a segment is missing and sound, cut at the bounds of chunks."""
+        chunk_bytes = image.header.layout.chunk_bytes
+        base = segment.start - segment.offset  # from a place in the image's data to the tensor's
+        pieces = []
+        for chunk in image.chunks_of(segment):
+            first = max(segment.start, base + chunk * chunk_bytes)
+            last = min(segment.start + segment.nbytes, base + (chunk + 1) * chunk_bytes)
+            missing = [
+                (max(first, start), min(last, stop))
+                for start, stop in self._gaps[key]
+                if max(first, start) < min(last, stop)
+            ]
+            if missing and self._is_sound(image, chunk):
+                pieces += missing
+            else:
+                self._broken[key] += missing
+        return pieces
+
+    def _is_sound(self, image: ImageReader, chunk: int) -> bool:
+        if not self._verify:
+            return True
+        place = (id(image), chunk)
+        if place not in self._sound:
+            try:
+                image.verify_chunk(chunk)
+                self._sound[place] = True
+            except CorruptionError as error:
+                self._note_damage(image, error)
+                self._sound[place] = False
+        return self._sound[place]
+
+    def _filled(self, image: ImageReader, key: _Key, piece: _Span) -> None:
+        start, stop = piece
+        rest = []
+        for first, last in self._gaps[key]:
+            rest += [(first, min(last, start)), (max(first, stop), last)]
+        self._gaps[key] = [(first, last) for first, last in rest if first < last]
+        if not self._gaps[key]:
+            del self._gaps[key]
+        repaired = any(first < stop and start < last for first, last in self._broken[key])
+        if repaired or self._stands_in(image):
+            self._note_source(image)
+
+    def _stands_in(self, image: ImageReader) -> bool:
+        """Whether the image may be used only because another one can't be read."""
+        return self._unreadable and id(image) not in self._nearest
+
+    def _refuse_foreign(self, wanted: dict[_Key, torch.Tensor]) -> None:
+        """StateError for a tensor that is in no image although the share's are all here, sound."""
+        for (name, share), gaps in self._gaps.items():
+            if self._has_all_parts(share):
+                size = tensor_bytes(wanted[name, share])
+                have = size - sum(last - first for first, last in gaps)
+                raise StateError(
+                    f"{name} has {have} of its {size} bytes in the version to restore: "
+                    "was the run made by another model or another number of ranks?"
+                )
+
+    def _has_all_parts(self, key: str) -> bool:
+        parts: dict[tuple[int, int], set[int]] = defaultdict(set)
+        for image in self._images:
+            if image.whole and id(image) not in self._damaged:
+                for share in image.shares:
+                    if share.key == key:
+                        parts[share.node, share.parts].add(share.part)
+        return any(len(found) == count for (_, count), found in parts.items())
+
+    def _note_damage(self, image: ImageReader, error: CorruptionError) -> None:
+        if id(image) not in self._damaged:
+            self._damaged.add(id(image))
+            self.damage.append(str(error))
+
+    def _note_source(self, image: ImageReader) -> None:
+        if image.where not in self.sources:
+            self.sources.append(image.where)
+
+    def _lack(self, what: str) -> CorruptionError | RestoreError:
+        if self.damage:
+            return CorruptionError(f"{self.damage[0]} (there is no other)")
+        return RestoreError(what)
 
 
 def restore_from(
-    state: TrainingState,
-    images: list[ImageReader],
-    rank: int,
-    *,
-    verify: bool,
-    more: Callable[[], list[ImageReader]] = list,
+    state: TrainingState, images: Sequence[ImageReader], rank: int, *, verify: bool
 ) -> dict[str, Any]:
-    """Put a version back: small state from the rank's own image, tensors from whoever has them.
+    """Put a version back from images that are all at hand; returns the small tree.
 
-    ``more`` is asked for further images while something is missing.
-
-    Raises:
-        StateError: the version is not of this script's model.
-        RestoreError: nobody has some part of it.
-        CorruptionError: bytes of it are damaged.
+    Raises as :meth:`Restoration.small` and :meth:`Restoration.fill`.
     """
-    mine = None
-    while mine is None:
-        mine = next((image for image in images if image.identity.rank == rank), None)
-        if mine is None:
-            further = more()
-            if not further:
-                raise RestoreError(f"no copy of rank {rank}'s own state is left for this version")
-            images = [*images, *further]
-    small = decode_tree(mine.small)
-    if not isinstance(small, dict):
-        raise CorruptionError(f"{mine.where} holds no training state")
+    return restore(state, Restoration(images, verify=verify), rank)
+
+
+def restore(state: TrainingState, restoration: Restoration, rank: int) -> dict[str, Any]:
+    """Put a version back: small state from the rank's own image, tensors from whoever has them."""
+    small = restoration.small(rank)
     state.load_small(small["state"])
-    tensors = state.layout().tensors
-    keys = [tensor.share for tensor in tensors]
-    chosen, missing = choose_images(keys, images)
-    while missing and (further := more()):
-        images = [*images, *further]
-        chosen, missing = choose_images(keys, images)
-    if missing:
-        raise RestoreError(f"no node holds every part of what ranks {missing[0]} have in common")
-    restore_tensors(tensors, chosen, verify=verify)
+    restoration.fill(state.layout().tensors)
     return small
 
 
-def _check_known(segment: Segment, known: dict[str, StateTensor]) -> None:
+def _check_known(segment: Segment, known: set[str]) -> None:
     if segment.name not in known:
         raise StateError(
             f"the saved run holds {segment.name}, which this script does not have; use another "
@@ -149,16 +255,18 @@ def _check_shape(segment: Segment, tensor: torch.Tensor) -> None:
         )
 
 
-def _copy_in(tensor: torch.Tensor, segment: Segment, source: memoryview) -> None:
+def _copy_in(
+    tensor: torch.Tensor, segment: Segment, image: ImageReader, start: int, stop: int
+) -> None:
+    """Bytes ``[start, stop)`` of the tensor, out of the segment."""
+    source = image.segment_bytes(segment)[start - segment.start : stop - segment.start]
     if not tensor.is_cuda and tensor.is_contiguous():
         address = np.frombuffer(source, dtype=np.uint8).ctypes.data
-        ctypes.memmove(tensor.data_ptr() + segment.start, address, segment.nbytes)
+        ctypes.memmove(tensor.data_ptr() + start, address, stop - start)
         return
     with torch.no_grad():
         whole = tensor.contiguous()
         flat = whole.reshape(-1).view(torch.uint8)
-        flat[segment.start : segment.start + segment.nbytes].copy_(
-            torch.from_numpy(np.frombuffer(source, dtype=np.uint8).copy())
-        )
+        flat[start:stop].copy_(torch.from_numpy(np.frombuffer(source, dtype=np.uint8).copy()))
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)

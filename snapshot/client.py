@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from ftrain.snapshot.protocol.messages import (
     Open,
     Opened,
     Release,
+    Repaired,
     RequestRefused,
     Reserve,
     Reserved,
@@ -43,6 +45,7 @@ _BEGIN_S_MAX = 1.0
 _SEALED_S_MAX = 2.0
 _GREETING_S_MAX = 0.2
 _ABSENT_S_MAX = 0.01  # once the manager was found missing, until it answers again
+_TOLD_MAX = 8  # damaged images that one message names
 _RETRY_S_MIN = 0.002
 _RETRY_S_MAX = 0.05
 
@@ -199,6 +202,11 @@ class SnapshotClient:
         """What :meth:`open` gave is no longer read; its buffers must not be used any more."""
         with self._lock:
             self._tell(Release(version))
+
+    def repaired(self, version: VersionId, damage: Sequence[str], sources: Sequence[str]) -> None:
+        """Say that ``version`` was put back in spite of ``damage``."""
+        with self._lock:
+            self._tell(Repaired(version, tuple(damage[:_TOLD_MAX]), tuple(sources[:_TOLD_MAX])))
 
     # ------------------------------------------------------------ finishing for the dead
 

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import file_name
@@ -21,17 +22,23 @@ _REMEMBERED = 64
 
 
 class Flusher:
-    """One flush at a time. ``answer`` gets a Flushed or FlushRefused for each Flush."""
+    """One flush at a time.
+
+    ``answer`` gets a Flushed or FlushRefused for each Flush, ``on_trouble`` a sentence for the user
+    when something fails that never should.
+    """
 
     def __init__(
         self,
         store: SlotStore,
         directory: str,
         answer: Callable[[Flushed | FlushRefused], None],
+        on_trouble: Callable[[str], None],
     ) -> None:
         self._store = store
         self._durable = DurableStore(directory) if directory else None
         self._answer = answer
+        self._trouble = on_trouble
         self._waiting: Flush | None = None  # for a version to be committed
         self._writing: Flush | None = None
         self._next: Flush | None = None  # came while another was written
@@ -149,6 +156,10 @@ class Flusher:
             answer = Flushed(flush.version, version, flush.fence, tuple(files))
         except (FtrainError, OSError) as error:
             answer = FlushRefused(flush.version, flush.fence, str(error))
+        except Exception as error:  # a bug: this version is lost, the later ones need not be
+            why = f"{type(error).__name__}: {error}"
+            answer = FlushRefused(flush.version, flush.fence, f"writing it failed with {why}")
+            self._trouble(f"step {version.step} could not be written to the durable level: {why}")
         finally:
             self._store.custody.unpin(places_of(images))
         self._writing = None
@@ -163,4 +174,5 @@ class Flusher:
 
 def _lower_priority() -> None:
     """On Linux a thread has a priority of its own."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    with suppress(OSError):  # a sandbox may forbid it; an executor whose start fails is of no use
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ftrain.comms.errors import PeerLostError, RemoteProtocolError
-from ftrain.comms.local import LocalSocket
+from ftrain.comms.local import LocalSocket, close_all
 
-_QUEUED_MAX = 256
+_QUEUED_MAX = 4096  # a slot of each rank of a large node is told in one message
 
 
 class LocalLink:
@@ -65,7 +65,7 @@ class LocalLink:
             self._loop.remove_writer(self._fd)
             self._socket.close()
             while self._queue:
-                _close_all(self._queue.popleft()[1])
+                close_all(self._queue.popleft()[1])
 
     def _enqueue(self, message: object, fds: Sequence[int]) -> None:
         if len(self._queue) >= _QUEUED_MAX:
@@ -85,7 +85,7 @@ class LocalLink:
                 self._lost(str(error))
                 return
             self._queue.popleft()
-            _close_all(fds)
+            close_all(fds)
         if self._open:
             self._loop.remove_writer(self._fd)
 
@@ -108,8 +108,3 @@ class LocalLink:
         if self._open:
             self.close()
             self._on_end(reason)
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

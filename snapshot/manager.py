@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ftrain.comms.addresses import bound_address, format_address, listen_tcp, parse_address
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.local import LocalSocket, from_descriptor
-from ftrain.comms.process import die_with_parent, set_oom_score_adj
+from ftrain.comms.process import allow_many_descriptors, die_with_parent, set_oom_score_adj
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
 from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
@@ -34,7 +36,10 @@ from ftrain.snapshot.protocol.messages import (
     Hold,
     Inventory,
     ManagerStarted,
+    Ping,
+    Pong,
     RankDied,
+    Repaired,
     SetGroup,
     Setup,
     Withdrawn,
@@ -43,6 +48,8 @@ from ftrain.snapshot.ranks import RankServer
 from ftrain.snapshot.store import SlotStore
 
 _SETUP_S_MAX = 30.0
+_REPAIRS_REMEMBERED = 256
+_GROWTH_SETTLES_S = 0.5  # moments come with the first optimizer step
 _OOM_SCORE = -500  # what it holds is the way back for everybody else
 
 
@@ -54,6 +61,8 @@ class Manager:
         self._over = asyncio.Event()
         self._finishing: dict[int, asyncio.TimerHandle] = {}  # epoch -> deadline
         self._news: VersionId | None = None  # committed, the agent was not told yet
+        self._stating: asyncio.TimerHandle | None = None
+        self._repairs: deque[str] = deque(maxlen=_REPAIRS_REMEMBERED)  # told already
         secret = bytes.fromhex(setup.secret)
         identity = Identity(setup.run_id, "smp", setup.node, setup.incarnation)
         self._store = SlotStore(
@@ -74,6 +83,8 @@ class Manager:
             on_skipped=lambda: self._gossip.tell_standing(),
             on_change=self._captures_changed,
             on_hold=self._hold,
+            on_grown=self._grown,
+            on_repaired=self._repaired,
             on_trouble=self._trouble,
         )
         self._gossip = Gossip(
@@ -87,7 +98,7 @@ class Manager:
         )
         self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
         self._counts = CountsNews(self._link.post)
-        self._flusher = Flusher(self._store, setup.checkpoint_dir, self._link.post)
+        self._flusher = Flusher(self._store, setup.checkpoint_dir, self._link.post, self._trouble)
         self._identity = identity
         self._secret = secret
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -95,6 +106,7 @@ class Manager:
             RankDied: self._rank_died,
             FinishCaptures: self._finish_captures,
             AskInventory: lambda _: self._link.post(Inventory(self._inventory())),
+            Ping: lambda _: self._link.post(Pong()),
             Flush: self._flusher.request,
         }
 
@@ -109,6 +121,8 @@ class Manager:
             self._ranks.close()
             self._gossip.close()
             self._counts.close()
+            if self._stating is not None:
+                self._stating.cancel()
             self._flusher.close()
             self._link.close()
             server.close()
@@ -181,6 +195,40 @@ class Manager:
     def _hold(self, rank: int, slot: int, fd: int, nbytes: int) -> None:
         self._link.post(Hold(rank, slot, nbytes), [fd])
 
+    def _grown(self) -> None:
+        """State what the slots take, once they have stopped to grow."""
+        if self._stating is not None:
+            self._stating.cancel()
+        loop = asyncio.get_running_loop()
+        self._stating = loop.call_later(_GROWTH_SETTLES_S, self._state_memory)
+
+    def _state_memory(self) -> None:
+        nbytes, slots = self._store.memory_bytes, self._setup.slots
+        ranks = len(self._store.custody.local_ranks)
+        text = (
+            f"node {self._setup.node}: snapshots take {-(-nbytes >> 20)} MiB of memory, "
+            f"{slots} slots for each of {ranks} ranks"
+        )
+        figures = {"node": self._setup.node, "bytes": nbytes, "slots": slots, "ranks": ranks}
+        self._link.post(Notice("memory", text, {**figures}))
+
+    def _repaired(self, news: Repaired) -> None:
+        """Told once, although every rank that reads an image finds its damage."""
+        found = [text for text in news.damage if text not in self._repairs]
+        if not found:
+            return
+        self._repairs += found
+        what = " and ".join(text.removesuffix(": take another copy") for text in found)
+        sources = " and ".join(news.sources)
+        data = {
+            "node": self._setup.node,
+            "version": asdict(news.version),
+            "damage": list(news.damage),
+            "sources": list(news.sources),
+        }
+        remedy = f"repaired from {sources}" if sources else "what was in it was not needed"
+        self._link.post(Notice("repair", f"{what}; {remedy}", data))
+
     def _trouble(self, text: str) -> None:
         self._link.post(Notice("warning", text, {"node": self._setup.node}))
 
@@ -245,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sock = from_descriptor(parser.parse_args(argv).fd)
     die_with_parent(sock.peer_pid)
     set_oom_score_adj(_OOM_SCORE)
+    allow_many_descriptors()
     sock.settimeout(_SETUP_S_MAX)
     try:
         setup, fds = sock.receive()

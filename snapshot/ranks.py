@@ -33,6 +33,7 @@ from ftrain.snapshot.protocol.messages import (
     Opened,
     Part,
     Release,
+    Repaired,
     RequestRefused,
     Reserve,
     Reserved,
@@ -42,6 +43,7 @@ from ftrain.snapshot.protocol.takeover import Task
 from ftrain.snapshot.store import Place, SlotStore, places_of
 
 _BYTES_MAX = 1 << 44
+_ACCEPT_PAUSE_S = 0.1
 
 
 class RankServer:
@@ -54,6 +56,8 @@ class RankServer:
         on_skipped: a rank will not hold some version.
         on_change: a rank began, ended or answered: captures may be finishable now, or not any more.
         on_hold: keep this slot's descriptor: rank, slot, descriptor, bytes.
+        on_grown: slots take more memory than before.
+        on_repaired: a rank was restored although images were damaged.
         on_trouble: one sentence for the user.
     """
 
@@ -66,6 +70,8 @@ class RankServer:
         on_skipped: Callable[[], None],
         on_change: Callable[[], None],
         on_hold: Callable[[int, int, int, int], None],
+        on_grown: Callable[[], None],
+        on_repaired: Callable[[Repaired], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self.store = store
@@ -74,23 +80,28 @@ class RankServer:
         self.on_skipped = on_skipped
         self.on_change = on_change
         self.on_hold = on_hold
+        self.on_grown = on_grown
+        self.on_repaired = on_repaired
         self.on_trouble = on_trouble
         self._sessions: dict[int, _RankSession] = {}  # by rank
         self._strangers: set[_RankSession] = set()  # not welcomed yet
+        self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
+        self._pausing = False  # nobody can be accepted, and that was told
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
 
     def listen(self, path: str) -> None:
         """Accept ranks at ``path``; RunDirectoryError."""
         self._listener = listen_local(path)
         self._listener.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
         """Stop serving."""
         if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
+            self._listener = None
         for session in [*self._sessions.values(), *self._strangers]:
             session.end()
 
@@ -102,6 +113,10 @@ class RankServer:
     def connected(self) -> list[int]:
         """Ranks that can be asked something."""
         return list(self._sessions)
+
+    def hears(self, session: _RankSession) -> bool:
+        """Whether ``session`` still speaks for its rank."""
+        return self._sessions.get(session.rank) is session
 
     def ask(self, task: Task) -> None:
         """Ask a connected survivor to finish a dead rank's image."""
@@ -119,14 +134,17 @@ class RankServer:
                 slot, size = short[0]
                 try:
                     fd = await asyncio.to_thread(self.store.allocate, rank, slot, nbytes)
-                except MemoryShortError:
+                    region = self.store.grow(rank, slot, fd)
+                except (MemoryShortError, OSError) as error:
                     self.store.growth_failed(sum(nbytes - size for _, size in short))
-                    raise
-                region = self.store.grow(rank, slot, fd)
+                    if isinstance(error, MemoryShortError):
+                        raise
+                    raise MemoryShortError(f"rank {rank} got no snapshot slot: {error}") from None
                 self.on_hold(rank, slot, region.fd, region.nbytes)
                 if size == 0:
                     fresh.add(slot)
                 short.pop(0)
+                self.on_grown()
         return fresh
 
     def admit(self, session: _RankSession, rank: int) -> None:
@@ -152,10 +170,28 @@ class RankServer:
                 sock = accept_local(self._listener)
             except BlockingIOError:
                 return
-            except (OSError, AuthenticationError) as error:
+            except AuthenticationError as error:
                 self.on_trouble(f"a connection to the snapshot manager was refused: {error}")
+                continue
+            except OSError as error:  # out of descriptors, say; who waits in the queue stays there
+                if not self._pausing:
+                    self.on_trouble(f"the snapshot manager can't take a rank in now: {error}")
+                self._pause()
                 return
+            self._pausing = False
             self._strangers.add(_RankSession(self, sock))
+
+    def _pause(self) -> None:
+        """Accept nobody for a while: the queue would be reported as readable again at once."""
+        assert self._listener is not None
+        self._pausing = True
+        self._loop.remove_reader(self._listener.fileno())
+        self._loop.call_later(_ACCEPT_PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+            self._accept()
 
 
 class _RankSession:
@@ -176,6 +212,7 @@ class _RankSession:
             Open: self._open,
             Release: self._release,
             Finished: self._finished,
+            Repaired: lambda message: self._server.on_repaired(message),
         }
         self.link = LocalLink(sock, self._message, lambda _: self.end())
 
@@ -259,6 +296,8 @@ class _RankSession:
             return
         finally:
             self._growing = None
+        if not self._server.hears(self):
+            return  # put out meanwhile; its slots may be gone
         slots = range(self._store.custody.slots_per_rank)
         regions = [self._store.region(self.rank, slot) for slot in slots]
         sizes = tuple(region.nbytes for region in regions)
@@ -303,11 +342,7 @@ class _RankSession:
             self.link.post(Granted(request, grant.slot))
 
     def _open(self, message: Open) -> None:
-        try:
-            images = self._store.images(message.version)
-        except (CorruptionError, StateError) as error:
-            self._refuse(message.request, str(error))
-            return
+        images = self._store.images(message.version)
         if not images:
             self._refuse(message.request, f"this node holds nothing of {message.version}")
             return

@@ -32,7 +32,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image of a version; ``view`` stays valid while the version is pinned."""
+    """One image of a version; ``view`` stays valid while the version is pinned.
+
+    What was sealed may have been damaged since: who uses it verifies it.
+    """
 
     rank: int
     whole: bool
@@ -91,18 +94,29 @@ class SlotStore:
             fd = os.dup(region.fd)
         try:
             allocate(fd, nbytes)
-        except MemoryShortError:
+        except (MemoryShortError, OSError):
             os.close(fd)
             raise
         return fd
 
     def grow(self, rank: int, slot: int, fd: int) -> Region:
-        """Map what :meth:`allocate` returned; what the slot held stays in it."""
+        """Map what :meth:`allocate` returned; what the slot held stays in it. OSError."""
+        try:
+            region = Region(fd)
+        except OSError:
+            os.close(fd)
+            raise
         old = self._regions.get((rank, slot))
         if old is not None:
             old.close()
-        region = self._regions[rank, slot] = Region(fd)
+        self._regions[rank, slot] = region
+        self.custody.slots(rank)  # a rank that left meanwhile is known again, and so given back
         return region
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all slots take."""
+        return sum(region.nbytes for region in self._regions.values())
 
     def growth_failed(self, nbytes: int) -> None:
         """``nbytes`` of what :meth:`plan_growth` counted were not allocated."""
@@ -227,14 +241,14 @@ class SlotStore:
             for rank, (_, data) in self._smalls.get(version, {}).items()
         }
         for rank, slot in self.custody.sealed(version):
-            images[rank] = Image(rank, True, self.reader(rank, slot).raw, (rank, slot))
+            images[rank] = Image(rank, True, self._raw(rank, slot), (rank, slot))
         wanted = set(ranks)
         return [images[rank] for rank in sorted(images) if not wanted or rank in wanted]
 
     def announcement(self, version: VersionId, node: int, incarnation: int) -> Sealed:
         """What the other nodes are told about a version that is complete here."""
         places = [place for place in self.custody.sealed(version) if place in self._held]
-        smalls = [small_image(self.reader(*place)) for place in places]
+        smalls = [self._small(*place) for place in places]
         if sum(map(len, smalls)) > _SMALLS_BYTES_MAX:
             smalls = [b""] * len(smalls)  # the others can't keep them; commit goes on
         return Sealed(
@@ -260,6 +274,20 @@ class SlotStore:
         self._trim_smalls()
 
     # ------------------------------------------------------------ inside
+
+    def _raw(self, rank: int, slot: int) -> memoryview:
+        """The image in a slot, or all of the slot when damage hides where the image ends."""
+        try:
+            return self.reader(rank, slot).raw
+        except (CorruptionError, StateError):
+            return self._regions[rank, slot].view.toreadonly()
+
+    def _small(self, rank: int, slot: int) -> bytes:
+        """The small image of a sealed one; b"" when that is damaged."""
+        try:
+            return small_image(self.reader(rank, slot))
+        except (CorruptionError, StateError):
+            return b""
 
     def _glance(self, rank: int, slot: int) -> Held | None:
         """The record of a sealed image from its header alone, if its index is the same as last

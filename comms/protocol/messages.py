@@ -241,6 +241,8 @@ class SealedSeen:
 class Notice:
     """One line of news for whoever watches the job (the front prints it)."""
 
-    kind: str  # incident | info | warning | error | progress | traceback | summary
+    kind: (
+        str  # incident | repair | memory | info | warning | error | progress | traceback | summary
+    )
     text: str
     data: dict[str, object]

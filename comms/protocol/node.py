@@ -279,7 +279,8 @@ class NodeMember:
         version = wanted.formation.restore.version
         step = 0 if version is None else version.step
         self._tell(epoch=self._epoch, **_NOTHING_YET)
-        self._tell(step=step, step_max=step)
+        # What the epoch before left is known; of many ranks it would be most of each report.
+        self._tell(step=step, step_max=step, held=())
         self._effects.append(ForkRanks(wanted.formation))
         self._enter(Event.RUN)
 

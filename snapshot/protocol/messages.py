@@ -94,6 +94,11 @@ class AskInventory:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer :class:`Pong` at once: a manager that does not is replaced."""
+
+
+@dataclass(frozen=True, slots=True)
 class Flush:
     """Write a version to the durable level.
 
@@ -169,6 +174,11 @@ class Inventory:
     """Every image this node holds: whole ones of its ranks, small ones of other nodes' ranks."""
 
     held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answer to :class:`Ping`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +289,18 @@ class Finished:
     version: VersionId
     rank: int  # the dead one
     held: Held | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """I have ``version`` back although ``damage`` was found, in the words of each error.
+
+    ``sources`` are the images that stood in for what was damaged.  No answer.
+    """
+
+    version: VersionId
+    damage: tuple[str, ...]
+    sources: tuple[str, ...]
 
 
 # ---------------------------------------------------------------- manager -> rank
@@ -411,6 +433,7 @@ MESSAGES: tuple[type, ...] = (
     RankDied,
     FinishCaptures,
     AskInventory,
+    Ping,
     Flush,
     ManagerStarted,
     Hold,
@@ -420,6 +443,7 @@ MESSAGES: tuple[type, ...] = (
     BoundaryCounts,
     CapturesFinished,
     Inventory,
+    Pong,
     FlushedFile,
     Flushed,
     FlushRefused,
@@ -431,6 +455,7 @@ MESSAGES: tuple[type, ...] = (
     Open,
     Release,
     Finished,
+    Repaired,
     ClientWelcome,
     RequestRefused,
     Reserved,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from chaos_runs import lines
+
+from ftrain.checkpoint.image import ImageReader, ImageState
+from ftrain.comms.errors import CorruptionError
+from ftrain.comms.protocol.messages import VersionId
+from ftrain.recovery.node_file import NodeFile, node_file_path, read_node_file
 
 JOB = Path(__file__).with_name("small_job.py")
 
@@ -58,3 +64,26 @@ def wait_for(question: Callable[[], object], timeout_s: float = 30.0) -> None:
     while not question():
         assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
         time.sleep(0.01)
+
+
+def node_file(run_dir: Path, node: int = 0) -> NodeFile:
+    """Which processes a node has."""
+    found = read_node_file(node_file_path(run_dir, node))
+    assert found is not None
+    return found
+
+
+def slots(node: NodeFile, rank: int) -> dict[VersionId, Path]:
+    """The slots that hold a sealed image of this rank, as files of the snapshot manager."""
+    found = {}
+    for fd in Path(f"/proc/{node.smp_pid}/fd").iterdir():
+        try:
+            if f"ftrain-rank{rank}-slot" not in os.readlink(fd):
+                continue
+            reader = ImageReader(fd.read_bytes())
+        except (FileNotFoundError, CorruptionError):
+            continue  # closed meanwhile; never written
+        else:
+            if reader.state is ImageState.SEALED:
+                found[reader.identity.version] = fd
+    return found

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small_runs import command, events, losses, run, wait_for
+from small_runs import command, events, losses, node_file, run, slots, wait_for
 
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.image import ImageReader, ImageState
-from ftrain.comms.errors import CorruptionError
+from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.protocol.messages import VersionId
-from ftrain.recovery.node_file import NodeFile, node_file_path, read_node_file
+from ftrain.recovery.node_file import NodeFile
 
 pytestmark = pytest.mark.slow
 
@@ -32,35 +31,22 @@ def held(run_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes]
     with subprocess.Popen(line, cwd=run_dir.parent) as process:
         try:
             wait_for(lambda: all((run_dir.parent / f"held{rank}").exists() for rank in range(2)))
-            node = read_node_file(node_file_path(run_dir, 0))
-            assert node is not None
-            yield process, node
+            yield process, node_file(run_dir)
         finally:
             process.kill()
 
 
-def slots(node: NodeFile, rank: int) -> dict[VersionId, Path]:
-    """The slots that hold a sealed image of this rank, as files of the snapshot manager."""
-    found = {}
-    for fd in Path(f"/proc/{node.smp_pid}/fd").iterdir():
-        try:
-            if f"ftrain-rank{rank}-slot" not in os.readlink(fd):
-                continue
-            reader = ImageReader(fd.read_bytes())
-        except (FileNotFoundError, CorruptionError):
-            continue  # closed meanwhile; never written
-        else:
-            if reader.state is ImageState.SEALED:
-                found[reader.identity.version] = fd
-    return found
-
-
-def damage(path: Path) -> None:
-    """Flip one bit of an image's data."""
+def damage(path: Path, what: str = "data", chunk: int = 0) -> None:
+    """Flip one bit of an image: of a chunk of its data, its small section or its header."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as image:
         with memoryview(image) as view, view.toreadonly() as shown:
-            place = ImageReader(shown).header.layout.data_offset
-        image[place] ^= 1
+            layout = ImageReader(shown).header.layout
+        places = {
+            "data": layout.data_offset + layout.chunk_range(chunk)[0],
+            "small": layout.small_offset,
+            "index": layout.index_offset,
+        }
+        image[places[what]] ^= 1
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +74,65 @@ def test_a_version_damaged_in_memory_gives_way_to_an_older_one(
     assert incident["restore"]["level"] == "memory"
     assert incident["restore"]["version"] == {"epoch": 1, "step": HELD_AT - 1}
     assert f"step {HELD_AT} of epoch 1 was found bad" in incident["restore"]["reason"]
+    assert losses(run_dir) == undisturbed
+
+
+TWO_NODES = ("--local-nodes", "2", "--nproc-per-node", "1", "snapshot.chunk_bytes=1048576")
+
+
+def check_repaired(run_dir: Path, damaged: list[str], sources: list[str]) -> None:
+    """The one incident went back to the newest version, and the repair was told once."""
+    (incident,) = events(run_dir, "incident")
+    assert incident["restore"]["level"] == "memory"
+    assert incident["restore"]["version"] == {"epoch": 1, "step": HELD_AT}
+    assert [failure["kind"] for failure in incident["failures"]] == ["signal"]
+    (repair,) = events(run_dir, "repair")
+    assert len(repair["data"]["damage"]) == len(damaged)
+    for text, found in zip(damaged, repair["data"]["damage"], strict=True):
+        assert found.startswith(text)
+        assert text in repair["text"]
+    assert repair["data"]["sources"] == sources
+
+
+def share(rank: int, node: int) -> str:
+    return f"rank {rank}'s share of step {HELD_AT} in the memory of node {node}"
+
+
+@pytest.mark.parametrize("what", ["data", "small", "index"])
+def test_a_damaged_copy_is_repaired_from_another_nodes(
+    tmp_path: Path, undisturbed: list[dict[int, float]], what: str
+) -> None:
+    run_dir = tmp_path / "run"
+    newest = VersionId(1, HELD_AT)
+    with held(run_dir, *TWO_NODES) as (process, node):
+        wait_for(lambda: all(newest in slots(node_file(run_dir, n), n) for n in range(2)))
+        damage(slots(node, 0)[newest], what)
+        os.kill(node.ranks[0].pid, signal.SIGKILL)
+        assert process.wait(60) == 0
+    small = f"rank 0's share of step {HELD_AT} in the memory of node 1"
+    whole = share(1, 1)
+    sources = {"data": [whole], "small": [small], "index": [small, whole]}
+    check_repaired(run_dir, [share(0, 0)], sources[what])
+    assert losses(run_dir) == undisturbed
+
+
+def test_copies_that_are_all_damaged_in_other_places_repair_each_other(
+    tmp_path: Path, undisturbed: list[dict[int, float]]
+) -> None:
+    run_dir = tmp_path / "run"
+    newest = VersionId(1, HELD_AT)
+    with held(run_dir, *TWO_NODES) as (process, node):
+        other = node_file(run_dir, 1)
+        wait_for(lambda: newest in slots(node, 0) and newest in slots(other, 1))
+        damage(slots(node, 0)[newest], chunk=0)
+        damage(slots(other, 1)[newest], chunk=1)
+        os.kill(node.ranks[0].pid, signal.SIGKILL)
+        assert process.wait(60) == 0
+    repairs = events(run_dir, "repair")
+    told = {(r["data"]["damage"][0].split(":")[0], *r["data"]["sources"]) for r in repairs}
+    assert told == {(share(0, 0), share(1, 1)), (share(1, 1), share(0, 0))}
+    (incident,) = events(run_dir, "incident")
+    assert incident["restore"]["version"] == {"epoch": 1, "step": HELD_AT}
     assert losses(run_dir) == undisturbed
 
 

@@ -22,6 +22,9 @@ from ftrain.comms.errors import (
 from ftrain.comms.local import (
     DESCRIPTORS_MAX,
     MESSAGE_BYTES_MAX,
+    PACKET_BYTES_MAX,
+    PACKET_DESCRIPTORS_MAX,
+    Enclosure,
     LocalSocket,
     accept_local,
     connect_local,
@@ -30,6 +33,7 @@ from ftrain.comms.local import (
     pair,
 )
 from ftrain.comms.protocol.messages import Notice, StopRequest
+from ftrain.comms.wire import encode
 
 MESSAGE = Notice("info", "text", {"a": 1})
 
@@ -58,31 +62,113 @@ def test_messages_keep_their_boundaries(ends: tuple[LocalSocket, LocalSocket]) -
         assert right.receive() == (StopRequest("x" * number), [])
 
 
+@pytest.mark.parametrize("count", [1, PACKET_DESCRIPTORS_MAX, PACKET_DESCRIPTORS_MAX + 1, 640])
 def test_descriptors_travel_and_the_memory_is_shared(
+    ends: tuple[LocalSocket, LocalSocket], count: int
+) -> None:
+    left, right = ends
+    before = open_descriptors()
+    fds = [os.memfd_create(f"slot{n}") for n in range(count)]
+    left.send(MESSAGE, fds)
+    left.send(MESSAGE)
+    message, received = right.receive()
+    assert message == MESSAGE
+    assert len(received) == count
+    for number, fd in enumerate(fds):
+        os.write(fd, b"seen%d" % number)
+        assert os.pread(received[number], 10, 0) == b"seen%d" % number
+    assert not any(os.get_inheritable(fd) for fd in received)
+    assert right.receive() == (MESSAGE, [])
+    for fd in fds + received:
+        os.close(fd)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("nbytes", [PACKET_BYTES_MAX - 100, PACKET_BYTES_MAX, 10_000_000])
+def test_large_messages_travel(ends: tuple[LocalSocket, LocalSocket], nbytes: int) -> None:
+    left, right = ends
+    before = open_descriptors()
+    large = Notice("info", "x" * nbytes, {})
+    fd = os.memfd_create("slot")
+    left.send(large, [fd])
+    message, received = right.receive()
+    assert message == large
+    for each in (fd, *received):
+        os.close(each)
+    assert len(received) == 1
+    assert open_descriptors() == before
+
+
+def test_too_large_messages_are_our_own_fault(ends: tuple[LocalSocket, LocalSocket]) -> None:
+    left, _ = ends
+    with pytest.raises(LocalProtocolError, match="use a memfd"):
+        left.send(Notice("info", "x" * MESSAGE_BYTES_MAX, {}))
+    with pytest.raises(LocalProtocolError, match="descriptors"):
+        left.send(MESSAGE, [0] * (DESCRIPTORS_MAX + 1))
+
+
+def test_a_large_message_that_is_not_read_is_not_sent_in_part(
     ends: tuple[LocalSocket, LocalSocket],
 ) -> None:
     left, right = ends
-    fds = [os.memfd_create(f"slot{n}") for n in range(DESCRIPTORS_MAX)]
-    left.send(MESSAGE, fds)
-    message, received = right.receive()
-    assert message == MESSAGE
-    assert len(received) == DESCRIPTORS_MAX
-    os.write(fds[7], b"seen")
-    assert os.pread(received[7], 10, 0) == b"seen"
-    assert not any(os.get_inheritable(fd) for fd in received)
-    with pytest.raises(LocalProtocolError, match="descriptors"):
-        left.send(MESSAGE, [fds[0]] * (DESCRIPTORS_MAX + 1))
-    for fd in fds + received:
-        os.close(fd)
+    left.settimeout(0)
+    before = open_descriptors()
+    fd = os.memfd_create("slot")
+    sent = 0
+    with pytest.raises(TimeoutError):  # noqa: PT012 - until it is full
+        while True:
+            left.send(MESSAGE, [fd] * 300)
+            sent += 1
+    for _ in range(sent):
+        message, received = right.receive()
+        assert (message, len(received)) == (MESSAGE, 300)
+        for each in received:
+            os.close(each)
+    os.close(fd)
+    right.settimeout(0)
+    with pytest.raises(TimeoutError):
+        right.receive()
+    assert open_descriptors() == before
 
 
-def test_large_messages_are_our_own_fault(ends: tuple[LocalSocket, LocalSocket]) -> None:
+def test_enclosures_that_are_not_what_they_say_are_refused_and_closed(
+    ends: tuple[LocalSocket, LocalSocket],
+) -> None:
     left, right = ends
-    with pytest.raises(LocalProtocolError, match="use a memfd"):
-        left.send(Notice("info", "x" * MESSAGE_BYTES_MAX, {}))
-    almost = Notice("info", "x" * (MESSAGE_BYTES_MAX - 100), {})
-    left.send(almost)
-    assert right.receive() == (almost, [])
+    before = open_descriptors()
+    memory = os.memfd_create("bytes")
+    os.write(memory, encode(MESSAGE))
+    size = os.fstat(memory).st_size
+    nested = os.memfd_create("nested")
+    os.write(nested, encode(Enclosure(size, 0)))
+    reading, writing = os.pipe()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    socket.send_fds(near, [b"."], [memory] * 9)
+    lies: list[tuple[Enclosure, list[int]]] = [
+        (Enclosure(size, 0), []),
+        (Enclosure(size, 0), [memory, memory]),
+        (Enclosure(size, 1), [memory]),
+        (Enclosure(size, 1), [memory, memory]),
+        (Enclosure(size, 5), [memory, far.fileno()]),
+        (Enclosure(size, 5), [memory, far.fileno()]),  # its queue is empty by now
+        (Enclosure(size + 1, 0), [memory]),
+        (Enclosure(1 << 60, 0), [memory]),
+        (Enclosure(size, 1 << 60), [memory, far.fileno()]),
+        (Enclosure(-1, -1), [memory]),
+        (Enclosure(0, 0), [reading]),
+        (Enclosure(os.fstat(nested).st_size, 0), [nested]),
+    ]
+    for lie, fds in lies:
+        left.send(lie, fds)
+        with pytest.raises(RemoteProtocolError):
+            right.receive()
+    left.send(Enclosure(size, 0), [memory])
+    assert right.receive() == (MESSAGE, [])
+    near.close()
+    far.close()
+    for fd in (memory, nested, reading, writing):
+        os.close(fd)
+    assert open_descriptors() == before
 
 
 def test_last_words_are_heard_although_the_peer_left_without_listening(
@@ -103,7 +189,7 @@ def test_last_words_are_heard_although_the_peer_left_without_listening(
         right.receive()
 
 
-@pytest.mark.parametrize("data", [b"garbage", b"\x92", b"x" * (MESSAGE_BYTES_MAX + 50)])
+@pytest.mark.parametrize("data", [b"garbage", b"\x92", b"x" * (PACKET_BYTES_MAX + 50)])
 def test_garbage_is_refused_and_its_descriptors_are_closed(
     ends: tuple[LocalSocket, LocalSocket], data: bytes
 ) -> None:

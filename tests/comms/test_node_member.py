@@ -82,7 +82,8 @@ def test_a_life_with_one_failure(node: Node) -> None:
     node.member.ranks_gone(1, HELD)
     assert node.gives().state is NodeState.STOPPED
     node.member.receive(run(2))
-    assert node.gives(ForkRanks(formation(2))).failures == ()
+    report = node.gives(ForkRanks(formation(2)))
+    assert (report.failures, report.held) == ((), ())
 
 
 def test_stop_comes_before_captures_are_finished(node: Node) -> None:

@@ -72,6 +72,13 @@ def test_script_runs_as_python_would_run_it(server: Serving, place: Path) -> Non
 
 
 @pytest.mark.slow
+def test_more_ranks_than_one_packet_has_descriptors_for(server: Serving, place: Path) -> None:
+    ranks = run(server, place, "import os; print(os.environ['RANK'])", 100)
+    assert [rank.wait() for rank in ranks] == [0] * 100
+    assert [rank.out for rank in ranks] == [f"{rank}\n" for rank in range(100)]
+
+
+@pytest.mark.slow
 def test_module_runs_as_python_would_run_it(tmp_path: Path) -> None:
     package = tmp_path / "pack"
     package.mkdir()

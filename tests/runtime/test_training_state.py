@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.checkpoint.codec import encode_tree
 from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageWriter
-from ftrain.checkpoint.tensors import Changes, plan_image
-from ftrain.comms.errors import SessionError, StateError
+from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
+from ftrain.comms.errors import CorruptionError, RestoreError, SessionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.runtime.group import GroupView, key_of, ranks_of
-from ftrain.runtime.restore import choose_images, restore_tensors
+from ftrain.runtime.restore import Restoration, restore
 from ftrain.runtime.state import TrainingState, plain_name
 
 
@@ -49,7 +50,7 @@ def train(parts: tuple[torch.nn.Module, Any, Any], steps: int, start: int = 0) -
 def image_of(state: TrainingState) -> bytearray:
     """The state as one image, as a capture writes it."""
     layout = state.layout()
-    small = encode_tree(state.small())
+    small = encode_tree({"state": state.small()})
     plan = plan_image(layout.tensors, GroupView(0, 1, 0, (0,)).share, len(small), 4096)
     buffer = bytearray(plan.total_bytes)
     identity = ImageIdentity(
@@ -75,12 +76,7 @@ def image_of(state: TrainingState) -> bytearray:
 
 
 def put_back(buffer: bytearray, state: TrainingState) -> None:
-    reader = ImageReader(buffer)
-    state.load_small(decode_tree(reader.small))  # type: ignore[arg-type]
-    tensors = state.layout().tensors
-    chosen, missing = choose_images([t.share for t in tensors], [reader])
-    assert not missing
-    restore_tensors(tensors, chosen)
+    restore(state, Restoration([ImageReader(buffer)]), 0)
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor", "NAdam", "RMSprop"])
@@ -167,13 +163,81 @@ def test_parts_are_counted_on_this_node_only() -> None:
     assert (share.node, share.part, share.parts) == (1, 1, 2)
 
 
-def test_parts_of_two_nodes_are_never_mixed() -> None:
+def pages_of(reader: ImageReader) -> list[int]:
+    """Offset of each data chunk in the image's buffer."""
+    start = reader.header.layout.data_offset
+    return [start + reader.header.layout.chunk_range(chunk)[0] for chunk in range(reader.chunks)]
+
+
+def copies(count: int, width: int = 300) -> tuple[list[bytearray], list[float]]:
+    """The same version several times, and the losses that follow it."""
+    torch.manual_seed(0)
+    parts = make(width)
+    train(parts, 3)
+    first = image_of(state_of(parts))
+    return [bytearray(first) for _ in range(count)], train(parts, 4, 3)
+
+
+def test_damaged_chunks_are_taken_from_other_copies() -> None:
+    """Each copy has another damaged chunk: no copy is whole, the version is."""
+    (one, two, three), expected = copies(3)
+    places = pages_of(ImageReader(one))
+    assert len(places) > 4
+    one[places[1]] ^= 1
+    one[places[2]] ^= 1
+    two[places[2]] ^= 1
+    two[places[3]] ^= 1
+    rest = [[ImageReader(two, where="two")], [ImageReader(three, where="three")]]
+    fresh = make(300)
+    restoration = Restoration([ImageReader(one, where="one")], lambda: rest.pop(0) if rest else [])
+    restore(state_of(fresh), restoration, 0)
+    assert train(fresh, 4, 3) == expected
+    assert [text.split(":")[0] for text in restoration.damage] == ["one", "two"]
+    assert restoration.sources == ["two", "three"]
+
+
+def test_damaged_small_state_is_taken_from_another_copy() -> None:
+    (one, two), expected = copies(2)
+    one[ImageReader(one).header.layout.small_offset + 9] ^= 1
+    fresh = make(300)
+    restoration = Restoration([ImageReader(one, where="one"), ImageReader(two, where="two")])
+    restore(state_of(fresh), restoration, 0)
+    assert train(fresh, 4, 3) == expected
+    assert restoration.sources == ["two"]
+
+
+def test_an_image_that_can_not_be_read_is_replaced() -> None:
+    (one,), expected = copies(1)
+    found = [[ImageReader(one, where="far away")]]
+    restoration = Restoration([CorruptionError("near: torn")], lambda: found.pop() if found else [])
+    fresh = make(300)
+    restore(state_of(fresh), restoration, 0)
+    assert train(fresh, 4, 3) == expected
+    assert (restoration.damage, restoration.sources) == (["near: torn"], ["far away"])
+
+
+def test_what_is_damaged_everywhere_is_not_restored() -> None:
+    (one, two), _ = copies(2)
+    place = pages_of(ImageReader(one))[2]
+    one[place] ^= 1
+    two[place + 1] ^= 1
+    images = [ImageReader(one, where="one"), ImageReader(two, where="two")]
+    with pytest.raises(CorruptionError, match="one: chunk 2 does not match"):
+        restore(state_of(make(300)), Restoration(images), 0)
+
+
+def test_what_nobody_holds_is_told_from_another_model() -> None:
     parts = make()
     train(parts, 1)
     reader = ImageReader(image_of(state_of(parts)))
-    chosen, missing = choose_images(["0", "1"], [reader])
-    assert missing == ["1"]
-    assert [keys for _, keys in chosen] == [frozenset({"0"})]
+    tensors = state_of(parts).layout().tensors
+    elsewhere = [replace(tensor, share="1") for tensor in tensors]
+    with pytest.raises(RestoreError, match="every part of what ranks 1 have"):
+        Restoration([reader]).fill(elsewhere)
+    more = StateTensor("model/further", torch.zeros(3), "0")
+    with pytest.raises(StateError, match=r"0 of its 12 bytes.*another model") as caught:
+        Restoration([reader]).fill([*tensors, more])
+    assert not isinstance(caught.value, RestoreError)
 
 
 def test_what_no_optimizer_owns_may_change_at_any_time() -> None:

@@ -212,7 +212,7 @@ class Manager:
             (self.memory[message.rank, message.slot],) = fds
         elif isinstance(message, Drop):
             os.close(self.memory.pop((message.rank, message.slot)))
-        elif isinstance(message, Notice):
+        elif isinstance(message, Notice) and message.kind == "warning":
             self.notices.append(message.text)
         else:
             self.inbox.append(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,28 @@ def test_restarted_manager_learns_again_what_the_group_knows(pair: list[Manager]
         until(lambda: any(not h.whole and h.version == v(3) for h in pair[1].inventory()))
 
 
+def test_a_new_manager_forms_its_group_over_damaged_memory(pair: list[Manager]) -> None:
+    form(pair)
+    with Rank(pair[0], 0, world_size=2) as one, Rank(pair[1], 1, world_size=2) as two:
+        for step in (1, 2):
+            one.capture(step)
+            two.capture(step)
+            for manager in pair:
+                manager.newest_committed(v(step))
+        pair[0].kill()
+        for fd in pair[0].memory.values():
+            with mmap.mmap(fd, 0) as memory:
+                memory[one.plan.layout.small_offset] ^= 1
+        pair[0].start()
+        pair[0].group(first_rank=0, peers=pair[1:])
+        assert one.capture(3), one.client.denied
+        assert two.capture(3), two.client.denied
+        for manager in pair:
+            manager.newest_committed(v(3))
+        pair[0].drain()
+        assert pair[0].notices == []
+
+
 def test_dead_or_frozen_peer_does_not_stall_this_node(pair: list[Manager]) -> None:
     form(pair)
     with Rank(pair[0], 0, world_size=2) as one, Rank(pair[1], 1, world_size=2) as two:
@@ -246,6 +269,25 @@ def test_gossip_of_strangers_is_not_believed(pair: list[Manager]) -> None:
         pair[0].drain()
         assert not any(isinstance(message, Committed) for message in pair[0].inbox)
         assert pair[0].inventory()
+
+
+def test_the_inventory_of_many_ranks(pair: list[Manager]) -> None:
+    form(pair)
+    plan = ImagePlan((), (), 100, 4096)
+    records, images = [], []
+    for rank in range(1, 512):
+        buffer = bytearray(plan.total_bytes)
+        who = ImageIdentity(RUN_ID, TOPOLOGY, v(1), rank, 512, 1, 101)
+        writer = ImageWriter(buffer, plan, who, whole=False)
+        writer.begin(b"small")
+        writer.seal()
+        records.append(held_of(ImageReader(buffer)))
+        images.append(bytes(buffer))
+    peer = identity(node=1, role="smp", incarnation=101)
+    with connect_blocking(pair[0].address, peer, bytes.fromhex(SECRET)) as channel:
+        channel.send(Sealed(v(1), 1, 101, tuple(records), tuple(images)))
+        until(lambda: pair[0].inventory())
+    assert [held.rank for held in pair[0].inventory()] == list(range(1, 512))
 
 
 def test_broken_small_images_are_refused(pair: list[Manager]) -> None:

@@ -169,6 +169,36 @@ def test_writers_killed_at_random_never_leave_a_wrong_version(tmp_path: Path) ->
         assert step > 20
 
 
+@pytest.mark.slow
+def test_managers_killed_at_random_never_lose_what_was_committed(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    body = "step = 0\nprint('go', flush=True)\nwhile True: step += 1; rank.capture(step)"
+    newest = v(0)
+    with Manager(tmp_path) as manager:
+        manager.group()
+        process = child(manager, body)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "go\n"
+        for _ in range(12):
+            manager.newest_committed(VersionId(1, newest.step + 1))
+            time.sleep(rng.uniform(0.0, 0.05))
+            manager.kill()
+            told = [m.version for m in manager.inbox if isinstance(m, Committed)]
+            newest = max([newest, *told])
+            manager.inbox.clear()
+            manager.start()
+            assert max(held.version for held in manager.held) >= newest
+            manager.group()
+        slay(process)
+        manager.rank_died(0)
+        versions = {held.version for held in manager.finish_captures()}
+        manager.group(epoch=2, base=max(versions))
+        with Rank(manager, epoch=2) as rank:
+            for version in versions:
+                assert rank.restored(version.step, epoch=1) == {0: state(0, version.step)}
+        assert newest.step > 12
+
+
 def test_manager_killed_between_steps_loses_nothing(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         manager.group()
@@ -365,6 +395,23 @@ def test_flush_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
             assert "checkpoints" in manager.expect(FlushRefused).reason
 
 
+def test_a_flush_that_fails_in_an_unforeseen_way_is_refused_and_the_next_is_tried(
+    tmp_path: Path,
+) -> None:
+    with Manager(tmp_path, checkpoint_dir=f"{tmp_path}/no\0path") as manager:  # a ValueError
+        manager.group()
+        with Rank(manager) as rank:
+            for step in (1, 2):
+                rank.capture(step)
+                manager.newest_committed(v(step))
+                manager.link.send(Flush(v(step), fence=1))
+                refused = manager.expect(FlushRefused)
+                assert refused.asked == v(step)
+                assert "ValueError: embedded null byte" in refused.reason
+        manager.drain()
+        assert [text.split(" ")[:2] for text in manager.notices] == [["step", "1"], ["step", "2"]]
+
+
 def test_ranks_of_other_epochs(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         manager.group(epoch=3)
@@ -442,28 +489,6 @@ def test_garbage_on_the_data_port_is_survived(tmp_path: Path) -> None:
                 stranger.sendall(os.urandom(size))
         with Rank(manager) as rank:
             assert rank.capture(1)
-
-
-def test_memory_is_gone_with_manager_and_agent(tmp_path: Path) -> None:
-    size = 64 << 20
-    before = shared_memory_bytes()
-    with Manager(tmp_path, slots=2) as manager:
-        manager.group()
-        rank = Rank(manager, nbytes=size)
-        assert shared_memory_bytes() - before >= 2 * size
-        rank.close()
-        manager.kill()
-        assert shared_memory_bytes() - before >= 2 * size, "the agent holds it"
-        manager.start()
-    until(lambda: shared_memory_bytes() - before < size)
-    assert not [name for name in os.listdir("/dev/shm") if "ftrain" in name]
-
-
-def shared_memory_bytes() -> int:
-    """Shared memory of this host that is in use."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("Shmem:"))
-    return int(line.split()[1]) * 1024
 
 
 def test_manager_ends_with_its_agent(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""A snapshot manager that is alive and does nothing is replaced like a dead one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from small_runs import command, events, node_file, slots, wait_for
+
+from ftrain.recovery.node_file import node_file_path
+
+pytestmark = pytest.mark.slow
+
+
+def newest_step(run_dir: Path) -> int:
+    """The newest version that rank 0's slots hold."""
+    return max((version.step for version in slots(node_file(run_dir), 0)), default=0)
+
+
+def test_a_stopped_snapshot_manager_is_replaced(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = command(run_dir, ["--nproc-per-node", "2"], ["--steps", "900"])
+    with subprocess.Popen(line, cwd=tmp_path) as process:
+        try:
+            wait_for(lambda: node_file_path(run_dir, 0).exists() and newest_step(run_dir) > 20)
+            stopped = node_file(run_dir).smp_pid
+            os.kill(stopped, signal.SIGSTOP)
+            before = newest_step(run_dir)
+            wait_for(lambda: node_file(run_dir).smp_pid not in (0, stopped))
+            wait_for(lambda: newest_step(run_dir) > before + 5)
+            os.kill(node_file(run_dir).ranks[1].pid, signal.SIGKILL)
+            assert process.wait(90) == 0
+        finally:
+            process.kill()
+    (incident,) = events(run_dir, "incident")
+    assert incident["restore"]["level"] == "memory"
+    assert incident["steps_recomputed"] <= 1
+    texts = [event["text"] for event in events(run_dir, "warning")]
+    assert sum("does not answer: it is being replaced" in text for text in texts) == 1
