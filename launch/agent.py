@@ -47,6 +47,7 @@ from ftrain.launch.contract import (
 from ftrain.launch.helper import HelperProcess
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
+from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.uplink import Uplink
@@ -60,8 +61,6 @@ from ftrain.launch.worker_messages import (
     ServerReady,
 )
 from ftrain.recovery.node_file import NodeFile, write_node_file
-from ftrain.recovery.observer import Observer
-from ftrain.recovery.protocol.watchdog import RESTART
 from ftrain.snapshot.protocol import messages as smp
 
 TICK_S = 0.1
@@ -132,7 +131,7 @@ class Agent:
         self._committed: VersionId | None = None
         self._total_steps = 0
         self._save_step = 0
-        self._observer: Observer | None = None
+        self._watch = RankWatch(job.config.detection, node, partial(self._uplink.say, "warning"))
         self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._effects: dict[type, Callable[[Any], None]] = {
@@ -175,8 +174,7 @@ class Agent:
             self._manager.close()
         if not await self._reaper.kill_all():
             print(f"ftrain: node {self._node}: a process can't be killed", file=sys.stderr)
-        if self._observer is not None:
-            self._observer.close()
+        self._watch.end()
         self._pump.close(_DRAIN_S)
         self._pages.close()
 
@@ -290,7 +288,7 @@ class Agent:
             self._driver.pump()
             self._write_node_file()
             self._watch_first_step(group)
-            self._look_at(group)
+            self._watch.begin(group)
         self._settle(group)
 
     def _forks_failed(self, cause: str) -> None:
@@ -391,37 +389,13 @@ class Agent:
         if self._group is not None:
             self._group.release(effect.stop_step)
 
-    def _look_at(self, group: RankGroup) -> None:
-        """Have the observer watch this group instead of the one before."""
-        if self._observer is not None:
-            self._observer.close()
-            self._observer = None
-        if self._job.config.detection.enabled:
-            self._observer = Observer(self._job.config.detection, range(group.formation.world_size))
-            for rank in group.ranks:
-                with suppress(ProcessLookupError):  # its end is reported anyway
-                    self._observer.add(rank.rank, rank.pid, rank.page)
-
     async def _observe(self) -> None:
         while True:
             await asyncio.sleep(self._job.config.detection.poll_s)
             group = self._group
-            if self._observer is None or group is None or self._killing:
-                continue
-            now_ns = time.monotonic_ns()
-            for verdict in self._observer.poll(now_ns):
-                rank = group.of(verdict.rank)
-                if verdict.action != RESTART:
-                    where = f"rank {rank.rank} (node {self._node})"
-                    self._uplink.say(
-                        "warning", f"{where}: {verdict.evidence}; its stack is in its log"
-                    )
-                elif rank.alive and not rank.blamed:
-                    rank.blamed = True
-                    failure = RankFailure(rank.rank, verdict.kind, verdict.evidence, now_ns)
+            if group is not None and not self._killing:
+                for failure in self._watch.failures(group):
                     self._report_failure(group, failure)
-                elif rank.status == 0 and not rank.blamed:
-                    self._report_failure(group, group.desertion(rank, now_ns))
 
     # ------------------------------------------------------------------ stopping
 
@@ -439,9 +413,7 @@ class Agent:
         if group.any_alive or self._forking or "gone" in self._waits:
             return
         self._stopped_ns = time.monotonic_ns()
-        if self._observer is not None:
-            self._observer.close()
-            self._observer = None
+        self._watch.end()
         self._wait_for_manager("gone", self._kill_late)
         if self._reaper.strays():
             self._loop.create_task(self._kill_strays())
@@ -519,9 +491,9 @@ class Agent:
             self._machine.flush_refused(message.reason)
             self._driver.pump()
         elif isinstance(message, smp.BoundaryCounts):
-            if self._observer is not None and self._machine.epoch == message.version.epoch:
+            if self._machine.epoch == message.version.epoch:
                 counts = dict(zip(message.ranks, message.collectives, strict=True))
-                self._observer.record_boundaries(message.version.step, counts)
+                self._watch.boundaries(message.version.step, counts)
         elif isinstance(message, Notice):
             self._uplink.say(message.kind, message.text, **message.data)
 
