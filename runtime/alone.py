@@ -68,6 +68,9 @@ class LocalSlots:
         self.image, self.held = memoryview(self._map), None
         return self.image
 
+    def begun(self, version: VersionId) -> None:
+        """Nobody has to know."""
+
     def sealed(self, version: VersionId, held: Held) -> None:
         """The image is complete."""
         self.held = held

@@ -258,15 +258,15 @@ class Session:
             )
 
     def _capture(self, collectives: int = -1) -> None:
+        layout = self._state.layout()
         small = {
-            "state": self._state.small(),
+            "state": self._state.small(layout),
             "random": random_state(),
             "data": self._data.state(),
             "buckets": self._bucket_orders,
             "step": self._step,
         }
-        tensors = self._state.layout().tensors
-        self._pending = (self._step, tensors, encode_tree(small), collectives)
+        self._pending = (self._step, layout.tensors, encode_tree(small), collectives)
         if self._keeper.capture(*self._pending, last=self._finished):
             self._pending = None
 

@@ -127,9 +127,8 @@ class TrainingState:
             self._layout = self._lay_out()  # some optimizers exchange their tensors
         return self._layout
 
-    def small(self) -> dict[str, Any]:
-        """Everything else, as a tree of plain values and small tensors."""
-        layout = self.layout()
+    def small(self, layout: StateLayout) -> dict[str, Any]:
+        """Everything but the tensors of ``layout``, as a tree of plain values and small tensors."""
         return {
             "layout": layout.skeleton,
             "buffers": {name: self._buffers[name].read() for name in self.models},

@@ -97,6 +97,7 @@ class SnapshotClient:
         self._slots: list[_Slot] = []
         self._slot = -1  # this rank's to write, granted ahead or for `_writing`
         self._writing: VersionId | None = None
+        self._unsaid = False  # the manager was not told of `_writing`
         self._newest: VersionId | None = None  # ever begun
         self._tasks: deque[tuple[FinishTask, int]] = deque()  # with its descriptor
         self._absent = False
@@ -120,7 +121,10 @@ class SnapshotClient:
                 self._slots.append(_Slot(view, fresh))
 
     def begin(self, version: VersionId) -> memoryview | None:
-        """A writable slot for ``version``, or None (see ``denied``). Usually without any wait."""
+        """A writable slot for ``version``, or None (see ``denied``). Usually without any wait.
+
+        To be followed by :meth:`begun` once the image in it is begun.
+        """
         with self._lock:
             if not self._slots:
                 raise StateError("begin() before reserve(): there is no slot to write to")
@@ -129,8 +133,7 @@ class SnapshotClient:
                 return None
             self._newest = version
             if self._slot >= 0:
-                self._writing = version
-                self._tell(Begin(0, version, self._slot))
+                self._writing, self._unsaid = version, True
                 return self._slots[self._slot].view
             try:
                 answer, _ = self._call(
@@ -147,6 +150,16 @@ class SnapshotClient:
             self._slot, self._writing = answer.slot, version
             self._enter(answer.slot)
             return self._slots[self._slot].view
+
+    def begun(self, version: VersionId) -> None:
+        """Tell the manager what is in the slot that was granted ahead, if it does not know yet.
+
+        Apart from :meth:`begin`, so that the training thread need not wait for a message to go.
+        """
+        with self._lock:
+            if self._unsaid and self._writing == version:
+                self._unsaid = False
+                self._tell(Begin(0, version, self._slot))
 
     def sealed(self, version: VersionId, held: Held) -> None:
         """The image in the slot of :meth:`begin` is sealed.

@@ -55,6 +55,9 @@ class Memory:
         self.turn ^= 1
         return memoryview(self.maps[self.turn])
 
+    def begun(self, version: VersionId) -> None:
+        pass
+
     def sealed(self, version: VersionId, held: Held) -> None:
         self.handed_in.append((version, held))
 

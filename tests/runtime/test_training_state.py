@@ -50,7 +50,7 @@ def train(parts: tuple[torch.nn.Module, Any, Any], steps: int, start: int = 0) -
 def image_of(state: TrainingState) -> bytearray:
     """The state as one image, as a capture writes it."""
     layout = state.layout()
-    small = encode_tree({"state": state.small()})
+    small = encode_tree({"state": state.small(state.layout())})
     plan = plan_image(layout.tensors, GroupView(0, 1, 0, (0,)).share, len(small), 4096)
     buffer = bytearray(plan.total_bytes)
     identity = ImageIdentity(

@@ -266,6 +266,7 @@ class Rank:
         )
         writer = ImageWriter(buffer, self.plan, identity, collectives=step)
         writer.begin(SMALL % (self.rank, step))
+        self.client.begun(self.version(step))
         self.fill(writer, step, range(writer.chunks)[: None if chunks < 0 else chunks])
         return writer
 
