@@ -100,21 +100,28 @@ def test_a_job_that_ends_early_is_said(benchmarks: dict[str, ModuleType], tmp_pa
 
 
 def test_overhead_arithmetic(benchmarks: dict[str, ModuleType]) -> None:
-    """Two ranks, ten steps, 100 MB copied per step."""
+    """Two ranks, blocks of ten steps, 100 MB copied per step; the second round is the busier."""
     overhead = benchmarks["overhead"]
 
-    def rank(wall_s: float, process_s: float, copied_bytes: float) -> dict[str, object]:
-        window = {"wall_s": wall_s, "process_s": process_s, "bytes_copied": copied_bytes}
-        window |= {"capture_thread_s": 0.1, "manager_s": 0.02, "barrier_ns": 1e7}
-        reference = {"memcpy": 0.1, "hash": 0.1}
-        return {"state_bytes": 1e8, "reference": reference, "window": window}
+    def block(arm: str, number: int, wall_s: float, process_s: float) -> dict[str, object]:
+        counted = dict.fromkeys(("copy_ns", "hash_ns", "skipped"), 0.0)
+        copied = {"bytes_copied": 5e8, "capture_thread_s": 0.1, "manager_s": 0.02}
+        copied |= {"barrier_ns": 1e7, "boundary_s": 0.05}
+        spent = copied if arm == "on" else dict.fromkeys(copied, 0.0)
+        times = {"wall_s": wall_s, "process_s": process_s}
+        return {"arm": arm, "round": number, "steps": 10, **times, **counted, **spent}
 
-    off = overhead.per_step([rank(1.0, 0.9, 0), rank(1.0, 0.9, 0)], 10)
-    on = overhead.per_step([rank(1.1, 1.0, 5e8), rank(1.1, 1.0, 5e8)], 10)
-    found = overhead.compare({"off": [off], "on": [on]})
-    assert found["lost_percent"] == pytest.approx(10)
-    assert on["copied_mb"] == pytest.approx(100)
-    assert on["barrier_ms"] == pytest.approx(1)
-    assert found["core_ms_per_mb"]["capture_core"] == pytest.approx(0.2)
+    blocks = [block("off", 0, 1.0, 0.9), block("on", 0, 1.1, 1.0)]
+    blocks += [block("on", 1, 1.4, 1.0), block("off", 1, 1.2, 0.9)]
+    references = [{"memcpy": 0.1, "hash": 0.1}, {"memcpy": 0.1, "hash": 0.1}]
+    rank = {"state_bytes": 1e8, "reference": references, "blocks": blocks}
+    found = overhead.summary([rank, rank])
+    assert found["lost_ms"] == pytest.approx(15)  # 10 and 20
+    assert found["lost_percent"] == pytest.approx(100 * 15 / 110)
+    assert found["lost_ms_quartiles"] == pytest.approx((12.5, 17.5))
+    assert found["copied_mb"] == pytest.approx(100)
+    assert found["barrier_ms"] == pytest.approx(1)
+    assert found["blocking_ms"] == pytest.approx(5)
+    assert found["capture"] == pytest.approx(0.2)
     assert found["capture_to_reference"] == pytest.approx((0.2 + 0.02) / 0.2)
-    assert found["core_ms_per_mb"]["added_core"] == pytest.approx(0.2)
+    assert found["all_added"] == pytest.approx(0.22)
