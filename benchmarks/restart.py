@@ -18,6 +18,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +46,7 @@ from ftrain.recovery.node_file import read_node_files
 PEER = ROOT / "benchmarks" / "peers" / "torchrun_train.py"
 STEPS_BETWEEN = {"0.5m": 12, "10m": 8, "124m": 4}  # at least, after a start, before the next kill
 BATCH = {"0.5m": 8, "10m": 4, "124m": 1}
+BOUND_S = 0.5  # beyond building the model and copying its state
 HEAD = ("", "at once", "never", "median", "first", "least", "most", "recomputed", "of ours")
 SEQ = {"0.5m": 128, "10m": 128, "124m": 64}
 
@@ -201,13 +204,39 @@ def row(name: str, outcomes: Sequence[Kill | str], reference_s: float | None) ->
     ]
 
 
-def show(preset: str, results: dict[str, list[Kill | str]], ranks: int) -> None:
-    """The table of one preset, and our phases."""
+def bound(preset: str, ranks: int) -> Record:
+    """What building the model and copying its state take here; of the ranks the slowest counts."""
+    script = ROOT / "benchmarks" / "restart_bound.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    with tempfile.TemporaryDirectory(prefix="ftrain-restart-") as folder:
+        group = ("--world-size", str(ranks), "--meet", f"{folder}/meet")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, "--preset", preset, "--rank", str(rank), *group],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        answers = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    found: Record = {name: max(answer[name] for answer in answers) for name in answers[0]}
+    found["bound_s"] = BOUND_S + found["construction_s"] + found["memcpy_s"]
+    return found
+
+
+def show(preset: str, results: dict[str, list[Kill | str]], limits: Record, ranks: int) -> None:
+    """The table of one preset, our bound, and our phases."""
     ours = [kill for kill in results.get("ftrain", []) if isinstance(kill, Kill)]
     reference_s = median(kill.pause_s for kill in ours) if ours else None
     rows = [row(name, outcomes, reference_s) for name, outcomes in results.items()]
     title = f"restart, preset {preset}, {ranks} ranks, {os.cpu_count()} cores: pause in s"
     print_table(title, HEAD, rows)
+    print(
+        f"bound for {limits['state_bytes'] / 1e6:.0f} MB of state: {BOUND_S:g} s"
+        f" + {limits['construction_s']:.2f} s building the model"
+        f" + {limits['memcpy_s']:.2f} s memcpy of the state = {limits['bound_s']:.2f} s"
+    )
     names = dict.fromkeys(name for kill in ours for name in kill.phases_s)
     phases = [
         (name, median(kill.phases_s[name] for kill in ours if name in kill.phases_s))
@@ -259,8 +288,9 @@ def main() -> None:
                 break
             for arm in behind:
                 results[arm.name] += measure(arm, preset, args, number)
-        show(preset, results, args.ranks)
-        everything[preset] = {
+        limits = bound(preset, args.ranks)
+        show(preset, results, limits, args.ranks)
+        everything[preset] = {"bound": limits} | {
             name: [asdict(kill) if isinstance(kill, Kill) else kill for kill in outcomes]
             for name, outcomes in results.items()
         }

@@ -241,8 +241,7 @@ class SealedSeen:
 class Notice:
     """One line of news for whoever watches the job (the front prints it)."""
 
-    kind: (
-        str  # incident | repair | memory | info | warning | error | progress | traceback | summary
-    )
+    # incident | repair | memory | info | warning | error | progress | traceback | summary | …
+    kind: str
     text: str
     data: dict[str, object]
