@@ -47,7 +47,7 @@ _LOG_BYTES_MAX = 64 * 1024 * 1024
 _NEAR_S = 0.0005  # between two looks when the moment is near
 _FAR_S = 0.05
 _ARM_S = 0.05  # what arming a rank may take
-_PHASE_MISSES = 50  # steps in which the wanted phase was too short to be seen; then any will do
+_PHASE_MISSES = 4  # steps in which the wanted phase was too short to be seen; then any will do
 
 
 class Injector:

@@ -258,6 +258,7 @@ class Manager:
         self._flusher.committed(version)
         for rank, slot in self._store.drop_surplus():
             self._link.post(Drop(rank, slot))
+        self._ranks.committed()
         if self._news is None:
             asyncio.get_running_loop().call_soon(self._tell_committed)
         self._news = version

@@ -43,6 +43,7 @@ from ftrain.snapshot.protocol.takeover import Task
 from ftrain.snapshot.store import Place, SlotStore, places_of
 
 _BYTES_MAX = 1 << 44
+_PEERS_S_MAX = 0.1  # what a boundary waits for other nodes' managers rather than lose its version
 _ACCEPT_PAUSE_S = 0.1
 
 
@@ -88,6 +89,7 @@ class RankServer:
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._pausing = False  # nobody can be accepted, and that was told
+        self.patient = True  # a rank may wait for other nodes; once, until they are heard again
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
 
     def listen(self, path: str) -> None:
@@ -109,6 +111,12 @@ class RankServer:
         """Another epoch began: its ranks may come in, those of older ones are put out."""
         for session in [*self._sessions.values(), *self._strangers]:
             session.review()
+
+    def committed(self) -> None:
+        """A version was committed, so other nodes keep up: slots may be free now."""
+        self.patient = True
+        for session in list(self._sessions.values()):
+            session.retry()
 
     def connected(self) -> list[int]:
         """Ranks that can be asked something."""
@@ -204,6 +212,8 @@ class _RankSession:
         self._welcomed = False
         self._opened: dict[VersionId, list[Place]] = {}
         self._growing: asyncio.Task[None] | None = None  # goes on when the rank is gone
+        self._wanted: Begin | None = None  # waits for a slot
+        self._giving_up: asyncio.TimerHandle | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             Reserve: self._reserve,
             Begin: self._begin,
@@ -225,6 +235,7 @@ class _RankSession:
     def end(self) -> None:
         """Close the connection and take back what it read; what it wrote stays as it is."""
         self.link.close()
+        self._stop_waiting()
         for version in list(self._opened):
             self._release(Release(version))
         self._server.gone(self)
@@ -311,8 +322,28 @@ class _RankSession:
                 raise LocalProtocolError(f"slot {message.slot} was not granted")
             self._store.custody.writes(self.rank, message.slot, message.version)
         else:
-            self._grant(message.request, message.version)
+            self._wanted = message
+            self.retry()
         self._server.on_change()
+
+    def retry(self, *, last: bool = False) -> None:
+        """Give the rank the slot that it waits for; on the ``last`` try, or tell it why not."""
+        wanted = self._wanted
+        if wanted is None:
+            return
+        if last:
+            self._server.patient = False
+        if self._grant(wanted.request, wanted.version, patient=self._server.patient):
+            self._stop_waiting()
+        elif self._giving_up is None:
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(_PEERS_S_MAX, lambda: self.retry(last=True))
+
+    def _stop_waiting(self) -> None:
+        self._wanted = None
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
 
     def _sealed(self, message: ImageSealed) -> None:
         self._require_current(message.version)
@@ -332,14 +363,18 @@ class _RankSession:
         if self._store.withdraw(self.rank, message.version):
             self._server.on_withdrawn(message.version)
 
-    def _grant(self, request: int, version: VersionId | None) -> None:
-        grant = self._store.grant(self.rank, version)
+    def _grant(self, request: int, version: VersionId | None, *, patient: bool = False) -> bool:
+        """Answer a rank that wants a slot; False: it has to wait."""
+        grant = self._store.grant(self.rank, version, patient=patient)
+        if grant.later:
+            return False
         if grant.slot < 0:
             self.link.post(Denied(request, grant.reason))
             if version is not None:
                 self._server.on_skipped()
         else:
             self.link.post(Granted(request, grant.slot))
+        return True
 
     def _open(self, message: Open) -> None:
         images = self._store.images(message.version)

@@ -137,11 +137,11 @@ class SlotStore:
 
     # ------------------------------------------------------------ slots
 
-    def grant(self, rank: int, version: VersionId | None) -> Grant:
+    def grant(self, rank: int, version: VersionId | None, *, patient: bool = False) -> Grant:
         """See :meth:`Custody.grant`; also refused before the rank reserved memory."""
         if (rank, 0) not in self._regions:
             return Grant(-1, "no memory reserved")
-        grant = self.custody.grant(rank, version)
+        grant = self.custody.grant(rank, version, patient=patient)
         self._held.pop((rank, grant.slot), None)
         return grant
 

@@ -13,7 +13,7 @@ version that the epoch's ranks were restored from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from ftrain.comms.errors import LocalProtocolError
@@ -64,12 +64,16 @@ class Slot:
         self.state, self.version = state, version
 
 
+_BEHIND = "peers behind"
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A slot to write, or -1 and the reason."""
+    """A slot to write, or -1 and the reason; ``later``: ask again, nothing is denied yet."""
 
     slot: int
     reason: str = ""
+    later: bool = False
 
 
 @dataclass(slots=True)
@@ -133,14 +137,21 @@ class Custody:
         """The rank's slots are gone."""
         self._ranks.pop(rank, None)
 
-    def grant(self, rank: int, version: VersionId | None) -> Grant:
-        """A slot for ``version`` (None: for whatever comes next). A denied version stays denied."""
+    def grant(self, rank: int, version: VersionId | None, *, patient: bool = False) -> Grant:
+        """A slot for ``version`` (None: for whatever comes next). A denied version stays denied;
+        with ``patient`` one that only waits for other nodes is not denied."""
         mine = self._of(rank)
+        refusal = self._why_not(rank, version) if version is not None else ""
+        if refusal:
+            return Grant(-1, refusal)
+        grant = self._free_slot(mine, rank, version)
+        if grant.slot < 0 and patient and grant.later:
+            return grant
         if version is not None:
-            refusal = self._why_not(rank, version)
-            if refusal:
-                return Grant(-1, refusal)
             mine.touched = version
+        return replace(grant, later=False)
+
+    def _free_slot(self, mine: _RankSlots, rank: int, version: VersionId | None) -> Grant:
         writing = self.writing(rank)
         if writing >= 0:
             mine.slots[writing].apply(SlotEvent.GRANT, version)
@@ -154,7 +165,7 @@ class Custody:
             else:
                 free.append(self._preference(slot, number))
         if not free:
-            return Grant(-1, _summary(kept))
+            return Grant(-1, _summary(kept), later=_BEHIND in kept)
         slot_number = min(free)[2]
         mine.slots[slot_number].apply(SlotEvent.GRANT, version)
         return Grant(slot_number)
@@ -328,7 +339,7 @@ class Custody:
         if version == anchor:
             return "newest committed"
         if (anchor is None or version > anchor) and not self.dead(version):
-            return "peers behind"
+            return _BEHIND
         return ""
 
     def _preference(self, slot: Slot, number: int) -> tuple[int, VersionId, int]:
@@ -345,7 +356,7 @@ class Custody:
 def _summary(kept: Sequence[str]) -> str:
     """One denial out of the reasons for which each slot is kept."""
     for reason, text in (
-        ("peers behind", "peers behind: no free slot until every node sealed the last version"),
+        (_BEHIND, f"{_BEHIND}: no free slot until every node sealed the last version"),
         ("reader", "reader: no free slot while a version is being read or flushed"),
     ):
         if reason in kept:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llama" / "train.py"
-STEPS = 40
+STEPS = 48
+FAULT_STEPS = range(3, 36, 4)  # the last ones leave time to wait for a short phase
 TOPOLOGIES = ((1, 2), (2, 1), (1, 4), (2, 2))  # nodes, ranks per node
 IN_RANK = ("sigkill", "segfault", "exit", "exception", "gil_hang", "sigstop", "oom")
 PHASES = ("any", "any", "forward_backward", "optimizer", "boundary")
@@ -46,7 +47,7 @@ def draw(seed: int, *, oom: bool, down_s: float = 3.0) -> Schedule:
     nodes, local_world = TOPOLOGIES[seed % len(TOPOLOGIES)]
     world = nodes * local_world
     count = chance.randint(1, 5)
-    steps = sorted(chance.sample(range(3, STEPS - 4, 4), min(count, 5)))
+    steps = sorted(chance.sample(FAULT_STEPS, min(count, 5)))
     kinds = [kind for kind in IN_RANK if oom or kind != "oom"]
     kinds += ["smp", "worker_server", "coordinator", "coordinator_then_kill", "recovery"]
     # A node that is lost takes its memory along; with one node nothing but files would be left.

@@ -80,6 +80,19 @@ def test_newest_committed_and_everything_newer_are_kept() -> None:
     assert made.sealed_versions() == [v(2), v(3)]
 
 
+def test_who_is_patient_gets_the_slot_that_another_nodes_word_makes_free() -> None:
+    made = custody(slots=3)
+    for step in (1, 2, 3):
+        capture(made, 0, v(step))
+        if step == 1:
+            made.commit(v(1))
+    waiting = made.grant(0, v(4), patient=True)
+    assert (waiting.slot, waiting.later) == (-1, True)
+    made.commit(v(2))
+    assert made.grant(0, v(4), patient=True).slot >= 0
+    assert not made.grant(0, v(4), patient=True).later, "it was begun before"
+
+
 def test_a_reader_is_named_when_it_is_in_the_way() -> None:
     made = custody(slots=2)
     capture(made, 0, v(1))
