@@ -409,7 +409,7 @@ def test_a_stop_goes_on_where_it_stood_under_a_new_coordinator() -> None:
 @pytest.mark.parametrize("heard", ["while they run", "after their end", "while it is saved"])
 def test_a_stop_after_the_last_step_saves_it_and_the_run_is_done(heard: str) -> None:
     job, epoch = running(save_at_end=True)
-    job.say(step_max=9, committed=VersionId(epoch, 9))
+    job.say(step_max=9, kept_max=9, committed=VersionId(epoch, 9))
     if heard == "while they run":
         job.give(StopRequest("SIGTERM"))
         job.say(pausing=True, boundaries=(9,))
@@ -428,6 +428,53 @@ def test_a_stop_after_the_last_step_saves_it_and_the_run_is_done(heard: str) -> 
     job.machine.published(epoch, last)
     job.take()
     assert job.effects[-1] == EndJob(0, "every rank is done")
+
+
+def test_a_job_that_is_given_up_saves_first_and_has_a_limit() -> None:
+    job, epoch = running(max_restarts=0, save_at_end=True, grace_ticks=30)
+    version = VersionId(epoch, 8)
+    job.say(step_max=9, kept_max=9, committed=version)
+    held = [(Held(version, n, "d", (), True, 1),) for n in range(2)]
+    job.fail(epoch)
+    for node in range(2):
+        job.say(node, state=STOPPED, held=held[node])
+    assert (job.machine.phase, job.order) == (Phase.SAVING, Order.FLUSH)
+    assert job.effects == []
+    job.start()  # a new coordinator goes on with it
+    for node in range(2):
+        job.say(node, state=STOPPED, held=held[node])
+    assert (job.machine.phase, job.order) == (Phase.SAVING, Order.FLUSH)
+    for _ in range(31):
+        job.say()
+        job.tick()
+    (end,) = job.effects
+    assert end.exit_code == 1
+    assert "raised ValueError: bad shape" in end.reason
+    assert "launch.stop_grace_s" in end.reason
+
+
+def test_a_mistake_of_the_scripts_is_not_tried_again() -> None:
+    job, _ = running(max_restarts=3)
+    failure = RankFailure(1, "usage", "Session(counter=…) has no state (train.py, line 4)", 5)
+    job.say(1, failures=(failure,))
+    assert job.effects == [EndJob(2, f"rank 1 (node 1) can't go on: {failure.cause}")]
+
+
+def test_failing_writes_are_told_once_and_then_rarely() -> None:
+    job, epoch = running(flush_ticks=10**6)
+    told: list[str] = []
+    for _ in range(60):
+        job.machine.request_flush()
+        ready = job.machine.ready()
+        flush = next(m.flush for _, m in ready.messages if isinstance(m, Directive))
+        job.say(flush=flush, fence=epoch, refused="the disk is full", write_failed=True)
+        for _ in range(50):
+            job.machine.tick()
+            effects = job.machine.ready().effects
+            told += [e.notice.text for e in effects if isinstance(e, Announce)]
+            job.say()
+    assert 2 <= len([t for t in told if "the disk is full" in t]) <= 4
+    assert "times so far" in told[-1]
 
 
 def test_files_under_another_fence_do_not_count() -> None:

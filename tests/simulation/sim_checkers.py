@@ -27,6 +27,11 @@ class Checkers:
     steps_lost: int = 0
     published: list[tuple[int, VersionId]] = field(default_factory=list)
 
+    @property
+    def newest_published(self) -> VersionId | None:
+        """The newest durable version."""
+        return max((version for _, version in self.published), default=None)
+
     def epoch_granted(self, epoch: int) -> None:
         """A formation of ``epoch`` is asked for."""
         demand(epoch > self.formed, f"epoch {epoch} granted after {self.formed}")

@@ -16,7 +16,7 @@ from sim_checkers import Checkers, Violation, demand
 from sim_memory import restorable
 from sim_network import Network
 from sim_node import Life, SimNode, SimRank
-from sim_schedule import FAULTY_TICKS, Fault, Schedule
+from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 
 from ftrain.checkpoint.protocol.commit import VersionCommit
 from ftrain.comms.driver import Driver
@@ -36,6 +36,8 @@ from ftrain.comms.protocol.node import NodeMember
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
 SETTLE_TICKS_MAX = 900
+# What may keep the end of a run from being durable.
+_TROUBLES = ("disk full", "torn write", "slow disk", "cut", "stall", "clock jump", "write found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ class Cluster:
             max_restarts=self.options.max_restarts,
             lease_ticks=self.options.lease_ticks,
             flush_ticks=100,
+            grace_ticks=400,
             save_at_end=self.options.save_at_end,
         )
         self.coordinator = self.machines.driver(
@@ -307,17 +310,29 @@ class Cluster:
                 f"exit 0, and nobody was to save the last step, at most {last}: {end.reason}",
             )
             return
-        demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
-        if end.exit_code == 75:
-            held = [n.memory for n in self.nodes if n.life.alive]
-            versions = {i.version for m in held for i in m.images.values() if i.sealed}
-            everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
-            lost = max(everywhere, default=None) if len(held) == len(self.nodes) else None
-            saved = max((v for _, v in self.checkers.published), default=None)
+        given_up = self.membership is not None and bool(self.membership.hard.giving_up)
+        unsaved = "every rank is done, but" in end.reason
+        failed = "failures in a row" in end.reason or "can't be formed" in end.reason
+        few = failed and self.options.max_restarts < Options().max_restarts
+        asked = self._stop_asked or given_up or unsaved or few
+        demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
+        # A disk that refuses, a torn write and the like excuse nobody who says that all is saved.
+        excused = unsaved or (given_up and "but the last version could not" in end.reason)
+        if unsaved or excused:
+            demand(any(self.delivered[t] for t in _TROUBLES), f"no need: {end.reason}")
+        if (end.exit_code == 75 or given_up) and not excused:
+            lost, saved = self._held_everywhere(), self.checkers.newest_published
+            worth = lost is not None and (lost.step > 0 or not given_up)
             demand(
-                lost is None or (saved is not None and saved >= lost),
-                f"exit 75 with {saved} saved, but all nodes hold {lost}: {end.reason}",
+                not worth or (saved is not None and lost is not None and saved >= lost),
+                f"exit {end.exit_code} with {saved} saved, but all nodes hold {lost}: {end.reason}",
             )
+
+    def _held_everywhere(self) -> VersionId | None:
+        held = [n.memory for n in self.nodes if n.life.alive]
+        versions = {i.version for m in held for i in m.images.values() if i.sealed}
+        everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
+        return max(everywhere, default=None) if len(held) == len(self.nodes) else None
 
     # ------------------------------------------------------------------ ranks
 
