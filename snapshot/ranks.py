@@ -88,6 +88,7 @@ class RankServer:
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._pausing = False  # nobody can be accepted, and that was told
+        self._told_short = False
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
 
     def listen(self, path: str) -> None:
@@ -146,6 +147,12 @@ class RankServer:
                 short.pop(0)
                 self.on_grown()
         return fresh
+
+    def short(self, rank: int, error: MemoryShortError) -> None:
+        """Slots can't grow: told once. (One that never had any ends its rank, which tells it.)"""
+        if self.store.has_slots(rank) and not self._told_short:
+            self._told_short = True
+            self.on_trouble(f"training goes on without new snapshots: {error}")
 
     def admit(self, session: _RankSession, rank: int) -> None:
         """``session`` speaks for ``rank`` from now on."""
@@ -292,6 +299,7 @@ class _RankSession:
         try:
             fresh = await self._server.grow(self.rank, message.nbytes)
         except MemoryShortError as error:
+            self._server.short(self.rank, error)
             self._refuse(message.request, str(error), short=True)
             return
         finally:

@@ -72,6 +72,10 @@ class SlotStore:
         """The memory of a slot; KeyError when the rank never reserved any."""
         return self._regions[rank, slot]
 
+    def has_slots(self, rank: int) -> bool:
+        """Whether the rank reserved memory before."""
+        return (rank, 0) in self._regions
+
     def plan_growth(self, rank: int, nbytes: int) -> list[tuple[int, int]]:
         """``(slot, bytes so far)`` of each slot that is too small, counted against the budget.
 
@@ -82,7 +86,9 @@ class SlotStore:
             for slot in range(self.custody.slots_per_rank)
         ]
         short = [(slot, size) for slot, size in sizes if size < nbytes]
-        self._budget.take(rank, sum(nbytes - size for _, size in short))
+        ranks = max(1, len(self.custody.local_ranks))
+        all_bytes = nbytes * self.custody.slots_per_rank * ranks
+        self._budget.take(rank, sum(nbytes - size for _, size in short), all_bytes=all_bytes)
         return short
 
     def allocate(self, rank: int, slot: int, nbytes: int) -> int:
@@ -139,7 +145,7 @@ class SlotStore:
 
     def grant(self, rank: int, version: VersionId | None) -> Grant:
         """See :meth:`Custody.grant`; also refused before the rank reserved memory."""
-        if (rank, 0) not in self._regions:
+        if not self.has_slots(rank):
             return Grant(-1, "no memory reserved")
         grant = self.custody.grant(rank, version)
         self._held.pop((rank, grant.slot), None)
