@@ -448,9 +448,9 @@ class Membership:
         if self._hard.durable is not None and self._hard.durable >= self._round.target:
             self._end_saved(self._hard.durable.step)
             return
-        for node in range(self._nodes):
-            absence = self._roster.absence(node)
-            if absence and node not in self._round.answered:
+        waited_for = self._round.answered.union(self._roster.may_return())
+        for node in sorted(set(range(self._nodes)) - waited_for):
+            if absence := self._roster.absence(node):
                 self._end_unsaved(f"step {self._round.target.step} is lost: node {node} {absence}")
                 return
         self._watch_flush()

@@ -435,9 +435,9 @@ def test_a_job_that_is_given_up_saves_first_and_has_a_limit() -> None:
     version = VersionId(epoch, 8)
     job.say(step_max=9, kept_max=9, committed=version)
     held = [(Held(version, n, "d", (), True, 1),) for n in range(2)]
-    job.fail(epoch)
     for node in range(2):
-        job.say(node, state=STOPPED, held=held[node])
+        job.say(node, held=held[node])
+    job.fail(epoch)
     assert (job.machine.phase, job.order) == (Phase.SAVING, Order.FLUSH)
     assert job.effects == []
     job.start()  # a new coordinator goes on with it
@@ -463,17 +463,27 @@ def test_a_mistake_of_the_scripts_is_not_tried_again() -> None:
 def test_failing_writes_are_told_once_and_then_rarely() -> None:
     job, epoch = running(flush_ticks=10**6)
     told: list[str] = []
-    for _ in range(60):
-        job.machine.request_flush()
-        ready = job.machine.ready()
-        flush = next(m.flush for _, m in ready.messages if isinstance(m, Directive))
-        job.say(flush=flush, fence=epoch, refused="the disk is full", write_failed=True)
-        for _ in range(50):
+
+    def say(**changes: Any) -> None:
+        for node in range(2):
+            job.sequence += 1
+            job.reports[node] = replace(job.reports[node], sequence=job.sequence, **changes)
+            job.machine.receive(job.reports[node])
+            ready = job.machine.ready()
+            job.directives.update(ready.messages)  # type: ignore[arg-type]
+            told.extend(e.notice.text for e in ready.effects if isinstance(e, Announce))
+
+    for second in range(150):
+        for _ in range(20):
             job.machine.tick()
-            effects = job.machine.ready().effects
-            told += [e.notice.text for e in effects if isinstance(e, Announce)]
-            job.say()
-    assert 2 <= len([t for t in told if "the disk is full" in t]) <= 4
+            say()
+        if second % 5 == 0:
+            job.machine.request_flush()
+        say()
+        flush = job.directives[0].flush
+        say(flush=flush, fence=epoch, refused="the disk is full", write_failed=True)
+    assert told[0] == "no durable version could be written: node 0: the disk is full"
+    assert 2 <= len(told) <= 4
     assert "times so far" in told[-1]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import launched
 
+from ftrain.comms.process import available_memory_bytes
+
 pytestmark = pytest.mark.slow
 
 TRAIN = """
@@ -40,10 +42,10 @@ def test_a_launch_whose_snapshots_do_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_snapshots_that_outgrow_their_share_are_warned_about_once(tmp_path: Path) -> None:
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) for line in file if "MemAvailable" in line) * 1024
-    weights = 4 * 9 * 8 * 40_000  # without moments: of 2 ranks, 3 slots, half an image each
-    share = 2 * 3 * weights / 9 / 2 * 2 / available
+    # Each of 2 ranks keeps half of the state in each of 3 slots: the weights fit, and with them and
+    # Adam's two moments they do not.
+    weights_bytes = 40_000 * 8 * 4
+    share = 2 * 3 * weights_bytes / available_memory_bytes()
     options = (*TWO, f"snapshot.memory_share_max={share:.9f}")
     with launched(tmp_path, TRAIN.replace("WIDTH", "40_000"), *options) as launch:
         assert launch.wait() == 1, launch.shown

@@ -71,7 +71,6 @@ class Cluster:
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
         self.withdrawn: set[VersionId] = set()
-        self.flush_orders: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
         self.reached = 0  # highest boundary of any rank since the last formation
@@ -215,8 +214,6 @@ class Cluster:
                 # One node hears of the formation late, and on another it fails at once.
                 self.network.late(address, self.now + 40)
                 self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
-        if directive.flush is not None:
-            self.flush_orders.add(directive.flush)
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -304,10 +301,11 @@ class Cluster:
         if end.exit_code == 0:
             done = self.furthest >= self.options.steps_total
             demand(done, f"exit 0 before the last step: {end.reason}")
-            last = max((v.step for v in self.flush_orders), default=-1)
+            last = self.checkers.newest_published
             demand(
-                not self.options.save_at_end or last >= self.options.steps_total,
-                f"exit 0, and nobody was to save the last step, at most {last}: {end.reason}",
+                not self.options.save_at_end
+                or (last is not None and last.step >= self.options.steps_total),
+                f"exit 0, and the last step is not durable, at most {last}: {end.reason}",
             )
             return
         given_up = self.membership is not None and bool(self.membership.hard.giving_up)
@@ -317,15 +315,16 @@ class Cluster:
         asked = self._stop_asked or given_up or unsaved or few
         demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
         # A disk that refuses, a torn write and the like excuse nobody who says that all is saved.
-        excused = unsaved or (given_up and "but the last version could not" in end.reason)
+        lost = "but the last version could not" in end.reason or "is lost: node" in end.reason
+        excused = unsaved or (given_up and lost)
         if unsaved or excused:
             demand(any(self.delivered[t] for t in _TROUBLES), f"no need: {end.reason}")
         if (end.exit_code == 75 or given_up) and not excused:
-            lost, saved = self._held_everywhere(), self.checkers.newest_published
-            worth = lost is not None and (lost.step > 0 or not given_up)
+            held, saved = self._held_everywhere(), self.checkers.newest_published
+            worth = held is not None and (held.step > 0 or not given_up)
             demand(
-                not worth or (saved is not None and lost is not None and saved >= lost),
-                f"exit {end.exit_code} with {saved} saved, but all nodes hold {lost}: {end.reason}",
+                not worth or (saved is not None and held is not None and saved >= held),
+                f"exit {end.exit_code} with {saved} saved, but all nodes hold {held}: {end.reason}",
             )
 
     def _held_everywhere(self) -> VersionId | None:
