@@ -130,8 +130,7 @@ class Agent:
         self._stopped_ns = 0
         self._committed: VersionId | None = None
         self._flush: smp.Flush | None = None  # asked of the manager, and of the next one
-        self._total_steps = 0
-        self._save_step = 0
+        self._total_steps = self._save_step = 0
         self._watch = RankWatch(job.config.detection, node, partial(self._uplink.say, "warning"))
         self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
         self._over: asyncio.Future[int] = self._loop.create_future()

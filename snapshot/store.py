@@ -73,8 +73,9 @@ class SlotStore:
         return self._regions[rank, slot]
 
     def has_slots(self, rank: int) -> bool:
-        """Whether the rank reserved memory before."""
-        return (rank, 0) in self._regions
+        """Whether the rank ever had all the memory that it asked for."""
+        slots = range(self.custody.slots_per_rank)
+        return all((rank, slot) in self._regions for slot in slots)
 
     def plan_growth(self, rank: int, nbytes: int) -> list[tuple[int, int]]:
         """``(slot, bytes so far)`` of each slot that is too small, counted against the budget.
@@ -145,7 +146,7 @@ class SlotStore:
 
     def grant(self, rank: int, version: VersionId | None) -> Grant:
         """See :meth:`Custody.grant`; also refused before the rank reserved memory."""
-        if not self.has_slots(rank):
+        if (rank, 0) not in self._regions:
             return Grant(-1, "no memory reserved")
         grant = self.custody.grant(rank, version)
         self._held.pop((rank, grant.slot), None)

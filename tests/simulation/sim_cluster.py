@@ -317,7 +317,11 @@ class Cluster:
         # A disk that refuses, a torn write and the like excuse nobody who says that all is saved.
         lost = "but the last version could not" in end.reason or "is lost: node" in end.reason
         excused = unsaved or (given_up and lost)
-        if unsaved or excused:
+        world = self.options.nodes * self.options.local_world
+        total = self.options.steps_total
+        sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
+        captured = any(v.step >= total for v in sealed)  # there was a slot for it
+        if captured if unsaved else excused:
             demand(any(self.delivered[t] for t in _TROUBLES), f"no need: {end.reason}")
         if (end.exit_code == 75 or given_up) and not excused:
             held, saved = self._held_everywhere(), self.checkers.newest_published
