@@ -36,7 +36,9 @@ from ftrain.comms.protocol.node import NodeMember
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
 SETTLE_TICKS_MAX = 900
-# What may keep the end of a run from being durable.
+# What a job that is given up may say of a version that is not durable ...
+_EXCUSES = ("could not be saved", "is lost: node", "no node's memory has all")
+# ... if something of this happened. What may keep the end of a run from being durable.
 _TROUBLES = ("disk full", "torn write", "slow disk", "cut", "stall", "clock jump", "write found")
 
 
@@ -314,9 +316,8 @@ class Cluster:
         few = failed and self.options.max_restarts < Options().max_restarts
         asked = self._stop_asked or given_up or unsaved or few
         demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
-        # A disk that refuses, a torn write and the like excuse nobody who says that all is saved.
-        lost = "but the last version could not" in end.reason or "is lost: node" in end.reason
-        excused = unsaved or (given_up and lost)
+        # A disk that refuses, a lost node and the like excuse nobody who says that all is saved.
+        excused = unsaved or (given_up and any(why in end.reason for why in _EXCUSES))
         world = self.options.nodes * self.options.local_world
         total = self.options.steps_total
         sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
