@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 
 from ftrain.comms.protocol.messages import Formation, VersionId
 
+# What a job that is given up may say of a version that is not durable ...
+EXCUSES = ("could not be saved", "is lost: node", "no node's memory has all")
+# ... if something of this happened. What may keep the end of a run from being durable.
+TROUBLES = (
+    "disk full",
+    "torn write",
+    "slow disk",
+    "cut",
+    "stall",
+    "clock jump",
+    "write found",
+    "node dies",
+)
+
 
 class Violation(AssertionError):
     """An invariant is broken."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from sim_checkers import Checkers, Violation, demand
+from sim_checkers import EXCUSES, TROUBLES, Checkers, Violation, demand
 from sim_memory import restorable
 from sim_network import Network
 from sim_node import Life, SimNode, SimRank
@@ -36,10 +36,6 @@ from ftrain.comms.protocol.node import NodeMember
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
 SETTLE_TICKS_MAX = 900
-# What a job that is given up may say of a version that is not durable ...
-_EXCUSES = ("could not be saved", "is lost: node", "no node's memory has all")
-# ... if something of this happened. What may keep the end of a run from being durable.
-_TROUBLES = ("disk full", "torn write", "slow disk", "cut", "stall", "clock jump", "write found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,19 +312,19 @@ class Cluster:
         few = failed and self.options.max_restarts < Options().max_restarts
         asked = self._stop_asked or given_up or unsaved or few
         demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
-        # A disk that refuses, a lost node and the like excuse nobody who says that all is saved.
-        excused = unsaved or (given_up and any(why in end.reason for why in _EXCUSES))
-        world = self.options.nodes * self.options.local_world
-        total = self.options.steps_total
-        sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
-        captured = any(v.step >= total for v in sealed)  # there was a slot for it
-        if captured if unsaved else excused:
-            demand(any(self.delivered[t] for t in _TROUBLES), f"no need: {end.reason}")
-        if (end.exit_code == 75 or given_up) and not excused:
+        trouble = any(self.delivered[kind] for kind in TROUBLES)
+        if unsaved:
+            world, total = self.options.nodes * self.options.local_world, self.options.steps_total
+            sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
+            captured = any(v.step >= total for v in sealed)  # there was a slot for it
+            demand(trouble or not captured, f"no need: {end.reason}")
+        elif end.exit_code == 75 or given_up:
+            # A disk that refuses, a lost node and the like excuse nobody who says all is saved.
+            excused = given_up and trouble and any(why in end.reason for why in EXCUSES)
             held, saved = self._held_everywhere(), self.checkers.newest_published
             worth = held is not None and (held.step > 0 or not given_up)
             demand(
-                not worth or (saved is not None and held is not None and saved >= held),
+                excused or not worth or (saved is not None and held is not None and saved >= held),
                 f"exit {end.exit_code} with {saved} saved, but all nodes hold {held}: {end.reason}",
             )
 
