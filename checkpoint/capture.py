@@ -42,7 +42,7 @@ from ftrain.checkpoint.image import (
     resume_writer,
 )
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
-from ftrain.comms.errors import FtrainError, PeerLostError
+from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
 _COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
@@ -143,7 +143,7 @@ class CaptureEngine:
 
     ``start`` is called at a boundary, ``barrier`` before any write to the captured tensors; both
     from the training thread.  A version that can't be captured is skipped and counted with its
-    reason; training never fails because of it.
+    reason; training fails only if there is no memory for the first one.
     """
 
     def __init__(
@@ -192,7 +192,10 @@ class CaptureEngine:
     ) -> None:
         """Begin to capture ``version``: when this returns, ``small`` is in the image and so is
         every tensor that may change at any time; the others follow behind the step (unless writes
-        outside the optimizer were seen before: then all is copied when this returns)."""
+        outside the optimizer were seen before: then all is copied when this returns).
+
+        Raises MemoryShortError when there is no memory for the first version.
+        """
         with self._lock:
             while self._job is not None:  # the version before was not waited for: no step was made
                 self._lock.wait()
@@ -203,6 +206,11 @@ class CaptureEngine:
             return
         try:
             job = self._begin(version, tensors, small, collectives)
+        except MemoryShortError as error:
+            if self._plan is None:
+                raise  # it never was enough
+            self._skip(str(error), told=True)  # by who has no more, once for all ranks
+            return
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
             return
@@ -398,11 +406,11 @@ class CaptureEngine:
         except PeerLostError as error:
             self._note(f"can't hand in rank {request.rank}'s capture: {error}")
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: str, *, told: bool = False) -> None:
         self._statistics.skipped += 1
         self._statistics.skip_reason = reason
         count = self._statistics.skipped
-        if count == 10 ** (len(str(count)) - 1):  # the 1st, the 10th, the 100th, …
+        if not told and count == 10 ** (len(str(count)) - 1):  # the 1st, the 10th, the 100th, …
             self._note(f"{count} version(s) not captured so far, now because {reason}")
 
     def _look_for_writes(self) -> None:

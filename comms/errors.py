@@ -5,7 +5,7 @@
     FtrainError                    exit code 1; one plain sentence: what, where, what to do
      ├─ UsageError (ValueError)    2   the command line or the call is wrong
      │   ├─ ConfigError            2   a configuration key or value is wrong
-     │   └─ SessionError           1   the training script uses Session wrongly
+     │   └─ SessionError           2   the training script uses Session wrongly
      ├─ RunDirectoryError (OSError) 2  the run directory is unusable, locked or another run's
      ├─ MemoryShortError (MemoryError) 2  the snapshot slots do not fit
      ├─ ProtocolError              1   a message breaks the protocol
@@ -13,7 +13,7 @@
      │   └─ RemoteProtocolError        the peer's fault: garbage, too large, stale
      ├─ AuthenticationError (PermissionError)  2  the job secret does not match
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
-     ├─ StateError (ValueError)    1   training state can't be captured or does not fit
+     ├─ StateError (ValueError)    2   training state can't be captured or does not fit
      │   └─ RestoreError           1   one version can't be put back, another one may be
      └─ CorruptionError (ValueError) 1 bytes do not match their digest
 
@@ -41,8 +41,6 @@ class ConfigError(UsageError):
 
 class SessionError(UsageError):
     """The training script uses :class:`ftrain.Session` wrongly."""
-
-    exit_code = 1
 
 
 class RunDirectoryError(FtrainError, OSError):
@@ -82,9 +80,13 @@ class PeerLostError(FtrainError, ConnectionError):
 class StateError(FtrainError, ValueError):
     """Training state that can't be captured, or does not fit what is restored."""
 
+    exit_code = 2
+
 
 class RestoreError(StateError):
     """A version can't be put back because bytes of it are damaged or gone; an older one may be."""
+
+    exit_code = 1
 
 
 class CorruptionError(FtrainError, ValueError):

@@ -129,8 +129,8 @@ class Agent:
         self._failed_ns = 0  # when the first failure of the epoch was noticed
         self._stopped_ns = 0
         self._committed: VersionId | None = None
-        self._total_steps = 0
-        self._save_step = 0
+        self._flush: smp.Flush | None = None  # asked of the manager, and of the next one
+        self._total_steps = self._save_step = 0
         self._watch = RankWatch(job.config.detection, node, partial(self._uplink.say, "warning"))
         self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
         self._over: asyncio.Future[int] = self._loop.create_future()
@@ -366,7 +366,12 @@ class Agent:
         if progress is None or self._killing:
             return
         self._machine.progress(
-            progress.step, progress.step_max, self._committed, progress.loss, progress.step_s
+            progress.step,
+            progress.step_max,
+            progress.kept_max,
+            self._committed,
+            progress.loss,
+            progress.step_s,
         )
         if progress.total_steps != self._total_steps:
             self._total_steps = progress.total_steps
@@ -459,6 +464,8 @@ class Agent:
         self._machine.smp(address)
         self._machine.held(held)
         self._driver.pump()
+        if self._flush is not None and self._manager is not None:
+            self._manager.post(self._flush)
         if "gone" in self._waits and not self._reaper.strays():
             self._tell_gone(held)
         if "captures" in self._waits:
@@ -470,7 +477,6 @@ class Agent:
         )
         self._write_node_file()
         self._machine.smp("")
-        self._machine.flush_refused(f"the snapshot manager ended: {how}")
         self._driver.pump()
 
     def _from_manager(self, message: Any) -> None:
@@ -485,10 +491,12 @@ class Agent:
             if "gone" in self._waits:
                 self._tell_gone(message.held)
         elif isinstance(message, smp.Flushed):
+            self._flush = None
             self._machine.flushed(message.version)
             self._driver.pump()
         elif isinstance(message, smp.FlushRefused):
-            self._machine.flush_refused(message.reason)
+            self._flush = None
+            self._machine.flush_refused(message.reason, write_failed=message.write_failed)
             self._driver.pump()
         elif isinstance(message, smp.BoundaryCounts):
             if self._machine.epoch == message.version.epoch:
@@ -527,10 +535,9 @@ class Agent:
                 self._machine.flush_refused(lack)
             else:
                 self._machine.flushed(effect.version)
-        elif not self._manager.pid:
-            self._machine.flush_refused("the snapshot manager is being started again")
         else:
-            self._manager.post(smp.Flush(effect.version, effect.fence))
+            self._flush = smp.Flush(effect.version, effect.fence)
+            self._manager.post(self._flush)  # lost while there is none: see _manager_started
 
     # ------------------------------------------------------------------ for others to see
 

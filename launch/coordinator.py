@@ -92,6 +92,7 @@ class Coordinator:
             launch=self._launch,
             resend_ticks=_RESEND_TICKS,
             flush_ticks=round(_FLUSH_S_MAX / TICK_S),
+            grace_ticks=round(config.launch.stop_grace_s / TICK_S),
             save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
         self._driver: Driver[MembershipHard] = Driver(

@@ -185,10 +185,11 @@ class Account:
         """The summary, one figure a row."""
         elapsed_s = max(now_s - self.began_s, 1e-9)
         start_s = (self.running_s or now_s) - self.began_s
+        done = max(0, self.step - self.first_step) if self.running_s else 0
         recompute_s = self.steps_recomputed * self.step_s
         lost_s = min(elapsed_s, start_s + self.restart_s + recompute_s)
         return {
-            "steps": f"{self.step} ({max(0, self.step - self.first_step)} in this launch)",
+            "steps": f"{self.step} ({done} in this launch)",
             "incidents": self.incidents,
             "steps recomputed": self.steps_recomputed,
             "time": f"{elapsed_s:.1f} s",

@@ -23,6 +23,18 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NoReturn
 
+import ftrain
+from ftrain.comms.errors import (
+    MemoryShortError,
+    RestoreError,
+    RunDirectoryError,
+    StateError,
+    UsageError,
+)
+
+_OWN_FILES = os.path.dirname(ftrain.__file__ or "") + os.sep
+# What comes back however often the script is started: nothing but the user can mend it.
+_MISTAKES = (UsageError, StateError, RunDirectoryError, MemoryShortError)
 _BOOTSTRAP_FILES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -55,12 +67,21 @@ def _run_guarded(program: Program, error_file: str) -> int:
         else:
             _run_script(program)
     except SystemExit as ended:
-        return _exit_code(ended)
+        return _exit_code(ended) or _saved(error_file)
     except BaseException as error:  # the root of the process: nothing may get past it
         _linger(error)
         _describe(error, error_file)
         return 1
-    return 0
+    return _saved(error_file)
+
+
+def _saved(error_file: str) -> int:
+    """The exit code of a script that ended well: not 0 if its end is lost."""
+    session = sys.modules.get("ftrain.runtime.session")
+    why = session.unsaved() if session is not None else ""
+    if why:
+        _write_record(error_file, why, "unsaved", "")
+    return 1 if why else 0
 
 
 def _linger(error: BaseException) -> None:
@@ -126,25 +147,38 @@ def _describe(error: BaseException, error_file: str) -> None:
     trimmed = _without_bootstrap(error.__traceback__)
     text = "".join(traceback.format_exception(type(error), error, trimmed))
     head = traceback.format_exception_only(error)[-1].strip()
-    record = {
-        "message": {
-            "message": head,
-            "extraInfo": {
-                "py_callstack": text,
-                "timestamp": str(int(time.time())),
-                "type": f"{type(error).__module__}.{type(error).__qualname__}",
-            },
-        }
-    }
+    kind = "exception"
+    if isinstance(error, RestoreError):
+        kind, head = "restore", str(error)
+    elif isinstance(error, _MISTAKES):
+        kind, head = "usage", f"{error}{_place(trimmed)}"
+    if not _write_record(error_file, head, kind, text):
+        sys.stderr.write(text)  # better twice on the terminal than nowhere
+    if sys.excepthook is not sys.__excepthook__ and not _is_torchs(sys.excepthook):
+        with contextlib.suppress(Exception):  # the user's own hook
+            sys.excepthook(type(error), error, trimmed)
+
+
+def _write_record(error_file: str, head: str, kind: str, text: str) -> bool:
+    extra = {"py_callstack": text, "timestamp": str(int(time.time())), "kind": kind}
+    record = {"message": {"message": head, "extraInfo": extra}}
     try:
         fresh = f"{error_file}.new"
         Path(fresh).write_text(json.dumps(record), encoding="utf-8", errors="replace")
         os.replace(fresh, error_file)
     except OSError:
-        sys.stderr.write(text)  # better twice on the terminal than nowhere
-    if sys.excepthook is not sys.__excepthook__ and not _is_torchs(sys.excepthook):
-        with contextlib.suppress(Exception):  # the user's own hook
-            sys.excepthook(type(error), error, trimmed)
+        return False
+    return True
+
+
+def _place(trace: types.TracebackType | None) -> str:
+    """Where in the user's own files an error of ours came from."""
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(trace)
+        if not frame.filename.startswith(_OWN_FILES) and "<frozen" not in frame.filename
+    ]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def _is_torchs(hook: object) -> bool:
@@ -166,7 +200,7 @@ class RankError:
 
     line: str = ""  # "ValueError: bad shape"
     traceback: str = ""
-    type: str = ""  # qualified name of the exception's class; "" unknown
+    kind: str = "exception"  # of a RankFailure
 
 
 def read_error_file(path: str) -> RankError:
@@ -180,7 +214,7 @@ def read_error_file(path: str) -> RankError:
             return RankError(message, message)
         extra = message["extraInfo"]
         return RankError(
-            str(message["message"]), str(extra["py_callstack"]), str(extra.get("type", ""))
+            str(message["message"]), str(extra["py_callstack"]), str(extra.get("kind", "exception"))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return RankError()

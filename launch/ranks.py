@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.comms.errors import FtrainError, RestoreError
+from ftrain.comms.errors import FtrainError
 from ftrain.comms.job import JobSpec
 from ftrain.comms.process import OomKills, describe_exit, oom_kills
 from ftrain.comms.protocol.effects import FlushVersion
@@ -20,7 +20,6 @@ from ftrain.launch.rank_main import read_error_file
 from ftrain.recovery.node_file import NodeRank
 
 _SECOND_NS = 1_000_000_000
-_RESTORE_ERROR = f"{RestoreError.__module__}.{RestoreError.__qualname__}"
 _TRACEBACK_CHARACTERS_MAX = 12_000
 
 
@@ -52,6 +51,7 @@ class Progress:
 
     step: int
     step_max: int
+    kept_max: int  # highest boundary of which a rank set out to keep the version
     loss: float
     step_s: float  # median
     total_steps: int  # 0 unknown
@@ -166,6 +166,7 @@ class RankGroup:
         return Progress(
             step=min(steps),
             step_max=max(steps),
+            kept_max=max(page[Word.KEPT_STEP] for page in pages),
             loss=pages[0].loss,
             step_s=median_ns / _SECOND_NS,
             total_steps=pages[0][Word.TOTAL_STEPS],
@@ -199,9 +200,7 @@ class RankGroup:
         kind = "signal" if os.WIFSIGNALED(rank.status) else "exit"
         error = read_error_file(rank.seat.error_file)
         if kind == "exit" and error.line:
-            kind, cause = "exception", error.line
-            if error.type == _RESTORE_ERROR:
-                kind, cause = "restore", error.line.removeprefix(f"{error.type}: ")
+            kind, cause = error.kind, error.line
         ooms = oom_kills()
         if cause == "SIGKILL" and (how := ooms.explain(self.ooms)):
             kind, cause = "oom", f"{how} (SIGKILL)"

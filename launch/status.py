@@ -130,7 +130,7 @@ def _rank(agent_pid: int, rank: NodeRank, pid: int) -> RankStatus:
             total_steps=page[Word.TOTAL_STEPS],
             loss=page.loss if page[Word.LOSS_BITS] else None,
             step_s=page[Word.STEP_MEDIAN_NS] / 1e9,
-            snapshot_step=page[Word.CAPTURED_STEP],
+            snapshot_step=page[Word.KEPT_STEP],
         )
     finally:
         page.close()

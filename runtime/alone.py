@@ -174,6 +174,8 @@ class AloneKeeper:
         self._engine: CaptureEngine | None = None
         self._save_asked = False
         self._saved_step = -1
+        self._refusal = ""  # why this rank's part of the newest attempt failed
+        self.unsaved = ""
         self._stopped_step = -1  # where a version was to be written because of a stop
         self._saved_at = time.monotonic()
         self._topology = ""
@@ -230,7 +232,11 @@ class AloneKeeper:
         if not self._config.enabled or step == 0:
             return True
         if self._due(step) or last:
+            self._refusal = ""
             self._write(step, tensors, small, collectives)
+            self.unsaved = ""
+            if last and self._refusal:
+                self.unsaved = f"step {step}, the end of the run, is not durable: {self._refusal}"
         return self._saved_step == step
 
     def barrier(self) -> None:
@@ -305,16 +311,18 @@ class AloneKeeper:
                 on_note=self._note,
             )
         version = VersionId(self.epoch, step)
-        engine.start(version, tensors, small, collectives)
-        engine.barrier(float("inf"))
-        well = self._slots.held is not None and self._slots.image is not None
+        well = False
         try:
+            engine.start(version, tensors, small, collectives)
+            engine.barrier(float("inf"))
+            well = self._slots.held is not None and self._slots.image is not None
             if well:
                 assert self._slots.image is not None
                 self._store.write_image(
                     self._fence, version, self._environment.rank, self._slots.image
                 )
         except FtrainError as error:
+            self._refusal = str(error)
             self._note(f"step {step} was not saved: {error}")
             well = False
         if self._agreement.everyone(well):
@@ -330,6 +338,7 @@ class AloneKeeper:
             )
             self._store.sweep(KeepLast(self._config.keep_last), self._run_id)
         except FtrainError as error:
+            self._refusal = str(error)
             self._note(f"step {version.step} was not published: {error}")
             return False
         return True

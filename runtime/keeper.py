@@ -37,6 +37,7 @@ class Keeper(Protocol):
     events_bytes_max: int
     resumed: bool
     stop_asked: bool  # by a signal to this process
+    unsaved: str  # why the run's last version is not durable, if this rank knows
     needs_others: bool  # all ranks together have to keep a version
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None: ...
@@ -71,6 +72,7 @@ class SnapshotKeeper:
 
     stop_asked = False  # signals go to the agent, and its wishes come through the telemetry page
     needs_others = False
+    unsaved = ""  # the coordinator sees to that
 
     def __init__(self, environment: RankEnvironment, context: RankContext, note: Note) -> None:
         self._context = context
@@ -89,13 +91,16 @@ class SnapshotKeeper:
             tuple(range(first, first + environment.local_world_size)),
         )
         self._topology = ""
-        self._client = SnapshotClient(
-            context.smp_socket,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            epoch=context.epoch,
-            node=context.node,
-        )
+        try:
+            self._client = SnapshotClient(
+                context.smp_socket,
+                rank=environment.rank,
+                world_size=environment.world_size,
+                epoch=context.epoch,
+                node=context.node,
+            )
+        except StateError as error:  # this rank's time is over: no mistake of the script
+            raise PeerLostError(str(error)) from None
         self._engine = CaptureEngine(
             self._client,
             self._identity,

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +29,8 @@ from ftrain.runtime.records import StepRecords, plain
 from ftrain.runtime.state import TrainingState
 
 _current: weakref.ref[Session] | None = None
-_UNSTEPPED_WARNING = 3  # boundaries without any optimizer.step before we say so
+_unsaved = ""  # why the end of the run is not durable; may outlive the Session
+_UNSTEPPED_WARNING = 100  # boundaries without any optimizer.step before we say so
 
 
 class Session:
@@ -108,6 +108,7 @@ class Session:
         self._step = 0
         self._stepped = False  # an optimizer was stepped since the last boundary
         self._optimizer_steps = 0
+        self._steps_done = 0  # by this process
         self._iterating = False
         # The newest version, while the keeper has not taken it: (step, tensors, small, collectives)
         self._pending: tuple[int, tuple[StateTensor, ...], bytes, int] | None = None
@@ -156,8 +157,10 @@ class Session:
                 began = self._begin_step()
                 yield self._step, batch
                 self._boundary(began)
+            if self._steps_done == self._step < _UNSTEPPED_WARNING:
+                self._doubt()
             self._keep_last()
-            self._keeper.finish()
+            self._finish()
             self._phase(Phase.FINISHED)
         except GeneratorExit:
             self._leave()
@@ -232,6 +235,7 @@ class Session:
                 module.require_backward_grad_sync = True
             self._skipping = False
         self._step += 1
+        self._steps_done += 1
         if self._bucket_orders is None and self._stepped:
             self._bucket_orders = [ddp.settle_buckets(m) for m in self._ddp_modules()]
         collectives = collectives_enqueued()
@@ -250,11 +254,21 @@ class Session:
                 loss = plain(self._logged["loss"])
                 self._page.loss = float(loss) if isinstance(loss, int | float) else 0.0
         self._logged = {}
-        if self._optimizer_steps == 0 and self._step == _UNSTEPPED_WARNING:
-            warnings.warn(
-                f"{self._step} steps went by and no registered optimizer was stepped: nothing was "
-                "captured; give Session the optimizer whose step() the script calls",
-                stacklevel=3,
+        if self._steps_done == _UNSTEPPED_WARNING:
+            self._doubt()
+
+    def _finish(self) -> None:
+        global _unsaved
+        self._keeper.finish()
+        _unsaved = self._keeper.unsaved
+
+    def _doubt(self) -> None:
+        """Say so when the script does not seem to step what it registered."""
+        if self._optimizer_steps == 0 and self._steps_done and self._environment.rank == 0:
+            self._note(
+                f"{self._steps_done} steps went by and no registered optimizer was stepped: "
+                "nothing of them was captured; give Session the optimizer whose step() the script "
+                "calls"
             )
 
     def _capture(self, collectives: int = -1) -> None:
@@ -268,6 +282,7 @@ class Session:
         }
         self._pending = (self._step, layout.tensors, encode_tree(small), collectives)
         if self._keeper.capture(*self._pending, last=self._finished):
+            self._set(Word.KEPT_STEP, self._step)
             self._pending = None
 
     def _keep_last(self, *, in_step: bool = False) -> None:
@@ -281,6 +296,7 @@ class Session:
         untouched = not in_step and pending[0] == self._step
         if untouched or all(tensor.changes is Changes.IN_STEP for tensor in pending[1]):
             self._keeper.capture(*pending, last=True)
+            self._set(Word.KEPT_STEP, pending[0])
 
     def _leave(self) -> None:
         """The loop was left in the body of a step, which does not count: what counts is the
@@ -290,7 +306,7 @@ class Session:
             return
         if not self._keeper.needs_others:  # who may not have left
             self._keep_last(in_step=True)
-        self._keeper.finish()
+        self._finish()
 
     @property
     def _finished(self) -> bool:
@@ -312,7 +328,7 @@ class Session:
         page[Word.HELD_AT] = 0
         if page[Word.STOP_AT] == self._step + 1:
             self._keep_last()
-            self._keeper.finish()
+            self._finish()
             self._phase(Phase.STOPPED)
             raise SystemExit(0)
         self._phase(Phase.BOUNDARY)
@@ -338,6 +354,7 @@ class Session:
                             "next step's sums may differ in their last bits"
                         )
         self._set(Word.STEP, self._step)
+        self._set(Word.KEPT_STEP, self._step)
         self._set(Word.RESTORED_NS, time.monotonic_ns())
 
     def _ddp_modules(self) -> list[Any]:
@@ -390,7 +407,7 @@ class Session:
             self._page.set_phase(phase, time.monotonic_ns())
 
     def _note(self, text: str) -> None:
-        warnings.warn(f"ftrain: {text}", RuntimeWarning, stacklevel=2)
+        sys.stderr.write(f"ftrain: {text}\n")
 
 
 def _claim(session: Session) -> None:
@@ -431,6 +448,11 @@ def linger(error: BaseException | None, wait_s: float = 5.0) -> None:
     session._keeper.drain()
     if error is not None and peer_failed(error):
         time.sleep(wait_s)  # ends with our SIGKILL: the agent knows of the peer already
+
+
+def unsaved() -> str:
+    """Why the end of the run is not durable, if that is known here; "" otherwise."""
+    return _unsaved
 
 
 def peer_failed(error: BaseException) -> bool:

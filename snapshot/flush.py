@@ -155,10 +155,12 @@ class Flusher:
                 raise StateError(f"step {version.step} was withdrawn")
             answer = Flushed(flush.version, version, flush.fence, tuple(files))
         except (FtrainError, OSError) as error:
-            answer = FlushRefused(flush.version, flush.fence, str(error))
+            answer = FlushRefused(flush.version, flush.fence, str(error), write_failed=True)
         except Exception as error:  # a bug: this version is lost, the later ones need not be
             why = f"{type(error).__name__}: {error}"
-            answer = FlushRefused(flush.version, flush.fence, f"writing it failed with {why}")
+            answer = FlushRefused(
+                flush.version, flush.fence, f"writing it failed with {why}", write_failed=True
+            )
             self._trouble(f"step {version.step} could not be written to the durable level: {why}")
         finally:
             self._store.custody.unpin(places_of(images))

@@ -16,6 +16,7 @@ from ftrain.comms.process import available_memory_bytes
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; mmap.mmap(..., MAP_POPULATE) would hold the GIL
 _GIB = 1 << 30
+_MIB = 1 << 20
 _PAGE_BYTES = mmap.PAGESIZE
 _BLOCK_BYTES = 512  # unit of st_blocks
 
@@ -53,7 +54,7 @@ def allocate(fd: int, nbytes: int) -> None:
     # Asked first, because the kernel would rather kill some process than say that it has no more.
     free = available_memory_bytes()
     missing = nbytes - os.fstat(fd).st_blocks * _BLOCK_BYTES
-    why = f"{free / _GIB:.2f} GiB are free"
+    why = f"{in_words(free)} are free"
     if missing < free:
         try:
             os.posix_fallocate(fd, 0, nbytes)
@@ -62,9 +63,14 @@ def allocate(fd: int, nbytes: int) -> None:
         else:
             return
     raise MemoryShortError(
-        f"no {nbytes / _GIB:.2f} GiB of memory for a snapshot slot ({why}): "
-        "lower snapshot.slots or free memory on this host"
+        f"no {in_words(nbytes)} of memory for a snapshot slot ({why}): lower snapshot.slots, "
+        "free memory on this host, or switch snapshots off with snapshot=off"
     )
+
+
+def in_words(nbytes: int) -> str:
+    """A size for people: MiB below one GiB."""
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / _MIB:.4g} MiB"
 
 
 def map_fd(fd: int, nbytes: int, *, writable: bool = True) -> memoryview:
@@ -98,8 +104,11 @@ class Budget:
         self._taken_bytes = taken_bytes
         self._available_bytes = available_memory_bytes() + taken_bytes
 
-    def take(self, rank: int, nbytes: int) -> None:
-        """Count ``nbytes`` more for ``rank``'s slots; MemoryShortError when that is too much."""
+    def take(self, rank: int, nbytes: int, *, all_bytes: int = 0) -> None:
+        """Count ``nbytes`` more for ``rank``'s slots; MemoryShortError when that is too much.
+
+        ``all_bytes`` is what the slots of every rank of the node will take if they are alike.
+        """
         if nbytes <= 0:
             return  # what is taken already is never too much, whatever memory is left now
         limit = int(self._available_bytes * self._share_max)
@@ -107,11 +116,12 @@ class Budget:
         free = available_memory_bytes()
         if total > limit or nbytes > free:
             raise MemoryShortError(
-                f"rank {rank}'s {self._slots} snapshot slots need {nbytes / _GIB:.2f} GiB more, "
-                f"{total / _GIB:.2f} GiB on this node in all, but only {limit / _GIB:.2f} GiB may "
-                f"be used (snapshot.memory_share_max={self._share_max:g} of "
-                f"{self._available_bytes / _GIB:.2f} GiB) and {free / _GIB:.2f} GiB are free: "
-                "lower snapshot.slots, raise snapshot.memory_share_max, or use fewer ranks"
+                f"rank {rank}'s {self._slots} snapshot slots need {in_words(nbytes)} more, those "
+                f"of all ranks of this node {in_words(max(total, all_bytes))}, but only "
+                f"{in_words(limit)} may be used (snapshot.memory_share_max={self._share_max:g} of "
+                f"{in_words(self._available_bytes)}) and {in_words(free)} are free: lower "
+                "snapshot.slots, raise snapshot.memory_share_max, use fewer ranks, or switch "
+                "snapshots off with snapshot=off"
             )
         self._taken_bytes = total
 

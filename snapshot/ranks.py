@@ -90,6 +90,7 @@ class RankServer:
         self._listener: socket.socket | None = None
         self._pausing = False  # nobody can be accepted, and that was told
         self.patient = True  # a rank may wait for other nodes; once, until they are heard again
+        self._told_short = False
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
 
     def listen(self, path: str) -> None:
@@ -154,6 +155,12 @@ class RankServer:
                 short.pop(0)
                 self.on_grown()
         return fresh
+
+    def short(self, rank: int, error: MemoryShortError) -> None:
+        """Slots can't grow: told once. (One that never had any ends its rank, which tells it.)"""
+        if self.store.has_slots(rank) and not self._told_short:
+            self._told_short = True
+            self.on_trouble(f"training goes on without new snapshots: {error}")
 
     def admit(self, session: _RankSession, rank: int) -> None:
         """``session`` speaks for ``rank`` from now on."""
@@ -303,6 +310,7 @@ class _RankSession:
         try:
             fresh = await self._server.grow(self.rank, message.nbytes)
         except MemoryShortError as error:
+            self._server.short(self.rank, error)
             self._refuse(message.request, str(error), short=True)
             return
         finally:

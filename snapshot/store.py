@@ -72,6 +72,11 @@ class SlotStore:
         """The memory of a slot; KeyError when the rank never reserved any."""
         return self._regions[rank, slot]
 
+    def has_slots(self, rank: int) -> bool:
+        """Whether the rank ever had all the memory that it asked for."""
+        slots = range(self.custody.slots_per_rank)
+        return all((rank, slot) in self._regions for slot in slots)
+
     def plan_growth(self, rank: int, nbytes: int) -> list[tuple[int, int]]:
         """``(slot, bytes so far)`` of each slot that is too small, counted against the budget.
 
@@ -82,7 +87,9 @@ class SlotStore:
             for slot in range(self.custody.slots_per_rank)
         ]
         short = [(slot, size) for slot, size in sizes if size < nbytes]
-        self._budget.take(rank, sum(nbytes - size for _, size in short))
+        ranks = max(1, len(self.custody.local_ranks))
+        all_bytes = nbytes * self.custody.slots_per_rank * ranks
+        self._budget.take(rank, sum(nbytes - size for _, size in short), all_bytes=all_bytes)
         return short
 
     def allocate(self, rank: int, slot: int, nbytes: int) -> int:

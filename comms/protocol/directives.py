@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.messages import Directive, Formation, NodeReport, NodeState, Order
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.transitions import Phase
 
 AT_REST = (NodeState.IDLE, NodeState.STOPPED)
 _FOLLOWED_PACE = 10  # a directive that is followed is said again this much more rarely
@@ -38,6 +41,29 @@ class Outbox:
             self._sent[node] = (report.incarnation, directive)
             self._ticks_ago[node] = 0
             yield node
+
+
+def directive_of(
+    phase: Phase,
+    hard: MembershipHard,
+    reports: Sequence[NodeReport],
+    flush: FlushRound | None,
+    reason: str,
+) -> Directive:
+    """What every node is to do while the coordinator is in ``phase``."""
+    if phase is Phase.FINISHED:
+        return Directive(hard.epoch, Order.FINISH, exit_code=hard.ended, reason=reason)
+    if phase in (Phase.GATHERING, Phase.STOPPING):
+        newest = max((r.epoch for r in reports), default=0)
+        return Directive(max(hard.epoch, newest), Order.STOP, reason=reason)
+    if phase is Phase.PAUSING:
+        order = Order.PAUSE if hard.stop_step < 0 else Order.STOP_AT
+        return Directive(hard.epoch, order, stop_step=hard.stop_step, reason=reason)
+    if phase in (Phase.SAVING, Phase.RUNNING) and flush is not None:
+        return Directive(hard.epoch, Order.FLUSH, flush=flush.target, fence=flush.fence)
+    if phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
+        return Directive(hard.epoch, Order.RUN, with_addresses(hard.formation, reports))
+    return Directive(hard.epoch, Order.WAIT, reason=reason)
 
 
 def followed(report: NodeReport, directive: Directive, *, flush_answered: bool) -> bool:

@@ -24,6 +24,7 @@ class FlushRound:
         self.age_ticks = 0
         self._tally = Tally(nodes)
         self._refusals: dict[int, str] = {}
+        self.write_failed = False  # a node could not write: more than that the version was passed
         self._prepared: set[int] = set()
 
     def hear(self, report: NodeReport) -> None:
@@ -32,6 +33,7 @@ class FlushRound:
             return
         if report.refused:
             self._refusals[report.node] = report.refused
+            self.write_failed = self.write_failed or report.write_failed
         for version in report.prepared:
             if version >= self.target:
                 self._tally.vote(report.node, version)
@@ -45,6 +47,12 @@ class FlushRound:
     def prepared(self) -> VersionId | None:
         """The newest version that all nodes prepared."""
         return self._tally.newest()
+
+    def silence(self) -> str:
+        """That nodes did not answer for very long, in words."""
+        silent = sorted(self._tally.members - self.answered)
+        nodes = ", ".join(f"node {node}" for node in silent)
+        return f"{nodes} did not write step {self.target.step} in time"
 
     def failure(self) -> str:
         """Why no version can come of this round, in words; empty while one still may."""

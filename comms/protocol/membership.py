@@ -12,7 +12,9 @@ One replica group of a fixed number of nodes.  Theory of operation:
 * A version is published under the epoch as its **fence**, and no newer epoch is granted before the
   publication is answered.  So no manifest appears under a fence that has passed.
 * A failure with no newly committed version since the last formation counts as the same failure
-  coming back; more than ``max_restarts`` of those in a row end the job.
+  coming back; more than ``max_restarts`` of those in a row end the job.  So does a mistake in the
+  script that no restart can mend.  Either way what the nodes' memory holds is saved first, as at a
+  graceful stop, within ``grace_ticks``.
 
 Only :meth:`Membership._enter` changes the phase, along ``TRANSITIONS``.
 """
@@ -22,11 +24,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ftrain.comms.errors import LocalProtocolError
-from ftrain.comms.protocol.directives import AT_REST, Outbox, with_addresses
+from ftrain.comms.protocol.directives import AT_REST, Outbox, directive_of
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
 from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.messages import (
-    Directive,
     Formation,
     NodeGone,
     NodePlace,
@@ -46,8 +47,10 @@ from ftrain.comms.protocol.records import (
     begin_incident,
     close_incident,
     count_failure,
+    failures_in_words,
 )
-from ftrain.comms.protocol.roster import Roster, Trouble
+from ftrain.comms.protocol.roster import Roster, Trouble, places_of
+from ftrain.comms.protocol.saving import FailedWrites, newest_everywhere, saved_end, unsaved_end
 from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
 
 __all__ = ["TRANSITIONS", "Event", "Membership", "MembershipHard", "Phase"]
@@ -80,6 +83,7 @@ class Membership:
         resend_ticks: int = 3,
         flush_ticks: int = 3000,
         flush_margin: int = 2,
+        grace_ticks: int = 600,
         save_at_end: bool = False,
     ) -> None:
         self._nodes = nodes
@@ -87,6 +91,7 @@ class Membership:
         self._resend_ticks = resend_ticks
         self._flush_ticks = flush_ticks
         self._flush_margin = flush_margin
+        self._grace_ticks = grace_ticks
         self._save_at_end = save_at_end
         self._roster = Roster(nodes, lease_ticks)
         self._hard = MembershipHard.of_launch(hard, launch)
@@ -97,6 +102,9 @@ class Membership:
         self._reason = ""
         self._committed: VersionId | None = None
         self._reached = 0  # highest boundary of any rank since the last formation
+        self._kept = 0  # ... of which a rank set out to keep the version
+        self._failed_writes = FailedWrites()
+        self._refusal = ""  # why the newest attempt to get a version durable failed
         self._round: FlushRound | None = None
         self._flush_tries = 0
         self._save_tries = 0
@@ -140,6 +148,11 @@ class Membership:
         if self._round is not None:
             self._round.age_ticks += 1
         self._outbox.tick()
+        self._failed_writes.tick()
+        if self._hard.giving_up and self._phase is not Phase.FINISHED:
+            self._grace_ticks -= 1
+            if self._grace_ticks < 0:
+                self._end_unsaved("what memory holds could not be saved within launch.stop_grace_s")
         self._advance()
 
     def receive(self, message: object) -> None:
@@ -159,7 +172,7 @@ class Membership:
         if formation is None:
             self._hard = count_failure(self._hard, self._committed, f"no formation: {why}")
             if self._hard.failures_in_row > self._max_restarts:
-                self._end(EXIT_FAILED, f"the group can't be formed: {why}")
+                self._give_up(Event.NOT_FORMED, EXIT_FAILED, f"the group can't be formed: {why}")
             else:
                 self._wait_ticks = self._resend_ticks
                 self._enter(Event.NOT_FORMED, f"the group can't be formed yet: {why}")
@@ -172,7 +185,7 @@ class Membership:
                 formations=self._hard.formations + 1,
                 incident=self._hard.incident and self._hard.incident.rewound(self._reached, step),
             )
-            self._reached = step
+            self._reached = self._kept = step
             self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
         self._advance()
 
@@ -191,8 +204,8 @@ class Membership:
     def publish_failed(self, why: str) -> None:
         """Answer to :class:`Publish`: it could not be done, and nothing appeared."""
         self._publishing = None
-        self._say("warning", f"a durable version could not be published: {why}", {})
-        self._retry_flush(f"it could not be published: {why}")
+        self._tell_failed(why)
+        self._retry_flush(why)
         self._advance()
 
     def request_flush(self) -> None:
@@ -220,6 +233,7 @@ class Membership:
             self._committed = max(report.committed, self._committed or report.committed)
         if report.epoch == self._hard.epoch:
             self._reached = max(self._reached, report.step_max)
+            self._kept = max(self._kept, report.kept_max)
         if self._round is not None:
             self._round.hear(report)
         if report.signals and not self._hard.stop_cause:
@@ -288,7 +302,7 @@ class Membership:
         trouble = self._trouble(started=False)
         reports = self._roster.reports()
         here = [r for r in reports if r.epoch == self._hard.epoch]
-        if trouble:
+        if trouble or self._hard.giving_up:
             self._break(trouble)
         elif len(here) == self._nodes and all(r.state in _RUNS for r in here):
             self._enter(Event.ALL_RUN, "every node runs on; the coordinator is new")
@@ -300,7 +314,7 @@ class Membership:
 
     def _gathering(self) -> None:
         """No rank is alive; wait for all nodes, then grant the next epoch."""
-        if self._hard.stop_cause:
+        if self._hard.stop_cause or self._hard.giving_up:
             self._save_from_memory()
             return
         absences = [(n, self._roster.absence(n)) for n in range(self._nodes)]
@@ -314,14 +328,8 @@ class Membership:
 
     def _grant(self) -> None:
         reports = self._roster.present()
-        places, first_rank = [], 0
-        for r in reports:
-            places.append(
-                NodePlace(r.node, r.incarnation, first_rank, r.local_world, r.host, r.smp_address)
-            )
-            first_rank += r.local_world
         epoch = max(self._hard.epoch, *(r.epoch for r in reports)) + 1
-        self._places = tuple(places)
+        self._places = places_of(reports)
         self._hard = replace(
             self._hard, epoch=epoch, formation=None, base=self._committed, stop_step=-1
         )
@@ -373,24 +381,32 @@ class Membership:
         """
         durable = self._hard.durable
         # What is committed may not have been heard of yet: ranks can end right behind a capture.
-        behind = self._reached > (0 if durable is None else durable.step)
-        if not self._save_at_end or not behind or self._end_tries >= _FLUSH_TRIES:
+        target = VersionId(self._hard.epoch, self._kept)
+        if not self._save_at_end or self._kept <= (0 if durable is None else durable.step):
             self._end(0, "every rank is done")
-        elif self._round is None and self._publishing is None:
-            last = VersionId(self._hard.epoch, self._reached)
-            self._aim_at(
-                last if self._end_tries == 0 or self._committed is None else self._committed
-            )
-            self._end_tries += 1
-        else:
+        elif self._round is not None or self._publishing is not None:
             self._watch_flush()
+        else:
+            if self._end_tries and self._committed is not None:
+                target = self._committed  # the last one can't be had: what there is instead
+            saved = durable is not None and durable >= target
+            if saved or self._end_tries >= _SAVE_TRIES:
+                self._end(EXIT_FAILED, unsaved_end(self._kept, durable, self._refusal))
+                return
+            self._aim_at(target)
+            self._end_tries += 1
 
     def _stopping(self) -> None:
         """Every present node ends its ranks; only then may anything new begin."""
         if self._places and self._hard.incident is not None:
-            losses = self._trouble(started=False).losses()
-            if losses:
+            trouble = self._trouble(started=False)
+            if trouble.losses():
+                losses = trouble.losses()
                 self._hard = begin_incident(self._hard, losses, self._places, self._reached)
+            mistakes = trouble.mistakes()
+            if mistakes and not (self._hard.stop_cause or self._hard.giving_up):
+                self._give_up(None, mistakes.exit_code, mistakes.words(self._places))
+                return
         if self._at_rest():
             self._enter(Event.ALL_STOPPED, "no rank is alive")
 
@@ -430,15 +446,12 @@ class Membership:
         if self._round is None or self._publishing is not None:
             return
         if self._hard.durable is not None and self._hard.durable >= self._round.target:
-            step = self._hard.durable.step
-            self._end(EXIT_SAVED, f"stopped ({self._hard.stop_cause}) with step {step} saved")
+            self._end_saved(self._hard.durable.step)
             return
-        for node in range(self._nodes):
-            absence = self._roster.absence(node)
-            if absence and node not in self._round.answered:
-                self._end(
-                    EXIT_FAILED, f"step {self._round.target.step} is lost: node {node} {absence}"
-                )
+        waited_for = self._round.answered.union(self._roster.may_return())
+        for node in sorted(set(range(self._nodes)) - waited_for):
+            if absence := self._roster.absence(node):
+                self._end_unsaved(f"step {self._round.target.step} is lost: node {node} {absence}")
                 return
         self._watch_flush()
 
@@ -455,18 +468,24 @@ class Membership:
         if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
             hard = count_failure(hard, self._committed, trouble.nature())
         self._hard = begin_incident(hard, trouble, self._places, self._reached)
-        if hard.failures_in_row > self._max_restarts and not hard.stop_cause:
-            self._end(
-                EXIT_FAILED,
-                f"{words}: {self._hard.failures_in_row} failures in a row{self._same()}",
-            )
+        mistakes = trouble.mistakes()
+        if hard.stop_cause or hard.giving_up:
+            self._enter(Event.BROKEN, hard.giving_up or words)
+        elif mistakes:
+            self._give_up(Event.BROKEN, mistakes.exit_code, mistakes.words(self._places))
+        elif hard.failures_in_row > self._max_restarts:
+            self._give_up(Event.BROKEN, EXIT_FAILED, f"{words}: {failures_in_words(hard)}")
         else:
             self._enter(Event.BROKEN, words)
 
-    def _same(self) -> str:
-        same = self._hard.same_in_row
-        said = " with no new version in between"
-        return f"{said}, {same} of them the very same" if same > 1 else said
+    def _give_up(self, event: Event | None, exit_code: int, reason: str) -> None:
+        """No restart helps: the job ends with ``exit_code`` once what memory holds is durable."""
+        if not self._save_at_end:
+            self._end(exit_code, reason)
+            return
+        self._hard = replace(self._hard, giving_up=reason, give_up_code=exit_code)
+        if event is not None:
+            self._enter(event, reason)
 
     def _close_incident(self) -> None:
         if self._hard.incident is None or self._hard.formation is None:
@@ -496,18 +515,26 @@ class Membership:
             if self._phase is not Phase.SAVING:
                 self._round = None
             return
-        failure = self._round.failure()
+        failure, failed = self._round.failure(), self._round.write_failed
         if not failure and self._round.age_ticks > self._flush_ticks:
-            failure = f"no answer in {self._flush_ticks} ticks"
+            failure, failed = self._round.silence(), True
         if failure:
+            if failed:
+                self._tell_failed(failure)
             self._retry_flush(failure)
+
+    def _tell_failed(self, why: str) -> None:
+        text = self._failed_writes.warning(why)
+        if text:
+            self._say("warning", text, {})
 
     def _retry_flush(self, why: str) -> None:
         margin = self._round.margin if self._round is not None else self._flush_margin
+        self._refusal = why
         if self._phase is Phase.SAVING:
             self._save_tries += 1
             if self._save_tries >= _SAVE_TRIES:
-                self._end(EXIT_FAILED, f"the last version could not be saved: {why}")
+                self._end_unsaved(f"the last version could not be saved: {why}")
             else:
                 self._enter(Event.REFUSED, f"the last version could not be saved yet: {why}")
             return
@@ -518,10 +545,10 @@ class Membership:
         if self._flush_tries < _FLUSH_TRIES:
             self._aim(max(1, 2 * margin))
         else:
-            self._say("warning", f"no durable version could be written: {why}", {})
+            self._tell_failed(why)
 
     def _save_from_memory(self) -> None:
-        """A stop was asked for and no rank is alive: save the newest version all nodes hold."""
+        """The job is to end and no rank is alive: save the newest version all nodes hold."""
         silent = self._roster.may_return()
         if self._hard.formations:  # something ran: a node that has not reported may hold it
             silent += self._roster.unheard()
@@ -529,70 +556,45 @@ class Membership:
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
         if self._publishing is not None or silent or not self._at_rest():
             return
-        durable, stopped = self._hard.durable, f"stopped ({self._hard.stop_cause})"
-        newest = _newest_everywhere(self._roster.present(), self._nodes)
+        durable, giving_up = self._hard.durable, self._hard.giving_up
+        newest = newest_everywhere(self._roster.present(), self._nodes)
         known = max((v for v in (newest, self._committed) if v is not None), default=None)
+        # Else something of this launch can be on a node that this process has not heard of.
+        all_heard = not self._hard.formations or len(self._roster.reports()) == self._nodes
+        if giving_up and newest is not None and newest.step == 0:
+            newest = known = None  # nothing was trained
         if newest is not None and (durable is None or newest > durable):
-            self._enter(Event.STOP_ASKED, f"saving step {newest.step}, the newest all nodes hold")
+            event = Event.GIVEN_UP if giving_up else Event.STOP_ASKED
+            self._enter(event, f"saving step {newest.step}, the newest all nodes hold")
             self._aim_at(newest)
         elif durable is not None and (
             durable >= known if known is not None else durable.step >= self._reached
         ):
-            self._end(EXIT_SAVED, f"{stopped}: step {durable.step} was saved before")
-        elif known is None and self._reached == 0 and self._all_heard():
-            self._end(EXIT_SAVED, f"{stopped} with nothing to save")
+            self._end_saved(durable.step, before=True)
+        elif known is None and self._reached == 0 and all_heard:
+            code = self._hard.give_up_code if giving_up else EXIT_SAVED
+            stopped = f"stopped ({self._hard.stop_cause}) with nothing to save"
+            self._end(code, giving_up or stopped)
         else:
-            self._end(EXIT_FAILED, f"{stopped}, but no node's memory has all of a version to save")
+            self._end_unsaved("no node's memory has all of a version to save")
 
-    def _all_heard(self) -> bool:
-        """Whether nothing of this launch can be on a node that this process has not heard of."""
-        return not self._hard.formations or len(self._roster.reports()) == self._nodes
+    def _end_saved(self, step: int, *, before: bool = False) -> None:
+        code = self._hard.give_up_code if self._hard.giving_up else EXIT_SAVED
+        self._end(code, saved_end(self._hard, step, before=before))
+
+    def _end_unsaved(self, why: str) -> None:
+        stopped = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
+        code = self._hard.give_up_code if self._hard.giving_up else EXIT_FAILED
+        self._end(code, f"{stopped}, but {why}")
 
     # ------------------------------------------------------------------ directives
 
-    def _directive(self) -> Directive:
-        hard = self._hard
-        if self._phase is Phase.FINISHED:
-            return Directive(hard.epoch, Order.FINISH, exit_code=hard.ended, reason=self._reason)
-        if self._phase in (Phase.GATHERING, Phase.STOPPING):
-            newest = max((r.epoch for r in self._roster.reports()), default=0)
-            return Directive(max(hard.epoch, newest), Order.STOP, reason=self._reason)
-        if self._phase is Phase.PAUSING:
-            order = Order.PAUSE if hard.stop_step < 0 else Order.STOP_AT
-            return Directive(hard.epoch, order, stop_step=hard.stop_step, reason=self._reason)
-        if self._phase in (Phase.SAVING, Phase.RUNNING) and self._round is not None:
-            return Directive(
-                hard.epoch, Order.FLUSH, flush=self._round.target, fence=self._round.fence
-            )
-        if self._phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
-            formation = with_addresses(hard.formation, self._roster.reports())
-            return Directive(hard.epoch, Order.RUN, formation)
-        return Directive(hard.epoch, Order.WAIT, reason=self._reason)
-
     def _direct(self) -> None:
         """Send each node its directive when it is new, and again until it is followed."""
-        directive = self._directive()
+        reports = self._roster.reports()
+        directive = directive_of(self._phase, self._hard, reports, self._round, self._reason)
         if directive.order is Order.WAIT:
             return
-        reports = self._roster.reports()
         answered = self._round.answered if self._round is not None else set()
         for node in self._outbox.due(reports, directive, flush_answered=answered):
             self._messages.append((node, directive))
-
-
-def _newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId | None:
-    """The newest version of which every node holds the images of all its ranks."""
-    if not reports or len(reports) < nodes:
-        return None
-    versions = {h.version for h in reports[0].held}
-    return max((v for v in versions if _is_everywhere(reports, v)), default=None)
-
-
-def _is_everywhere(reports: tuple[NodeReport, ...], version: VersionId) -> bool:
-    whole = [[h for h in r.held if h.whole and h.version == version] for r in reports]
-    # Ranks that joined different collectives do not belong together.
-    collectives = {h.collectives for held in whole for h in held if h.collectives >= 0}
-    return len(collectives) <= 1 and all(
-        len({h.rank for h in held}) >= report.local_world
-        for held, report in zip(whole, reports, strict=True)
-    )

@@ -72,7 +72,9 @@ class RankFailure:
     """A rank that ended, hung or broke."""
 
     rank: int  # global rank
-    kind: str  # signal | exit | exception | restore | oom | stopped | gil | desync | stall | fork
+    # signal | exit | exception | usage | unsaved | restore | oom | stopped | gil | desync | stall
+    # | fork
+    kind: str
     cause: str  # plain words: "SIGKILL", "exit code 3", "ValueError: bad shape"
     noticed_ns: int  # CLOCK_MONOTONIC on that node
     traceback: str = ""  # of the user's script, for kind=exception
@@ -108,6 +110,7 @@ class NodeReport:
     phases: Phases = Phases()
     step: int = 0  # lowest boundary reached by a local rank in `epoch`
     step_max: int = 0  # highest boundary reached by a local rank in `epoch`
+    kept_max: int = 0  # highest boundary of which a local rank set out to keep the version
     committed: VersionId | None = None  # newest version committed in memory, as the SMP knows it
     pausing: bool = False  # every local rank was told to hold before `boundaries` was read
     boundaries: tuple[int, ...] = ()  # per local rank: the boundary it holds at, or will reach next
@@ -119,6 +122,7 @@ class NodeReport:
     signals: tuple[str, ...] = ()  # SIGTERM, SIGUSR1, … that this agent received
     flush: VersionId | None = None  # the flush order that `prepared` or `refused` answers
     fence: int = 0  # fence under which `prepared` was written
+    write_failed: bool = False  # with `refused`: writing failed, there was something to write
 
 
 @dataclass(frozen=True, slots=True)

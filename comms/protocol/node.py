@@ -142,6 +142,7 @@ _NOTHING_YET: Mapping[str, object] = MappingProxyType(
         "phases": Phases(),
         "step": 0,
         "step_max": 0,
+        "kept_max": 0,
         "pausing": False,
         "boundaries": (),
         "stopped_at": -1,
@@ -280,7 +281,7 @@ class NodeMember:
         step = 0 if version is None else version.step
         self._tell(epoch=self._epoch, **_NOTHING_YET)
         # What the epoch before left is known; of many ranks it would be most of each report.
-        self._tell(step=step, step_max=step, held=())
+        self._tell(step=step, step_max=step, kept_max=step, held=())
         self._effects.append(ForkRanks(wanted.formation))
         self._enter(Event.RUN)
 
@@ -393,12 +394,19 @@ class NodeMember:
             self._tell_now(pausing=True, boundaries=tuple(boundaries))
 
     def progress(
-        self, step: int, step_max: int, committed: VersionId | None, loss: float, step_s: float
+        self,
+        step: int,
+        step_max: int,
+        kept_max: int,
+        committed: VersionId | None,
+        loss: float,
+        step_s: float,
     ) -> None:
-        """How far the ranks are: lowest and highest boundary reached, newest committed version."""
+        """How far the ranks are: lowest and highest boundary reached, highest one whose version is
+        to be kept, newest committed version."""
         self._tell(committed=committed)
         if self._phase not in _AT_REST:  # else they are of ranks that are gone
-            self._tell(step=step, step_max=step_max, loss=loss, step_s=step_s)
+            self._tell(step=step, step_max=step_max, kept_max=kept_max, loss=loss, step_s=step_s)
 
     def smp(self, address: str) -> None:
         """The snapshot manager's data address; empty while it is down."""
@@ -438,16 +446,28 @@ class NodeMember:
             prepared = (*(v for v in earlier if v != version), version)[-_PREPARED_KEPT:]
             self._answer_flush(target, fence, prepared, "")
 
-    def flush_refused(self, why: str) -> None:
-        """Nothing was written: passed over, not there, disk full, …"""
+    def flush_refused(self, why: str, *, write_failed: bool = False) -> None:
+        """Nothing was written: passed over, not there, or (``write_failed``) a full disk, …"""
         if self._flushing is not None:
             target, fence = self._flushing
             earlier = self._report.prepared if fence == self._report.fence else ()
-            self._answer_flush(target, fence, earlier, why)
+            self._answer_flush(target, fence, earlier, why, write_failed=write_failed)
 
     def _answer_flush(
-        self, target: VersionId, fence: int, prepared: tuple[VersionId, ...], refused: str
+        self,
+        target: VersionId,
+        fence: int,
+        prepared: tuple[VersionId, ...],
+        refused: str,
+        *,
+        write_failed: bool = False,
     ) -> None:
         self._flushing = None
-        self._tell_now(flush=target, fence=fence, prepared=prepared, refused=refused)
+        self._tell_now(
+            flush=target,
+            fence=fence,
+            prepared=prepared,
+            refused=refused,
+            write_failed=write_failed,
+        )
         self._next_flush()

@@ -55,6 +55,8 @@ class MembershipHard:
     last_cause: str = ""
     counted_epoch: int = 0  # the failure that ended this epoch is counted
     stop_cause: str = ""  # a graceful stop was asked for
+    giving_up: str = ""  # no restart helps, and why: what memory holds is being saved
+    give_up_code: int = EXIT_FAILED  # the exit code then
     stop_step: int = -1  # the boundary that ranks of `epoch` end at
     incident: OpenIncident | None = None
     ended: int = -1  # exit code, once the job is over
@@ -91,6 +93,13 @@ def count_failure(hard: MembershipHard, committed: VersionId | None, cause: str)
         last_cause=cause,
         counted_epoch=hard.epoch,
     )
+
+
+def failures_in_words(hard: MembershipHard) -> str:
+    """How often it failed since something was achieved."""
+    row, same = hard.failures_in_row, hard.same_in_row
+    said = f"{row} failures in a row with no new version in between"
+    return f"{said}, {same} of them the very same" if same > 1 else said
 
 
 def begin_incident(

@@ -44,6 +44,16 @@ class Trouble:
         """Without nodes that merely do what a stopping group is told to."""
         return replace(self, nodes=tuple((n, why) for n, why in self.nodes if "lost" in why))
 
+    def mistakes(self) -> Trouble:
+        """Only what comes again however often the ranks are started: what the script does wrongly,
+        and an end that no disk took."""
+        return Trouble(tuple(f for f in self.failures if f.kind in ("usage", "unsaved")))
+
+    @property
+    def exit_code(self) -> int:
+        """Of a job that ends because of :meth:`mistakes`."""
+        return 2 if any(f.kind == "usage" for f in self.failures) else 1
+
     def joined(self, later: Trouble) -> Trouble:
         """With what became known since: each failure once, of each node the newest word."""
         failures = tuple(f for f in later.failures if f not in self.failures)
@@ -78,7 +88,21 @@ def is_consequence(failure: RankFailure) -> bool:
 def _verb(failure: RankFailure) -> str:
     if failure.kind in ("signal", "exit", "oom"):
         return "died:"
+    if failure.kind in ("usage", "unsaved"):
+        return "can't go on:" if failure.kind == "usage" else "ended:"
     return "raised" if failure.kind == "exception" else "failed:"
+
+
+def places_of(reports: Iterable[NodeReport]) -> tuple[NodePlace, ...]:
+    """Every node's place in a formation of all of them, by node."""
+    places: list[NodePlace] = []
+    first_rank = 0
+    for r in reports:
+        places.append(
+            NodePlace(r.node, r.incarnation, first_rank, r.local_world, r.host, r.smp_address)
+        )
+        first_rank += r.local_world
+    return tuple(places)
 
 
 def ranks_to_nodes(places: Iterable[NodePlace]) -> dict[int, int]:

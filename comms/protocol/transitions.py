@@ -32,6 +32,7 @@ class Event(StrEnum):
     FORMED = "the formation is made"
     NOT_FORMED = "the formation can't be made"
     STOP_ASKED = "a graceful stop is asked for"
+    GIVEN_UP = "no restart helps"
     ALL_ENDED = "every rank ended by itself"
     ENDED = "all ranks ended at the agreed boundary"
     REFUSED = "the last version can't be saved"
@@ -49,6 +50,7 @@ TRANSITIONS: Mapping[Phase, Mapping[Event, Phase]] = MappingProxyType(
         Phase.GATHERING: {
             Event.COMPLETE: Phase.FORMING,
             Event.STOP_ASKED: Phase.SAVING,
+            Event.GIVEN_UP: Phase.SAVING,
             Event.OVER: Phase.FINISHED,
         },
         Phase.FORMING: {

@@ -208,6 +208,7 @@ class FlushRefused:
     asked: VersionId
     fence: int
     reason: str
+    write_failed: bool = False  # there was something to write
 
 
 # ---------------------------------------------------------------- rank -> manager

@@ -216,7 +216,7 @@ def test_answers_to_the_past_are_dropped(node: Node) -> None:
 
 def test_progress_waits_for_the_tick_and_news_does_not(node: Node) -> None:
     node.running()
-    node.member.progress(4, 5, VersionId(1, 3), 0.5, 0.1)
+    node.member.progress(4, 5, 5, VersionId(1, 3), 0.5, 0.1)
     assert node.member.ready().messages == ()
     node.member.tick()
     ((address, report),) = node.member.ready().messages

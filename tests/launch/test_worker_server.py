@@ -125,7 +125,7 @@ def test_uncaught_exception_is_described_in_the_error_file_only(
     (rank,) = run(server, place, script)
     assert rank.wait() == 1
     error = rank_main.read_error_file(rank.error_file)
-    assert (error.line, error.type) == ("ValueError: bad shape", "builtins.ValueError")
+    assert (error.line, error.kind) == ("ValueError: bad shape", "exception")
     assert (
         error.traceback.splitlines()[1].strip() == f'File "{place}/train.py", line 5, in <module>'
     )

@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 
 from ftrain.comms.protocol.messages import Formation, VersionId
 
+# What a job that is given up may say of a version that is not durable ...
+EXCUSES = ("could not be saved", "is lost: node", "no node's memory has all")
+# ... if something of this happened. What may keep the end of a run from being durable.
+TROUBLES = (
+    "disk full",
+    "torn write",
+    "slow disk",
+    "cut",
+    "stall",
+    "clock jump",
+    "write found",
+    "node dies",
+)
+
 
 class Violation(AssertionError):
     """An invariant is broken."""
@@ -26,6 +40,11 @@ class Checkers:
     formations: dict[int, tuple[object, ...]] = field(default_factory=dict)
     steps_lost: int = 0
     published: list[tuple[int, VersionId]] = field(default_factory=list)
+
+    @property
+    def newest_published(self) -> VersionId | None:
+        """The newest durable version."""
+        return max((version for _, version in self.published), default=None)
 
     def epoch_granted(self, epoch: int) -> None:
         """A formation of ``epoch`` is asked for."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from sim_checkers import Checkers, Violation, demand
+from sim_checkers import EXCUSES, TROUBLES, Checkers, Violation, demand
 from sim_memory import restorable
 from sim_network import Network
 from sim_node import Life, SimNode, SimRank
-from sim_schedule import FAULTY_TICKS, Fault, Schedule
+from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 
 from ftrain.checkpoint.protocol.commit import VersionCommit
 from ftrain.comms.driver import Driver
@@ -69,7 +69,6 @@ class Cluster:
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
         self.withdrawn: set[VersionId] = set()
-        self.flush_orders: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
         self.reached = 0  # highest boundary of any rank since the last formation
@@ -166,6 +165,7 @@ class Cluster:
             max_restarts=self.options.max_restarts,
             lease_ticks=self.options.lease_ticks,
             flush_ticks=100,
+            grace_ticks=400,
             save_at_end=self.options.save_at_end,
         )
         self.coordinator = self.machines.driver(
@@ -212,8 +212,6 @@ class Cluster:
                 # One node hears of the formation late, and on another it fails at once.
                 self.network.late(address, self.now + 40)
                 self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
-        if directive.flush is not None:
-            self.flush_orders.add(directive.flush)
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -301,23 +299,40 @@ class Cluster:
         if end.exit_code == 0:
             done = self.furthest >= self.options.steps_total
             demand(done, f"exit 0 before the last step: {end.reason}")
-            last = max((v.step for v in self.flush_orders), default=-1)
+            last = self.checkers.newest_published
             demand(
-                not self.options.save_at_end or last >= self.options.steps_total,
-                f"exit 0, and nobody was to save the last step, at most {last}: {end.reason}",
+                not self.options.save_at_end
+                or (last is not None and last.step >= self.options.steps_total),
+                f"exit 0, and the last step is not durable, at most {last}: {end.reason}",
             )
             return
-        demand(self._stop_asked, f"exit {end.exit_code} unasked: {end.reason}")
-        if end.exit_code == 75:
-            held = [n.memory for n in self.nodes if n.life.alive]
-            versions = {i.version for m in held for i in m.images.values() if i.sealed}
-            everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
-            lost = max(everywhere, default=None) if len(held) == len(self.nodes) else None
-            saved = max((v for _, v in self.checkers.published), default=None)
+        given_up = self.membership is not None and bool(self.membership.hard.giving_up)
+        unsaved = "every rank is done, but" in end.reason
+        failed = "failures in a row" in end.reason or "can't be formed" in end.reason
+        few = failed and self.options.max_restarts < Options().max_restarts
+        asked = self._stop_asked or given_up or unsaved or few
+        demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
+        trouble = any(self.delivered[kind] for kind in TROUBLES)
+        if unsaved:
+            world, total = self.options.nodes * self.options.local_world, self.options.steps_total
+            sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
+            captured = any(v.step >= total for v in sealed)  # there was a slot for it
+            demand(trouble or not captured, f"no need: {end.reason}")
+        elif end.exit_code == 75 or given_up:
+            # A disk that refuses, a lost node and the like excuse nobody who says all is saved.
+            excused = given_up and trouble and any(why in end.reason for why in EXCUSES)
+            held, saved = self._held_everywhere(), self.checkers.newest_published
+            worth = held is not None and (held.step > 0 or not given_up)
             demand(
-                lost is None or (saved is not None and saved >= lost),
-                f"exit 75 with {saved} saved, but all nodes hold {lost}: {end.reason}",
+                excused or not worth or (saved is not None and held is not None and saved >= held),
+                f"exit {end.exit_code} with {saved} saved, but all nodes hold {held}: {end.reason}",
             )
+
+    def _held_everywhere(self) -> VersionId | None:
+        held = [n.memory for n in self.nodes if n.life.alive]
+        versions = {i.version for m in held for i in m.images.values() if i.sealed}
+        everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
+        return max(everywhere, default=None) if len(held) == len(self.nodes) else None
 
     # ------------------------------------------------------------------ ranks
 

@@ -199,6 +199,21 @@ class EndsUnsaved(Membership):
             super()._enter(event, reason)
 
 
+class GivesUpUnsaved(Membership):
+    """A job that fails again and again ends as it stands, whatever memory holds."""
+
+    def _give_up(self, event: Event | None, exit_code: int, reason: str) -> None:
+        self._hard = replace(self._hard, giving_up=reason)
+        self._end(exit_code, reason)
+
+
+class CallsItDone(Membership):
+    """A run whose end could not be saved is called done."""
+
+    def _end(self, exit_code: int, reason: str) -> None:
+        super()._end(0 if "every rank is done" in reason else exit_code, reason)
+
+
 class SavesWhatItHeardOf(Membership):
     """The last version is saved only if some node has said by then that one is committed."""
 
@@ -356,6 +371,8 @@ MUTANTS = (
     _of("directive not resent", membership=OrdersOnce),
     _of("stop at lowest boundary", membership=StopsAtTheLowestBoundary),
     _of("late stop ends unsaved", membership=EndsUnsaved),
+    _of("given up unsaved", membership=GivesUpUnsaved),
+    _of("unsaved end called done", membership=CallsItDone),
     _of("end saved only if heard of", membership=SavesWhatItHeardOf),
     _of("flush under old fence counts", membership=CountsOldFiles),
     _of("publish on majority", membership=PublishesOnMajority),

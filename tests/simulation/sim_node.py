@@ -205,7 +205,8 @@ class SimNode:
         boundaries = [r.boundary for r in ranks]
         if all(b >= 0 for b in boundaries):
             newest = self.commit.newest
-            self.member.progress(min(boundaries), max(boundaries), newest, 0.0, 0.0)
+            furthest = max(boundaries)
+            self.member.progress(min(boundaries), furthest, furthest, newest, 0.0, 0.0)
         restored = self.formation.restore.version if self.formation else None
         began = restored.step if restored else 0
         if all(b > began for b in boundaries):
@@ -366,9 +367,9 @@ class SimNode:
         self.flush = None
         if self.cluster.now < self.disk_full_until:
             self.cluster.delivered["disk full"] += 1
-            self.member.flush_refused("disk full")
+            self.member.flush_refused("disk full", write_failed=True)
         elif self.cluster.take("torn_write", self.number):
-            self._work(lambda: self.member.flush_refused("input/output error"))
+            self._work(lambda: self.member.flush_refused("torn", write_failed=True))
         else:
             self._work(lambda: self._written(order.fence, version))
 

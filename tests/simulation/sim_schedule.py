@@ -131,4 +131,5 @@ def draw(seed: int) -> Schedule:
             )
         )
     options = replace(options, evaluate_ticks=rng.choice((0, 40, 120)))
+    options = replace(options, max_restarts=rng.choice((10**6,) * 8 + (2, 0)))
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))

@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sim_checkers import Violation
 from sim_cluster import Cluster, Machines, simulate
-from sim_mutants import restores_withdrawn
+from sim_mutants import GivesUpUnsaved, restores_withdrawn
 from sim_schedule import Fault, Options, Schedule, draw
 from sim_shrink import failure, shrink
 
@@ -223,14 +222,41 @@ def test_one_death_is_one_incident() -> None:
 def test_a_failure_that_comes_back_ends_the_job() -> None:
     faults = tuple(Fault(20 + i, "rank_raises") for i in range(100))
     schedule = quiet(*faults, max_restarts=2)
-    with pytest.raises(Violation, match=r"exit 1 unasked: .*3 failures in a row.*very same"):
-        simulate(schedule)
+    cluster = simulate(schedule)
+    assert cluster.exit_code == 1
+    assert cluster.membership is not None
+    assert "3 failures in a row" in cluster.membership.hard.end_reason
+
+
+@pytest.mark.parametrize("point", ["", "now", "before_persist", "after_persist", "mid_send"])
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_what_a_job_that_is_given_up_had_in_memory_is_durable(nodes: int, point: str) -> None:
+    faults = [Fault(70, "rank_raises")]
+    if point:
+        faults.append(Fault(70, "coordinator_dies", ticks=20, detail=point))
+    cluster = simulate(quiet(*faults, max_restarts=0, save_at_end=True, nodes=nodes))
+    assert cluster.exit_code == 1
+    assert cluster.membership is not None
+    assert "; step" in cluster.membership.hard.end_reason
+    newest = cluster.checkers.newest_published
+    assert newest is not None
+    assert newest.step >= cluster.furthest - 2
+
+
+def test_an_end_that_no_disk_takes_is_no_success() -> None:
+    faults = (Fault(1, "disk_full", node=1, ticks=400),)
+    cluster = simulate(quiet(*faults, steps_total=20, save_at_end=True))
+    assert cluster.exit_code == 1
+    assert cluster.checkers.published == []
+    assert cluster.membership is not None
+    assert "the end of the run, step 20, is not durable" in cluster.membership.hard.end_reason
 
 
 def test_shrinking_keeps_what_matters() -> None:
     faults = [Fault(20 + i, "rank_raises") for i in range(60)]
     faults += [Fault(5 * i, "clock_jump", ticks=1) for i in range(20)]
-    schedule = quiet(*sorted(faults, key=lambda f: f.at), max_restarts=0)
-    shrunk = shrink(schedule)
+    schedule = quiet(*sorted(faults, key=lambda f: f.at), max_restarts=0, save_at_end=True)
+    mutant = Machines(membership=GivesUpUnsaved)
+    shrunk = shrink(schedule, mutant)
     assert [f.kind for f in shrunk.faults] == ["rank_raises"]
-    assert "failures in a row" in failure(shrunk)
+    assert "failures in a row" in failure(shrunk, mutant)

@@ -1,0 +1,65 @@
+"""What can be saved of a job that ends, and when to say that something could not be."""
+
+from __future__ import annotations
+
+from ftrain.comms.protocol.messages import NodeReport, VersionId
+from ftrain.comms.protocol.records import MembershipHard
+
+_WARNING_TICKS = 1200  # between two warnings that a durable version failed
+
+
+class FailedWrites:
+    """Durable versions that failed: the first is told, then one now and then, with their number."""
+
+    def __init__(self) -> None:
+        self._failed = 0
+        self._quiet_ticks = 0
+
+    def tick(self) -> None:
+        """One unit of logical time has passed."""
+        self._quiet_ticks = max(0, self._quiet_ticks - 1)
+
+    def warning(self, why: str) -> str:
+        """Count one more; what is to be told of it, or ""."""
+        self._failed += 1
+        if self._quiet_ticks:
+            return ""
+        self._quiet_ticks = _WARNING_TICKS
+        count = f" ({self._failed} times so far)" if self._failed > 1 else ""
+        return f"no durable version could be written{count}: {why}"
+
+
+def unsaved_end(step: int, durable: VersionId | None, why: str) -> str:
+    """How a run ended whose last version is not durable."""
+    found = f"the newest durable version is step {durable.step}" if durable else "none is durable"
+    return (
+        f"every rank is done, but the end of the run, step {step}, is not durable ({found}): "
+        f"{why or 'it was not captured'}; the same command does again what is missing"
+    )
+
+
+def saved_end(hard: MembershipHard, step: int, *, before: bool) -> str:
+    """How a job ended that was stopped or given up, with ``step`` durable."""
+    if hard.giving_up:
+        return f"{hard.giving_up}; step {step} is saved: run again once that is mended"
+    if before:
+        return f"stopped ({hard.stop_cause}): step {step} was saved before"
+    return f"stopped ({hard.stop_cause}) with step {step} saved"
+
+
+def newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId | None:
+    """The newest version of which every node holds the images of all its ranks."""
+    if not reports or len(reports) < nodes:
+        return None
+    versions = {h.version for h in reports[0].held}
+    return max((v for v in versions if _is_everywhere(reports, v)), default=None)
+
+
+def _is_everywhere(reports: tuple[NodeReport, ...], version: VersionId) -> bool:
+    whole = [[h for h in r.held if h.whole and h.version == version] for r in reports]
+    # Ranks that joined different collectives do not belong together.
+    collectives = {h.collectives for held in whole for h in held if h.collectives >= 0}
+    return len(collectives) <= 1 and all(
+        len({h.rank for h in held}) >= report.local_world
+        for held, report in zip(whole, reports, strict=True)
+    )
