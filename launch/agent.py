@@ -1,8 +1,8 @@
 """A node's agent: starts the node's processes, watches them, and does what the coordinator wants.
 
-``python -m ftrain.launch.agent --job J --node N --incarnation I``, started by the front.  All
-decisions are those of :class:`NodeMember`; this is its engine.  Everything below the agent ends
-with it: its death is the node's death.
+``python -m ftrain.launch.agent --job J --node N --incarnation I --pulse-fd P``, started by the
+front, who wants answers on P.  All decisions are those of :class:`NodeMember`; this is its engine.
+Everything below the agent ends with it: its death is the node's death.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from ftrain.launch.contract import (
 from ftrain.launch.helper import HelperProcess
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
+from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
@@ -555,6 +556,7 @@ def main() -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--pulse-fd", type=int, required=True)
     options = parser.parse_args()
     try:
         job = read_job(options.job)
@@ -562,7 +564,9 @@ def main() -> int:
         allow_many_descriptors()
 
         async def serve() -> int:
-            return await Agent(job, options.node, options.incarnation).run()
+            agent = Agent(job, options.node, options.incarnation)
+            answer_pulse(options.pulse_fd)
+            return await agent.run()
 
         return asyncio.run(serve())
     except FtrainError as error:

@@ -1,8 +1,8 @@
 """The coordinator's process: one per job, a sibling of the agents, started again when it dies.
 
-``python -m ftrain.launch.coordinator --job J --listen-fd N``: N is the front's listening socket, so
-that a new coordinator is reached at the same address.  All decisions are those of
-:class:`Membership`; this is its engine.
+``python -m ftrain.launch.coordinator --job J --listen-fd N --pulse-fd P``: N is the front's
+listening socket, so that a new coordinator is reached at the same address, and P is where the front
+wants answers.  All decisions are those of :class:`Membership`; this is its engine.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from ftrain.comms.protocol.messages import (
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.launch.incidents import Account, Tracebacks, make_record
 from ftrain.launch.joining import difference, join_request, leave_mark
+from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
@@ -462,6 +463,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ftrain.launch.coordinator")
     parser.add_argument("--job", required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--pulse-fd", type=int, required=True)
     options = parser.parse_args()
     listener = socket.socket(fileno=options.listen_fd)
     try:
@@ -469,7 +471,9 @@ def main() -> int:
         die_with_parent(job.front_pid)
 
         async def coordinate() -> None:
-            await Coordinator(job, Path(options.job)).run(listener)
+            coordinator = Coordinator(job, Path(options.job))
+            answer_pulse(options.pulse_fd)
+            await coordinator.run(listener)
 
         asyncio.run(coordinate())
     except (FtrainError, OSError) as error:

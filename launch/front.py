@@ -25,6 +25,7 @@ from ftrain.comms.protocol.messages import JoinAnswer, NodeGone, Notice, StopReq
 from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
 from ftrain.launch.joining import find_mark, join_request
+from ftrain.launch.pulse import PERIOD_S, Pulse
 from ftrain.launch.run_directory import RunDirectory
 from ftrain.recovery.hold import is_held
 
@@ -118,6 +119,7 @@ class Front:
             self._start_coordinator()
             self._start_nodes()
         self._spawn(self._follow_coordinator())
+        self._spawn(self._replace_silent())
         try:
             code = await self._exit_code
             if code != FORCED:
@@ -178,6 +180,7 @@ class Front:
             ["--job", str(self._job_path), "--listen-fd", str(fd)],
             self._coordinator_ended,
             pass_fds=[fd],
+            pulse=Pulse(self._job.config.detection.node_lease_s),
         )
 
     def _coordinator_ended(self, child: Child) -> None:
@@ -221,6 +224,7 @@ class Front:
             ended,
             stdout=self._out,
             stderr=self._err,
+            pulse=Pulse(self._job.config.detection.node_lease_s),
         )
         self._agents[node] = _Agent(node, incarnation, child, quick_ends)
 
@@ -234,7 +238,8 @@ class Front:
 
     def _replace_agent(self, agent: _Agent) -> None:
         child = agent.child
-        self._tell(NodeGone(agent.node, agent.incarnation, child.ended))
+        cause = f"its agent {child.lost}" if child.lost else child.ended
+        self._tell(NodeGone(agent.node, agent.incarnation, cause))
         quick = child.age_s < _QUICK_S and child.popen.returncode > 0
         quick_ends = agent.quick_ends + 1 if quick else 0
         if quick_ends >= _QUICK_ENDS_MAX:
@@ -259,6 +264,15 @@ class Front:
         elif all(other.child.ended for other in self._agents.values()):
             await asyncio.sleep(_GRACE_AFTER_END_S)  # the coordinator may be restarting
             self._end(max(a.child.popen.returncode for a in self._agents.values()))
+
+    async def _replace_silent(self) -> None:
+        """What lives and does nothing is as lost as what died, and replaced in the same way."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            for child in self._children.kill_silent():
+                self._console.line(
+                    f"ftrain: the {child.name} {child.lost}: it is being replaced", "warning"
+                )
 
     def _start_injector(self) -> None:
         self._children.start(
