@@ -184,10 +184,11 @@ class Agent:
             self._over.set_result(code)
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """A callback failed: a bug. What is known here may be wrong; the next agent takes over."""
-        loop.default_exception_handler(context)
+        """A callback failed. What is known here may be wrong; the next agent takes over."""
+        error = context.get("exception")
+        if not isinstance(error, FtrainError | OSError):  # those are said in a sentence
+            loop.default_exception_handler(context)
         if not self._over.done():
-            error = context.get("exception")
             self._over.set_exception(error or RuntimeError(context["message"]))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
@@ -572,6 +573,9 @@ def main() -> int:
     except FtrainError as error:
         print(f"ftrain: node {options.node}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"ftrain: node {options.node}: the agent can't work: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ftrain.launch.console import Console
 from ftrain.launch.options import LaunchRequest, parse_launch
 from ftrain.launch.own_process import in_own_process
 from ftrain.launch.resolve import resolve, to_yaml
-from ftrain.launch.run_directory import RunDirectory, open_run_directory
+from ftrain.launch.run_directory import RunDirectory, check_log_directory, open_run_directory
 from ftrain.launch.script import Script, check_script
 from ftrain.recovery.faults import check_schedule
 
@@ -69,6 +69,7 @@ def launch(tokens: Sequence[str]) -> int:
         )
         secret = secret or secrets.token_hex(32)
         job = _job(request, script, config, directory, secret, listener)
+        check_log_directory(Path(job.config.launch.log_dir))
         return in_own_process(lambda: asyncio.run(_run(job, directory, listener, notes)))
     finally:
         if listener is not None:

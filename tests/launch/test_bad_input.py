@@ -144,6 +144,13 @@ def test_read_only_run_directory(refused: Refused, folder: Path) -> None:
     assert "--run-dir" in sentence
 
 
+def test_log_directory_that_can_not_be_made(refused: Refused) -> None:
+    sentence = refused("launch", "--log-dir", "train.py/x", "train.py")
+    assert "train.py/x can't be written (Not a directory): choose another with --log-dir" in (
+        sentence
+    )
+
+
 def test_run_directory_is_a_file(refused: Refused) -> None:
     assert "can't be written" in refused("launch", "--run-dir", "train.py/x", "train.py")
 
