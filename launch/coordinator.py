@@ -43,7 +43,7 @@ from ftrain.comms.protocol.messages import (
     VersionId,
 )
 from ftrain.comms.protocol.roster import ranks_to_nodes
-from ftrain.launch.incidents import Account, Tracebacks, make_record
+from ftrain.launch.incidents import Account, FailedStarts, Tracebacks, make_record
 from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.state import HardStore
@@ -107,6 +107,7 @@ class Coordinator:
         self._watchers: list[Channel] = []
         self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
         self._tracebacks = Tracebacks()
+        self._failed_starts = FailedStarts(config.launch.max_restarts)
         self._total_steps = 0
         self._disk_refuses = False
         self._phase = self._machine.phase
@@ -167,6 +168,7 @@ class Coordinator:
 
     def _input(self, call: Callable[..., None], *arguments: object) -> None:
         """Every input of the machine goes through here."""
+        self._failed_starts.begin(self._machine.hard, self._machine.phase)
         try:
             call(*arguments)
             self._driver.pump()
@@ -174,13 +176,23 @@ class Coordinator:
             if not self._failed.done():
                 self._failed.set_exception(error)
             return
+        self._follow_failures()
         if self._machine.phase is not self._phase:
             self._follow_phase()
 
+    def _follow_failures(self) -> None:
+        hard, phase = self._machine.hard, self._machine.phase
+        if hard.incident is not None and self._heard_ns == 0:
+            self._heard_ns = time.monotonic_ns()
+        text = self._failed_starts.end(hard, phase)
+        if text:
+            self._account.failed_starts += 1
+            self._events.write("failed_start", launch=self._launch, text=text, data={})
+            if phase is not Phase.FINISHED:  # the end says what it was
+                self._show(Notice("warning", text, {}))
+
     def _follow_phase(self) -> None:
         before, self._phase = self._phase, self._machine.phase
-        if self._phase is Phase.STOPPING and self._heard_ns == 0:
-            self._heard_ns = time.monotonic_ns()
         if self._phase is not Phase.RUNNING or before is Phase.RECOVERING:
             return
         self._stores.retire()
@@ -435,7 +447,12 @@ class Coordinator:
         for report in self._machine.reports:
             self._show_tracebacks(report.epoch)
             self._account.step = max(self._account.step, report.step_max)
-        rows = self._account.rows(time.time())
+        self._follow_failures()
+        hard = self._machine.hard
+        if hard.incident is not None:  # it ended with the job
+            lost_s = (time.monotonic_ns() - self._heard_ns) / 1e9
+            self._account.count(lost_s, hard.incident.recomputed)
+        rows = self._account.rows(time.time(), max(0, hard.formations - 1))
         failed = effect.exit_code not in (0, 75)
         again = "; the same command goes on from there" if effect.exit_code == 75 else ""
         text = f"ftrain: {effect.reason}{again}"

@@ -171,7 +171,11 @@ class _LaunchParser:
         option("--master-port", metavar="PORT", help="with --master-addr: like --rdzv-endpoint")
         option("--local-addr", metavar="HOST", help="where other nodes reach this one")
         option("--standalone", action="store_true", help="one node, no endpoint (the default)")
-        option("--max-restarts", metavar="N", help="restarts in a row without progress (3)")
+        option(
+            "--max-restarts",
+            metavar="N",
+            help="restarts in a row without a new version (3); the next failure ends the run",
+        )
         option("--log-dir", metavar="DIR", help="logs of the ranks (<run dir>/logs)")
         option("-r", "--redirects", metavar="STD", help="0 none, 1 stdout, 2 stderr, 3 both, 0:1,…")
         option("-t", "--tee", metavar="STD", help="as --redirects, and to the terminal as well (3)")

@@ -15,7 +15,7 @@ from ftrain.launch.console import summary_text
 from ftrain.launch.run_directory import read_run_record
 
 _PHASES = ("stopped", "forked", "script", "formed", "restored", "stepped")
-_TOLD = ("warning", "error")
+_TOLD = ("warning", "error", "failed_start")
 
 
 @dataclass(slots=True)

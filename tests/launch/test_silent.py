@@ -110,7 +110,9 @@ def test_a_stopped_agent_is_replaced(tmp_path: Path) -> None:
     with launched(tmp_path, STEPS, LEASE, "checkpoint.durable_every_s=1") as launch:
         wait_for(lambda: "is durable" in launch.shown)
         os.kill(launch.pid_of("ftrain.launch.agent"), signal.SIGSTOP)
-        wait_for(lambda: "Restarted from the durable version of step" in launch.shown)
+        restarted = r"Restarted from the durable version of step \d+ in (\S+) s;"
+        took = wait_for(lambda: re.search(restarted, launch.shown))
+        assert float(took[1]) > 0.1  # a new agent was started, and ranks
         (tmp_path / "go-on").touch()
         assert launch.wait() == 0, launch.shown
         assert launch.shown.count("the agent of node 0 was stopped for") == 1
