@@ -43,7 +43,14 @@ from ftrain.comms.protocol.messages import (
     VersionId,
 )
 from ftrain.comms.protocol.roster import ranks_to_nodes
-from ftrain.launch.incidents import Account, FailedStarts, Tracebacks, make_record
+from ftrain.launch.incidents import (
+    Account,
+    FailedStarts,
+    Tracebacks,
+    begins,
+    complete_at,
+    make_record,
+)
 from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.state import HardStore
@@ -256,6 +263,9 @@ class Coordinator:
             restarts=effect.restarts,
         )
         self._events.write("formation", formation=formation)
+        if effect.restarts == 0:
+            text = f"ftrain: run directory {self._job.run_dir}; {begins(restore)}"
+            self._announce(Notice("info", text, {}))
         self._input(self._machine.formed, effect.epoch, formation)
 
     def _durable_versions(self) -> list[DurableVersion]:
@@ -455,9 +465,13 @@ class Coordinator:
         rows = self._account.rows(time.time(), max(0, hard.formations - 1))
         failed = effect.exit_code not in (0, 75)
         again = "; the same command goes on from there" if effect.exit_code == 75 else ""
+        complete = complete_at(hard, self._total_steps) if effect.exit_code == 0 else 0
         text = f"ftrain: {effect.reason}{again}"
+        if complete:
+            text = f"ftrain: already complete at step {complete} (total_steps); nothing to do"
         self._announce(Notice("error" if failed else "info", text, {}))
-        self._announce(Notice("summary", "summary", {"rows": rows}))
+        if not complete:
+            self._announce(Notice("summary", "summary", {"rows": rows}))
         self._announce(Notice("end", "", {"exit_code": effect.exit_code}))
 
 

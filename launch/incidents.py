@@ -133,6 +133,21 @@ def _new_trouble(before: MembershipHard, hard: MembershipHard) -> str:
     return trouble.words(hard.formation.places if hard.formation is not None else ())
 
 
+def begins(restore: RestorePlan) -> str:
+    """Where a launch starts, in words."""
+    if restore.version is None:
+        return "starts at step 0"
+    return f"resumes at step {restore.version.step} from the durable version"
+
+
+def complete_at(hard: MembershipHard, total_steps: int) -> int:
+    """The last step, when the launch found it done already; 0 when there was something to do."""
+    version = hard.formation.restore.version if hard.formation is not None else None
+    if version is None or hard.formations > 1 or not 0 < total_steps <= version.step:
+        return 0
+    return version.step
+
+
 def _source(restore: RestorePlan) -> str:
     if restore.level == "memory":
         return "from memory"
