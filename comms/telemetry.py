@@ -48,7 +48,7 @@ class Word(IntEnum):
     FORMED_NS = 18
     RESTORED_NS = 19
     FIRST_STEP_NS = 20
-    CAPTURED_STEP = 21  # newest version sealed by this rank
+    CAPTURED_STEP = 21  # newest version sealed by this rank, plus one; 0 = none
     CAPTURES_SKIPPED = 22
     STEP_MEDIAN_NS = 23
     TOTAL_STEPS = 24

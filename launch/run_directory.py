@@ -80,6 +80,8 @@ def open_run_directory(
 
 def read_run_record(path: Path) -> RunRecord:
     """The record of an existing run; :class:`RunDirectoryError` when there is none."""
+    if not path.is_dir():
+        raise RunDirectoryError(f"there is no run directory {path}")
     record = _read(path)
     if record is None:
         raise RunDirectoryError(f"{path} is not a run directory: it has no run.json")
