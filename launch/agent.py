@@ -69,6 +69,7 @@ _FIRST_STEP_POLL_S = 0.005
 _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reached a boundary
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
 _DRAIN_S = 2.0
+_NO_SESSION = "ftrain: the script made no ftrain.Session: nothing of it was saved or protected"
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -359,6 +360,8 @@ class Agent:
         elif group.all_done:
             if not group.stepped:
                 self._stepped(group)
+            if self._node == 0 and group.unprotected:  # said once is enough
+                self._uplink.say("warning", _NO_SESSION)
             self._tell_progress()
             self._machine.ranks_done(group.epoch, group.stopped_at())
             self._driver.pump()

@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ftrain.launch.joining import find_mark, join_request
 from ftrain.launch.pulse import PERIOD_S, Pulse
 from ftrain.launch.run_directory import RunDirectory
 from ftrain.recovery.hold import is_held
+from ftrain.recovery.injection import never_struck
 
 FORCED = 130
 FAILED = 1
@@ -96,6 +98,7 @@ class Front:
         self._agents: dict[int, _Agent] = {}
         self._coordinator: Child | None = None
         self._coordinator_quick_ends = 0
+        self._injector: Child | None = None
         self._channel: Channel | None = None
         self._news = _News()
         self._reason_later: asyncio.TimerHandle | None = None
@@ -126,6 +129,7 @@ class Front:
                 await self._let_end()
         finally:
             await self._kill_everything()
+            self._tell_missed_faults()
             if self._reason_later is not None:
                 self._reason_later.cancel()
             for task in self._tasks:
@@ -275,7 +279,7 @@ class Front:
                 )
 
     def _start_injector(self) -> None:
-        self._children.start(
+        self._injector = self._children.start(
             "fault injector",
             "ftrain.recovery.injection",
             ["--job", str(self._job_path)],
@@ -285,6 +289,17 @@ class Front:
     def _injector_ended(self, child: Child) -> None:
         if child.popen.returncode and not self._exit_code.done():
             self._console.line(f"ftrain: the fault injector ended: {child.ended}", "warning")
+
+    def _tell_missed_faults(self) -> None:
+        """A fault beyond the end of the run proves nothing, and should not seem to have done so."""
+        if self._injector is None or len(self._local_nodes()) < self._job.nodes:
+            return  # other hosts' injectors have done their part
+        missed = []
+        with suppress(FtrainError):  # a replay that can't be read: the injector has said so
+            missed = never_struck(self._job, self._injector.pid)
+        if missed:
+            what = ", ".join(missed)
+            self._console.line(f"ftrain: never struck, the run was over before: {what}", "warning")
 
     async def _let_end(self) -> None:
         """The job is over: agents end their ranks, then themselves."""

@@ -151,8 +151,21 @@ def _listen(settings: LaunchConfig, secret_given: bool) -> socket.socket | None:
             raise UsageError(f"--rdzv-endpoint {settings.rdzv_endpoint}: name a port other than 0")
         if settings.node_rank > 0:
             return None
+    if settings.rdzv_endpoint:
+        _check_host(settings.rdzv_endpoint, host)
     check_bind(host, secret_given)
     return listen_tcp(format_address(host, port))
+
+
+def _check_host(endpoint: str, host: str) -> None:
+    """Refuse a word that was meant as something else than a host."""
+    try:
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(
+            f"--rdzv-endpoint {endpoint}: there is no host '{host}' ({error.strerror}): write"
+            " host:port with an address of this machine, or leave it out on one node"
+        ) from None
 
 
 def _job(
