@@ -81,6 +81,7 @@ class CaptureStatistics:
     """What capturing cost this process so far; times in ns."""
 
     captured: int = 0
+    captured_step: int = -1  # of the newest version
     bytes_copied: int = 0
     copy_ns: int = 0
     hash_ns: int = 0
@@ -343,6 +344,7 @@ class CaptureEngine:
             self._frozen.sealed(writer)
         self._slots.sealed(job.version, writer.held())
         self._statistics.captured += 1
+        self._statistics.captured_step = job.version.step
         self._statistics.bytes_copied += writer.plan.layout.data_bytes
         self._written = job.buffer
 
@@ -450,6 +452,7 @@ class CaptureEngine:
 @dataclass(slots=True)
 class _Counters:
     captured: int = 0
+    captured_step: int = -1  # of the newest version
     bytes_copied: int = 0
     copy_ns: int = 0
     hash_ns: int = 0

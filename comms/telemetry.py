@@ -48,7 +48,7 @@ class Word(IntEnum):
     FORMED_NS = 18
     RESTORED_NS = 19
     FIRST_STEP_NS = 20
-    KEPT_STEP = 21  # boundary of the newest version that this rank set out to keep
+    CAPTURED_STEP = 21  # newest version sealed by this rank, plus one; 0 = none
     CAPTURES_SKIPPED = 22
     STEP_MEDIAN_NS = 23
     TOTAL_STEPS = 24
@@ -67,6 +67,7 @@ class Word(IntEnum):
     FAULT_FIRED_NS = 37  # the rank committed a fault; these three outlive clear()
     FAULT_FIRED_STEP = 38
     FAULT_FIRED_PHASE = 39
+    KEPT_STEP = 40  # boundary of the newest version that this rank set out to keep
 
 
 _OUTLIVING = (Word.FAULT_FIRED_NS, Word.FAULT_FIRED_STEP, Word.FAULT_FIRED_PHASE)

@@ -26,7 +26,7 @@ class LaunchConfig:
     log_attempts: int = 20  # newest attempts whose logs are kept, besides the first three
     tee: str = "3"  # torchrun's Std: 0 none, 1 stdout, 2 stderr, 3 both, or "0:1,1:3"
     redirects: str = "0"
-    max_restarts: int = 3  # failures in a row with no newly committed version in between
+    max_restarts: int = 3  # in a row, with no newly committed version in between
     preload: tuple[str, ...] = ()  # modules imported once by the worker server
     stop_grace_s: float = 30.0  # from a stop signal to the durable version
     threads_per_rank: int = 0  # 0: cores / local ranks, at least 1

@@ -1,8 +1,8 @@
 """A node's agent: starts the node's processes, watches them, and does what the coordinator wants.
 
-``python -m ftrain.launch.agent --job J --node N --incarnation I``, started by the front.  All
-decisions are those of :class:`NodeMember`; this is its engine.  Everything below the agent ends
-with it: its death is the node's death.
+``python -m ftrain.launch.agent --job J --node N --incarnation I --pulse-fd P``, started by the
+front, who wants answers on P.  All decisions are those of :class:`NodeMember`; this is its engine.
+Everything below the agent ends with it: its death is the node's death.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from ftrain.launch.contract import (
 from ftrain.launch.helper import HelperProcess
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
+from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
@@ -68,6 +69,7 @@ _FIRST_STEP_POLL_S = 0.005
 _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reached a boundary
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
 _DRAIN_S = 2.0
+_NO_SESSION = "ftrain: the script made no ftrain.Session: nothing of it was saved or protected"
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -183,10 +185,11 @@ class Agent:
             self._over.set_result(code)
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """A callback failed: a bug. What is known here may be wrong; the next agent takes over."""
-        loop.default_exception_handler(context)
+        """A callback failed. What is known here may be wrong; the next agent takes over."""
+        error = context.get("exception")
+        if not isinstance(error, FtrainError | OSError):  # those are said in a sentence
+            loop.default_exception_handler(context)
         if not self._over.done():
-            error = context.get("exception")
             self._over.set_exception(error or RuntimeError(context["message"]))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
@@ -357,6 +360,8 @@ class Agent:
         elif group.all_done:
             if not group.stepped:
                 self._stepped(group)
+            if self._node == 0 and group.unprotected:  # said once is enough
+                self._uplink.say("warning", _NO_SESSION)
             self._tell_progress()
             self._machine.ranks_done(group.epoch, group.stopped_at())
             self._driver.pump()
@@ -562,6 +567,7 @@ def main() -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--pulse-fd", type=int, required=True)
     options = parser.parse_args()
     try:
         job = read_job(options.job)
@@ -569,12 +575,17 @@ def main() -> int:
         allow_many_descriptors()
 
         async def serve() -> int:
-            return await Agent(job, options.node, options.incarnation).run()
+            agent = Agent(job, options.node, options.incarnation)
+            answer_pulse(options.pulse_fd)
+            return await agent.run()
 
         return asyncio.run(serve())
     except FtrainError as error:
         print(f"ftrain: node {options.node}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"ftrain: node {options.node}: the agent can't work: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -18,22 +18,27 @@ from pathlib import Path
 import ftrain
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.process import become_subreaper, describe_returncode
+from ftrain.launch.pulse import Pulse
 
 
 class Child:
     """One started process."""
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, name: str, popen: subprocess.Popen[bytes], pulse: Pulse | None = None
+    ) -> None:
         self.name = name
         self.pid = popen.pid
         self.started_s = time.monotonic()
         self.popen = popen
+        self.pulse = pulse
+        self.lost = ""  # why it was given up and killed, in words
 
     @property
     def ended(self) -> str:
         """How it ended, in words; empty while it lives."""
         code = self.popen.returncode
-        return "" if code is None else describe_returncode(code)
+        return "" if code is None else self.lost or describe_returncode(code)
 
     @property
     def age_s(self) -> float:
@@ -63,9 +68,13 @@ class Children:
         pass_fds: Sequence[int] = (),
         stdout: int | None = None,
         stderr: int | None = None,
+        pulse: Pulse | None = None,
     ) -> Child:
         """Start ``python -m module arguments`` in a process group of its own, so that a Ctrl-C at
-        the terminal reaches the front alone."""
+        the terminal reaches the front alone. One with a ``pulse`` has to answer it."""
+        if pulse is not None:
+            arguments = [*arguments, "--pulse-fd", str(pulse.child_fd)]
+            pass_fds = [*pass_fds, pulse.child_fd]
         popen = subprocess.Popen(
             [*python_command(), "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
@@ -75,7 +84,9 @@ class Children:
             pass_fds=pass_fds,
             process_group=0,
         )
-        child = Child(name, popen)
+        if pulse is not None:
+            pulse.started()
+        child = Child(name, popen, pulse)
         self._children[child.pid] = (child, on_end)
         return child
 
@@ -88,8 +99,23 @@ class Children:
                 continue
             child, on_end = known
             child.popen.wait()
+            if child.pulse is not None:
+                child.pulse.close()
             on_end(child)
         self._kill_orphans()
+
+    def kill_silent(self) -> list[Child]:
+        """Kill the children that are stopped or do not answer any more; ``lost`` says which it is.
+        To be called every ``PERIOD_S``."""
+        found = []
+        for child, _ in list(self._children.values()):
+            if child.pulse is None or child.lost:
+                continue
+            child.lost = child.pulse.look(child.pid)
+            if child.lost:
+                child.kill()
+                found.append(child)
+        return found
 
     def kill_all(self) -> None:
         """SIGKILL every child."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import ftrain
 from ftrain.comms.errors import FtrainError, UsageError
@@ -85,9 +86,11 @@ def _inject(tokens: Sequence[str]) -> int:
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("fault", nargs="+", metavar="key=value", help="kind, rank, node, phase, …")
     found = parser.parse_args(tokens)
+    from ftrain.launch.run_directory import read_run_record
     from ftrain.recovery.faults import parse_fault
     from ftrain.recovery.injection import inject_now
 
+    read_run_record(Path(found.run_dir))
     done = inject_now(found.run_dir, parse_fault(found.fault))
     where = [f"{key} {done[key]}" for key in ("rank", "node", "pid") if done.get(key, -1) >= 0]
     print(f"{done['fault']} ({', '.join(where)}): {done['outcome']}")

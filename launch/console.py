@@ -38,12 +38,16 @@ class Console:
         self._progress = ""
         self._mid_line = False  # the ranks' output stands in the middle of a line
         self._lost = False
+        self._over = False  # the summary was shown
 
     def notice(self, notice: Notice) -> None:
         """Show one piece of news."""
         if notice.kind == "progress":
             self._show_progress(progress_text(notice.text, notice.data))
         elif notice.kind == "summary":
+            self._over = True
+            self._erase()
+            self._progress = ""
             self.line(summary_text(notice.text, notice.data))
         elif notice.kind != "end":
             self.line(notice.text, notice.kind)
@@ -74,6 +78,8 @@ class Console:
         self._flush()
 
     def _show_progress(self, text: str) -> None:
+        if self._over:
+            return
         if self.in_place:
             self._erase()
             self._progress = text

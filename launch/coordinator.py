@@ -1,8 +1,8 @@
 """The coordinator's process: one per job, a sibling of the agents, started again when it dies.
 
-``python -m ftrain.launch.coordinator --job J --listen-fd N``: N is the front's listening socket, so
-that a new coordinator is reached at the same address.  All decisions are those of
-:class:`Membership`; this is its engine.
+``python -m ftrain.launch.coordinator --job J --listen-fd N --pulse-fd P``: N is the front's
+listening socket, so that a new coordinator is reached at the same address, and P is where the front
+wants answers.  All decisions are those of :class:`Membership`; this is its engine.
 """
 
 from __future__ import annotations
@@ -43,8 +43,16 @@ from ftrain.comms.protocol.messages import (
     VersionId,
 )
 from ftrain.comms.protocol.roster import ranks_to_nodes
-from ftrain.launch.incidents import Account, Tracebacks, make_record
+from ftrain.launch.incidents import (
+    Account,
+    FailedStarts,
+    Tracebacks,
+    begins,
+    complete_at,
+    make_record,
+)
 from ftrain.launch.joining import difference, join_request, leave_mark
+from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
@@ -107,6 +115,7 @@ class Coordinator:
         self._watchers: list[Channel] = []
         self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
         self._tracebacks = Tracebacks()
+        self._failed_starts = FailedStarts(config.launch.max_restarts)
         self._total_steps = 0
         self._disk_refuses = False
         self._phase = self._machine.phase
@@ -167,6 +176,7 @@ class Coordinator:
 
     def _input(self, call: Callable[..., None], *arguments: object) -> None:
         """Every input of the machine goes through here."""
+        self._failed_starts.begin(self._machine.hard, self._machine.phase)
         try:
             call(*arguments)
             self._driver.pump()
@@ -174,13 +184,23 @@ class Coordinator:
             if not self._failed.done():
                 self._failed.set_exception(error)
             return
+        self._follow_failures()
         if self._machine.phase is not self._phase:
             self._follow_phase()
 
+    def _follow_failures(self) -> None:
+        hard, phase = self._machine.hard, self._machine.phase
+        if hard.incident is not None and self._heard_ns == 0:
+            self._heard_ns = time.monotonic_ns()
+        text = self._failed_starts.end(hard, phase)
+        if text:
+            self._account.failed_starts += 1
+            self._events.write("failed_start", launch=self._launch, text=text, data={})
+            if phase is not Phase.FINISHED:  # the end says what it was
+                self._show(Notice("warning", text, {}))
+
     def _follow_phase(self) -> None:
         before, self._phase = self._phase, self._machine.phase
-        if self._phase is Phase.STOPPING and self._heard_ns == 0:
-            self._heard_ns = time.monotonic_ns()
         if self._phase is not Phase.RUNNING or before is Phase.RECOVERING:
             return
         self._stores.retire()
@@ -244,6 +264,9 @@ class Coordinator:
             restarts=effect.restarts,
         )
         self._events.write("formation", formation=formation)
+        if effect.restarts == 0:
+            text = f"ftrain: run directory {self._job.run_dir}; {begins(restore)}"
+            self._announce(Notice("info", text, {}))
         self._input(self._machine.formed, effect.epoch, formation)
 
     def _durable_versions(self) -> list[DurableVersion]:
@@ -435,12 +458,21 @@ class Coordinator:
         for report in self._machine.reports:
             self._show_tracebacks(report.epoch)
             self._account.step = max(self._account.step, report.step_max)
-        rows = self._account.rows(time.time())
+        self._follow_failures()
+        hard = self._machine.hard
+        if hard.incident is not None:  # it ended with the job
+            lost_s = (time.monotonic_ns() - self._heard_ns) / 1e9
+            self._account.count(lost_s, hard.incident.recomputed)
+        rows = self._account.rows(time.time(), max(0, hard.formations - 1))
         failed = effect.exit_code not in (0, 75)
         again = "; the same command goes on from there" if effect.exit_code == 75 else ""
+        complete = complete_at(hard, self._total_steps) if effect.exit_code == 0 else 0
         text = f"ftrain: {effect.reason}{again}"
+        if complete:
+            text = f"ftrain: already complete at step {complete} (total_steps); nothing to do"
         self._announce(Notice("error" if failed else "info", text, {}))
-        self._announce(Notice("summary", "summary", {"rows": rows}))
+        if not complete:
+            self._announce(Notice("summary", "summary", {"rows": rows}))
         self._announce(Notice("end", "", {"exit_code": effect.exit_code}))
 
 
@@ -463,6 +495,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ftrain.launch.coordinator")
     parser.add_argument("--job", required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--pulse-fd", type=int, required=True)
     options = parser.parse_args()
     listener = socket.socket(fileno=options.listen_fd)
     try:
@@ -470,7 +503,9 @@ def main() -> int:
         die_with_parent(job.front_pid)
 
         async def coordinate() -> None:
-            await Coordinator(job, Path(options.job)).run(listener)
+            coordinator = Coordinator(job, Path(options.job))
+            answer_pulse(options.pulse_fd)
+            await coordinator.run(listener)
 
         asyncio.run(coordinate())
     except (FtrainError, OSError) as error:

@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from ftrain.comms.protocol.messages import JoinAnswer, NodeGone, Notice, StopReq
 from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
 from ftrain.launch.joining import find_mark, join_request
+from ftrain.launch.pulse import PERIOD_S, Pulse
 from ftrain.launch.run_directory import RunDirectory
 from ftrain.recovery.hold import is_held
+from ftrain.recovery.injection import never_struck
 
 FORCED = 130
 FAILED = 1
@@ -95,6 +98,7 @@ class Front:
         self._agents: dict[int, _Agent] = {}
         self._coordinator: Child | None = None
         self._coordinator_quick_ends = 0
+        self._injector: Child | None = None
         self._channel: Channel | None = None
         self._news = _News()
         self._reason_later: asyncio.TimerHandle | None = None
@@ -118,12 +122,14 @@ class Front:
             self._start_coordinator()
             self._start_nodes()
         self._spawn(self._follow_coordinator())
+        self._spawn(self._replace_silent())
         try:
             code = await self._exit_code
             if code != FORCED:
                 await self._let_end()
         finally:
             await self._kill_everything()
+            self._tell_missed_faults()
             if self._reason_later is not None:
                 self._reason_later.cancel()
             for task in self._tasks:
@@ -178,6 +184,7 @@ class Front:
             ["--job", str(self._job_path), "--listen-fd", str(fd)],
             self._coordinator_ended,
             pass_fds=[fd],
+            pulse=Pulse(self._job.config.detection.node_lease_s),
         )
 
     def _coordinator_ended(self, child: Child) -> None:
@@ -221,6 +228,7 @@ class Front:
             ended,
             stdout=self._out,
             stderr=self._err,
+            pulse=Pulse(self._job.config.detection.node_lease_s),
         )
         self._agents[node] = _Agent(node, incarnation, child, quick_ends)
 
@@ -234,7 +242,8 @@ class Front:
 
     def _replace_agent(self, agent: _Agent) -> None:
         child = agent.child
-        self._tell(NodeGone(agent.node, agent.incarnation, child.ended))
+        cause = f"its agent {child.lost}" if child.lost else child.ended
+        self._tell(NodeGone(agent.node, agent.incarnation, cause))
         quick = child.age_s < _QUICK_S and child.popen.returncode > 0
         quick_ends = agent.quick_ends + 1 if quick else 0
         if quick_ends >= _QUICK_ENDS_MAX:
@@ -260,8 +269,17 @@ class Front:
             await asyncio.sleep(_GRACE_AFTER_END_S)  # the coordinator may be restarting
             self._end(max(a.child.popen.returncode for a in self._agents.values()))
 
+    async def _replace_silent(self) -> None:
+        """What lives and does nothing is as lost as what died, and replaced in the same way."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            for child in self._children.kill_silent():
+                self._console.line(
+                    f"ftrain: the {child.name} {child.lost}: it is being replaced", "warning"
+                )
+
     def _start_injector(self) -> None:
-        self._children.start(
+        self._injector = self._children.start(
             "fault injector",
             "ftrain.recovery.injection",
             ["--job", str(self._job_path)],
@@ -271,6 +289,17 @@ class Front:
     def _injector_ended(self, child: Child) -> None:
         if child.popen.returncode and not self._exit_code.done():
             self._console.line(f"ftrain: the fault injector ended: {child.ended}", "warning")
+
+    def _tell_missed_faults(self) -> None:
+        """A fault beyond the end of the run proves nothing, and should not seem to have done so."""
+        if self._injector is None or len(self._local_nodes()) < self._job.nodes:
+            return  # other hosts' injectors have done their part
+        missed = []
+        with suppress(FtrainError):  # a replay that can't be read: the injector has said so
+            missed = never_struck(self._job, self._injector.pid)
+        if missed:
+            what = ", ".join(missed)
+            self._console.line(f"ftrain: never struck, the run was over before: {what}", "warning")
 
     async def _let_end(self) -> None:
         """The job is over: agents end their ranks, then themselves."""

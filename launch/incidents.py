@@ -10,7 +10,9 @@ from typing import Any
 from ftrain.comms.events import read_events
 from ftrain.comms.protocol.effects import Incident
 from ftrain.comms.protocol.messages import Phases, RankFailure, RestorePlan
-from ftrain.comms.protocol.roster import is_consequence
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.roster import Trouble, is_consequence
+from ftrain.comms.protocol.transitions import Phase
 
 _SECOND_NS = 1_000_000_000
 _PARTS = ("stopped", "forked", "script", "formed", "restored", "stepped")
@@ -88,6 +90,64 @@ def _latest(phases: Iterable[Phases]) -> dict[str, int]:
     return ends
 
 
+@dataclass(slots=True)
+class FailedStarts:
+    """Finds the starts that failed: no incident's line tells them, because its incident goes on."""
+
+    max_restarts: int
+    _before: MembershipHard = field(default_factory=MembershipHard)
+    _starting: bool = False
+    _pending: MembershipHard | None = None  # before the start that failed
+
+    def begin(self, hard: MembershipHard, phase: Phase) -> None:
+        """The machine is about to be told something."""
+        self._before, self._starting = hard, phase in (Phase.FORMING, Phase.STARTING)
+
+    def end(self, hard: MembershipHard, phase: Phase) -> str:
+        """It was told: a start that failed, as a line, once all ranks of it have had their say."""
+        if self._starting and hard.counted_epoch != self._before.counted_epoch:
+            self._pending = self._before
+        self._before = hard
+        if self._pending is None or phase is Phase.STOPPING:
+            return ""
+        before, self._pending = self._pending, None
+        what = "the restart" if before.failures_in_row or before.formations > 1 else "the start"
+        said = f"{what} failed: {_new_trouble(before, hard) or hard.last_cause}"
+        number = hard.failures_in_row
+        if number > self.max_restarts or hard.stop_cause:
+            return said
+        return f"{said}; trying again (restart {number} of {self.max_restarts})"
+
+
+def _new_trouble(before: MembershipHard, hard: MembershipHard) -> str:
+    """What the open incident has more than before, in words."""
+    if hard.incident is None:
+        return ""
+    known = before.incident
+    failures = () if known is None else known.failures
+    nodes = () if known is None else known.nodes
+    trouble = Trouble(
+        tuple(f for f in hard.incident.failures if f not in failures),
+        tuple(n for n in hard.incident.nodes if n not in nodes),
+    )
+    return trouble.words(hard.formation.places if hard.formation is not None else ())
+
+
+def begins(restore: RestorePlan) -> str:
+    """Where a launch starts, in words."""
+    if restore.version is None:
+        return "starts at step 0"
+    return f"resumes at step {restore.version.step} from the durable version"
+
+
+def complete_at(hard: MembershipHard, total_steps: int) -> int:
+    """The last step, when the launch found it done already; 0 when there was something to do."""
+    version = hard.formation.restore.version if hard.formation is not None else None
+    if version is None or hard.formations > 1 or not 0 < total_steps <= version.step:
+        return 0
+    return version.step
+
+
 def _source(restore: RestorePlan) -> str:
     if restore.level == "memory":
         return "from memory"
@@ -153,7 +213,9 @@ class Account:
     step: int = 0  # boundary reached
     step_s: float = 0.0  # median step time
     incidents: int = 0
+    failed_starts: int = 0
     restart_s: float = 0.0  # sum over the incidents
+    restart_before_s: float = 0.0  # ... that began before every rank first had done a step
     steps_recomputed: int = 0
 
     @classmethod
@@ -167,6 +229,8 @@ class Account:
                 account.began_s = event["wall_s"]
             elif event["kind"] == "running" and account.running_s == 0:
                 account.ran(event["wall_s"], int(event["first_step"]))
+            elif event["kind"] == "failed_start":
+                account.failed_starts += 1
             elif event["kind"] == "incident":
                 account.count(float(event["restart_s"]), int(event["steps_recomputed"]))
         return account
@@ -174,6 +238,7 @@ class Account:
     def ran(self, now_s: float, first_step: int) -> None:
         """Every rank has done its first step."""
         self.running_s, self.first_step = now_s, first_step
+        self.restart_before_s = self.restart_s
 
     def count(self, restart_s: float, steps_recomputed: int) -> None:
         """One incident is over."""
@@ -181,16 +246,19 @@ class Account:
         self.restart_s += restart_s
         self.steps_recomputed += steps_recomputed
 
-    def rows(self, now_s: float) -> dict[str, Any]:
-        """The summary, one figure a row."""
+    def rows(self, now_s: float, restarts: int) -> dict[str, Any]:
+        """The summary, one figure a row; ``restarts``: formations after the first."""
         elapsed_s = max(now_s - self.began_s, 1e-9)
-        start_s = (self.running_s or now_s) - self.began_s
+        restart_before_s = self.restart_before_s if self.running_s else self.restart_s
+        start_s = max(0.0, (self.running_s or now_s) - self.began_s - restart_before_s)
+        failed = f" ({self.failed_starts} of the starts failed)" if self.failed_starts else ""
         done = max(0, self.step - self.first_step) if self.running_s else 0
         recompute_s = self.steps_recomputed * self.step_s
         lost_s = min(elapsed_s, start_s + self.restart_s + recompute_s)
         return {
             "steps": f"{self.step} ({done} in this launch)",
             "incidents": self.incidents,
+            "restarts": f"{restarts}{failed}",
             "steps recomputed": self.steps_recomputed,
             "time": f"{elapsed_s:.1f} s",
             "goodput": f"{100 * (1 - lost_s / elapsed_s):.1f} %",

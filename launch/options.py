@@ -61,6 +61,7 @@ _NO_MEANING_FLAGS = {
     "--run-path": "scripts already run as __main__: leave it out",
     "--virtual-local-rank": "ranks see every device and choose by LOCAL_RANK: leave it out",
 }
+_NEAR = 0.75  # likeness from which an option may be meant; the script's own are less like ours
 _BACKENDS = ("ftrain", "c10d", "static")
 
 
@@ -143,9 +144,13 @@ class _LaunchParser:
     def _check_known(self, name: str) -> None:
         if name in self._known:
             return
-        near = difflib.get_close_matches(name, sorted(self._known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see ftrain launch --help"
-        raise UsageError(f"there is no option {name}{hint}")
+        known = sorted(self._known - {*_NO_MEANING, *_NO_MEANING_FLAGS})
+        longer = [option for option in known if option.startswith(name)]
+        near = longer or difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+        hint = f"did you mean {near[0]}?" if near else "see ftrain launch --help"
+        if not longer:
+            hint = f"the script's own options come after the script; {hint}"
+        raise UsageError(f"there is no option {name}; {hint}")
 
     def _option(self, *names: str, **settings: Any) -> None:
         action = self.parser.add_argument(*names, **settings)
@@ -171,7 +176,11 @@ class _LaunchParser:
         option("--master-port", metavar="PORT", help="with --master-addr: like --rdzv-endpoint")
         option("--local-addr", metavar="HOST", help="where other nodes reach this one")
         option("--standalone", action="store_true", help="one node, no endpoint (the default)")
-        option("--max-restarts", metavar="N", help="restarts in a row without progress (3)")
+        option(
+            "--max-restarts",
+            metavar="N",
+            help="restarts in a row without a new version (3); the next failure ends the run",
+        )
         option("--log-dir", metavar="DIR", help="logs of the ranks (<run dir>/logs)")
         option("-r", "--redirects", metavar="STD", help="0 none, 1 stdout, 2 stderr, 3 both, 0:1,…")
         option("-t", "--tee", metavar="STD", help="as --redirects, and to the terminal as well (3)")

@@ -173,6 +173,11 @@ class RankGroup:
             save_step=min(page[Word.SAVE_STEP] for page in pages),
         )
 
+    @property
+    def unprotected(self) -> bool:
+        """Whether the script never made a Session."""
+        return not any(rank.page[Word.SESSION_NS] for rank in self.ranks)
+
     def hold(self) -> None:
         """Tell every rank to hold at its next boundary."""
         for rank in self.ranks:

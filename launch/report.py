@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftrain.comms.errors import RunDirectoryError
 from ftrain.comms.events import read_events
 from ftrain.launch.console import summary_text
 from ftrain.launch.run_directory import read_run_record
 
 _PHASES = ("stopped", "forked", "script", "formed", "restored", "stepped")
-_TOLD = ("warning", "error")
+_TOLD = ("warning", "error", "failed_start")
 
 
 @dataclass(slots=True)
@@ -65,8 +64,6 @@ def show_report(run_dir: str) -> int:
     Raises :class:`RunDirectoryError` when the directory holds no run.
     """
     path = Path(run_dir)
-    if not path.is_dir():
-        raise RunDirectoryError(f"there is no run directory {path}")
     record = read_run_record(path)
     stories, dropped = tell(read_events(path / "events.jsonl"))
     faults = sum(event["kind"] == "fault_begin" for event in read_events(path / "faults.jsonl"))

@@ -269,7 +269,8 @@ def _check_ranges(config: FtrainConfig) -> None:
             f"launch.local_nodes={launch.local_nodes} puts every node on this machine, so"
             f" launch.nnodes={launch.nnodes} can't hold as well: leave one of them out"
         )
-    if launch.nnodes > 1 and launch.node_rank >= launch.nnodes:
+    if launch.node_rank >= (1 if launch.local_nodes else launch.nnodes):
         raise ConfigError(
-            f"launch.node_rank={launch.node_rank} must be below launch.nnodes={launch.nnodes}"
+            f"launch.node_rank={launch.node_rank} must be below launch.nnodes={launch.nnodes}: it"
+            " tells apart nodes on several machines (--nnodes)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -79,10 +80,25 @@ def open_run_directory(
 
 def read_run_record(path: Path) -> RunRecord:
     """The record of an existing run; :class:`RunDirectoryError` when there is none."""
+    if not path.is_dir():
+        raise RunDirectoryError(f"there is no run directory {path}")
     record = _read(path)
     if record is None:
         raise RunDirectoryError(f"{path} is not a run directory: it has no run.json")
     return record
+
+
+def check_log_directory(path: Path) -> None:
+    """Make it; :class:`RunDirectoryError` when that can't be, or nothing can be put there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunDirectoryError(
+            f"the log directory {path} can't be written ({error.strerror}): choose another with"
+            " --log-dir"
+        ) from None
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -28,7 +28,7 @@ from ftrain.launch.console import Console
 from ftrain.launch.options import LaunchRequest, parse_launch
 from ftrain.launch.own_process import in_own_process
 from ftrain.launch.resolve import resolve, to_yaml
-from ftrain.launch.run_directory import RunDirectory, open_run_directory
+from ftrain.launch.run_directory import RunDirectory, check_log_directory, open_run_directory
 from ftrain.launch.script import Script, check_script
 from ftrain.recovery.faults import check_schedule
 
@@ -69,6 +69,7 @@ def launch(tokens: Sequence[str]) -> int:
         )
         secret = secret or secrets.token_hex(32)
         job = _job(request, script, config, directory, secret, listener)
+        check_log_directory(Path(job.config.launch.log_dir))
         return in_own_process(lambda: asyncio.run(_run(job, directory, listener, notes)))
     finally:
         if listener is not None:
@@ -150,8 +151,21 @@ def _listen(settings: LaunchConfig, secret_given: bool) -> socket.socket | None:
             raise UsageError(f"--rdzv-endpoint {settings.rdzv_endpoint}: name a port other than 0")
         if settings.node_rank > 0:
             return None
+    if settings.rdzv_endpoint:
+        _check_host(settings.rdzv_endpoint, host)
     check_bind(host, secret_given)
     return listen_tcp(format_address(host, port))
+
+
+def _check_host(endpoint: str, host: str) -> None:
+    """Refuse a word that was meant as something else than a host."""
+    try:
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(
+            f"--rdzv-endpoint {endpoint}: there is no host '{host}' ({error.strerror}): write"
+            " host:port with an address of this machine, or leave it out on one node"
+        ) from None
 
 
 def _job(

@@ -1,7 +1,8 @@
 """``ftrain status``: what runs in a run directory, read from the processes' own pages.
 
 Asks nobody: the agents' node files name the processes, and each rank's telemetry page is mapped
-through its agent.  So it works while the coordinator is down, and disturbs nothing.
+through its agent; of a run that is over the event log and the files tell.  So it works while the
+coordinator is down, and disturbs nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ftrain.comms.errors import RunDirectoryError
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.comms.errors import FtrainError
+from ftrain.comms.events import read_events
+from ftrain.comms.job import read_job
 from ftrain.comms.process import start_ticks
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.run_directory import RunRecord, read_run_record
 from ftrain.recovery.node_file import NodeFile, NodeRank, read_node_files
+
+_COLUMNS = ("node", "rank", "pid", "doing", "for", "step", "loss", "step time", "snapshot")
+_ENDS = {0: "done", 1: "failed", 75: "stopped and saved", 130: "forced to stop"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,15 @@ class NodeStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PastStatus:
+    """What is known of a run that does not run."""
+
+    exit_code: int | None  # of the newest launch; None: it was killed before it could say
+    step: int  # steps completed
+    durable_step: int  # -1 none
+
+
+@dataclass(frozen=True, slots=True)
 class RunStatus:
     """Everything that ``ftrain status`` shows."""
 
@@ -57,6 +73,7 @@ class RunStatus:
     world_size: int
     running: bool
     nodes: tuple[NodeStatus, ...] = field(default=())
+    past: PastStatus | None = None  # when it does not run
 
 
 def read_status(run_dir: str | os.PathLike[str]) -> RunStatus:
@@ -65,16 +82,16 @@ def read_status(run_dir: str | os.PathLike[str]) -> RunStatus:
     Raises :class:`RunDirectoryError` when the directory holds no run.
     """
     path = Path(run_dir)
-    if not path.is_dir():
-        raise RunDirectoryError(f"there is no run directory {path}")
-    record: RunRecord = read_run_record(path)
+    record = read_run_record(path)
     nodes = tuple(_node(file) for file in read_node_files(path))
+    running = any(node.agent_pid for node in nodes)
     return RunStatus(
         run_id=record.run_id,
         script=record.script,
         world_size=record.world_size,
-        running=any(node.agent_pid for node in nodes),
+        running=running,
         nodes=nodes,
+        past=None if running else _past(path, record),
     )
 
 
@@ -85,7 +102,7 @@ def show_status(run_dir: str, *, as_json: bool) -> int:
         json.dump(asdict(status), sys.stdout, indent=2)
         print()
     else:
-        _print_tables(status)
+        _print_status(status)
     return 0 if status.running else 1
 
 
@@ -130,7 +147,7 @@ def _rank(agent_pid: int, rank: NodeRank, pid: int) -> RankStatus:
             total_steps=page[Word.TOTAL_STEPS],
             loss=page.loss if page[Word.LOSS_BITS] else None,
             step_s=page[Word.STEP_MEDIAN_NS] / 1e9,
-            snapshot_step=page[Word.KEPT_STEP],
+            snapshot_step=page[Word.CAPTURED_STEP] - 1,
         )
     finally:
         page.close()
@@ -149,34 +166,79 @@ def _open_page(agent_pid: int, fd: int) -> TelemetryPage | None:
         os.close(opened)  # the mapping stays
 
 
-def _print_tables(status: RunStatus) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    state = "running" if status.running else "not running"
-    console.print(
-        f"{status.run_id}: {state}, {status.world_size} ranks of {status.script}", highlight=False
+def _past(path: Path, record: RunRecord) -> PastStatus:
+    """What a run that does not run left behind."""
+    launch, exit_code = None, None
+    for event in read_events(path / "events.jsonl"):
+        if event["kind"] == "launch" and event["launch"] != launch:
+            launch, exit_code = event["launch"], None
+        elif event["kind"] == "end":
+            exit_code = int(event["data"]["exit_code"])
+    records = read_events(path / "steps" / "rank0.jsonl")
+    steps = (int(event["step"]) + 1 for event in records if event["kind"] == "step")
+    return PastStatus(
+        exit_code=exit_code,
+        step=max(steps, default=0),
+        durable_step=_newest_durable(path, record),
     )
-    if not status.running:
+
+
+def _newest_durable(path: Path, record: RunRecord) -> int:
+    try:
+        folder = read_job(path / "job.json").config.checkpoint.dir
+        versions = DurableStore(folder or path / "checkpoints").versions()
+    except FtrainError:
+        return -1  # never launched, or the directory is gone
+    mine = (found for found in versions if found.world_size == record.world_size)
+    newest = max(mine, key=lambda found: (found.fence, found.step), default=None)
+    return -1 if newest is None else newest.step
+
+
+def _past_text(past: PastStatus) -> str:
+    """How the run ended and how it goes on, in one line."""
+    code = past.exit_code
+    said = "killed before it could say how it ended"
+    if code is not None:
+        said = f"{_ENDS.get(code, 'ended')} (exit code {code})"
+    said = f"{said}; {past.step} steps completed"
+    if past.durable_step < 0:
+        again = "" if code == 0 else "; the same command starts from the beginning"
+        return f"{said}; no step is durable{again}"
+    again = "" if code == 0 else "; the same command goes on from there"
+    return f"{said}; newest durable step {past.durable_step}{again}"
+
+
+def _print_status(status: RunStatus) -> None:
+    state = "running" if status.past is None else "not running"
+    print(f"{status.run_id}: {state}, {status.world_size} ranks of {status.script}")
+    if status.past is not None:
+        print(_past_text(status.past))
         return
-    table = Table("node", "rank", "pid", "doing", "for", "step", "loss", "step time", "snapshot")
+    rows = [_COLUMNS]
     for node in status.nodes:
-        name = f"{node.node} (epoch {node.epoch})"
+        name = str(node.node)
         if not node.agent_pid or not node.ranks:
-            table.add_row(name, "", "", "starting" if node.agent_pid else "its agent is gone")
+            what = "starting" if node.agent_pid else "its agent is gone"
+            rows.append((name, "", "", what, "", "", "", "", ""))
         for rank in node.ranks:
-            total = f"/{rank.total_steps}" if rank.total_steps else ""
-            table.add_row(
-                name,
-                str(rank.rank),
-                str(rank.pid or "-"),
-                rank.phase,
-                f"{rank.phase_s:.1f} s",
-                f"{rank.step}{total}",
-                "" if rank.loss is None else f"{rank.loss:.4g}",
-                f"{rank.step_s * 1e3:.1f} ms" if rank.step_s else "",
-                str(rank.snapshot_step) if rank.snapshot_step >= 0 else "",
-            )
+            rows.append((name, *_cells(rank)))
             name = ""
-    console.print(table)
+    # Plain columns: a table that is fitted to 80 characters would be cut or wrapped.
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _cells(rank: RankStatus) -> tuple[str, str, str, str, str, str, str, str]:
+    total = f"/{rank.total_steps}" if rank.total_steps else ""
+    return (
+        str(rank.rank),
+        str(rank.pid or "-"),
+        rank.phase,
+        f"{rank.phase_s:.1f} s",
+        f"{rank.step}{total}",
+        "" if rank.loss is None else f"{rank.loss:.4g}",
+        f"{rank.step_s * 1e3:.1f} ms" if rank.step_s else "",
+        str(rank.snapshot_step) if rank.snapshot_step >= 0 else "",
+    )

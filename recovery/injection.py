@@ -29,7 +29,7 @@ from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.phases import Phase
-from ftrain.configs.schema import FaultConfig
+from ftrain.configs.schema import FaultConfig, FaultsConfig
 from ftrain.recovery.faults import (
     CATALOGUE,
     PHASES,
@@ -185,6 +185,28 @@ def inject_now(run_dir: str | os.PathLike[str], fault: FaultConfig) -> dict[str,
     return asyncio.run(Injector(job, (fault,), seed).run())[-1]
 
 
+def never_struck(job: JobSpec, injector_pid: int) -> list[str]:
+    """The faults with a set time that this injector, which has ended, did not come to."""
+    begun = {
+        event["id"]
+        for event in read_events(Path(job.run_dir) / FAULTS_FILE)
+        if event["kind"] == "fault_begin"
+    }
+    missed = []
+    for index, fault in enumerate(_schedule(job.config.faults)):
+        if fault.mtbf_s > 0 or f"{injector_pid}-{index}-0" in begun:
+            continue
+        when = f"step {fault.at_step}" if fault.at_step >= 0 else f"{fault.at_s:g} s"
+        missed.append(f"{fault.kind} at {when}")
+    return missed
+
+
+def _schedule(faults: FaultsConfig) -> tuple[FaultConfig, ...]:
+    """Every fault, replayed ones last."""
+    replayed = replay_schedule(faults.replay) if faults.replay else ()
+    return (*faults.schedule, *replayed)
+
+
 def replay_schedule(path: str | os.PathLike[str]) -> tuple[FaultConfig, ...]:
     """The schedule that commits again what a ``faults.jsonl`` says was done, each at its step.
 
@@ -228,9 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = read_job(parser.parse_args(arguments).job)
         if job.front_pid:
             die_with_parent(job.front_pid)
-        faults = job.config.faults
-        if faults.replay:
-            faults = replace(faults, schedule=(*faults.schedule, *replay_schedule(faults.replay)))
+        faults = replace(job.config.faults, schedule=_schedule(job.config.faults))
         check_schedule(faults, nodes=job.nodes, world_size=job.nodes * job.local_world)
         asyncio.run(Injector(job, faults.schedule, faults.seed).run())
     except FtrainError as error:

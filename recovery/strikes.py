@@ -24,7 +24,11 @@ from ftrain.recovery.victims import MemoryTrap, Victim, seize_node
 _POLL_S = 0.002
 _END_S_MAX = 30.0  # how long a killed process may take to go
 _SHORT_PHASES = ("optimizer", "boundary")
-_LASTING = (FaultKind.GIL_HANG, FaultKind.SKIP_COLLECTIVE, FaultKind.SIGSTOP)  # nobody ends
+_LASTING = {  # nobody ends
+    FaultKind.GIL_HANG: "it sleeps now and holds the GIL",
+    FaultKind.SKIP_COLLECTIVE: "it left out an all-reduce",
+    FaultKind.SIGSTOP: "stopped",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ class Strike:
 
     async def _after_firing(self, victim: Victim) -> str:
         if self.spec.kind in _LASTING:
-            return "committed"
+            return _LASTING[self.spec.kind]
         return await self._gone([victim])
 
     @contextlib.asynccontextmanager

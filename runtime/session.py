@@ -393,6 +393,7 @@ class Session:
             self._page[Word.CAPTURE_NS] = statistics.copy_ns + statistics.hash_ns
             self._page[Word.CAPTURE_BYTES] = statistics.bytes_copied
             self._page[Word.CAPTURES_SKIPPED] = statistics.skipped
+            self._page[Word.CAPTURED_STEP] = statistics.captured_step + 1
 
     def _fault(self, phase: Phase) -> bool:
         """Commit the deliberate fault that is due here; True: leave this step's all-reduce out."""

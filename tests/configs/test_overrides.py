@@ -124,6 +124,8 @@ def test_mistakes_are_one_sentence(override: str, words: list[str]) -> None:
         (["faults=kill_rank", "faults.at_step=5", "faults.at_s=1"], "at_step and at_s"),
         (["launch.local_nodes=2", "launch.nnodes=3"], "leave one of them out"),
         (["launch.nnodes=2", "launch.node_rank=2"], "must be below"),
+        (["launch.node_rank=3"], "launch.node_rank=3 must be below launch.nnodes=1"),
+        (["launch.local_nodes=2", "launch.node_rank=1"], "must be below launch.nnodes=1"),
     ],
 )
 def test_contradictions(overrides: list[str], word: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,11 @@ class Launch:
     def shown(self) -> str:
         """All that was printed so far."""
         return self._log.read_text(errors="replace")
+
+    @property
+    def steps(self) -> bool:
+        """Whether progress was shown."""
+        return re.search(r"^step \d", self.shown, re.MULTILINE) is not None
 
     def wait(self, timeout_s: float = 60.0) -> int:
         """The exit code; the launch must end by itself."""

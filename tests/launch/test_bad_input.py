@@ -106,6 +106,12 @@ def test_port_in_use(refused: Refused) -> None:
     assert "in use" in sentence
 
 
+def test_endpoint_that_is_no_address(refused: Refused) -> None:
+    sentence = refused("launch", "--rdzv-endpoint", "no.such.invalid", "train.py")
+    assert "there is no host 'no.such.invalid'" in sentence
+    assert "write host:port" in sentence
+
+
 def test_wide_bind_without_secret(refused: Refused) -> None:
     assert SECRET_VARIABLE in refused("launch", "launch.bind=0.0.0.0", "train.py")
 
@@ -142,6 +148,13 @@ def test_read_only_run_directory(refused: Refused, folder: Path) -> None:
     sentence = refused("launch", "--run-dir", str(where), "train.py")
     assert f"the run directory {where} can't be written" in sentence
     assert "--run-dir" in sentence
+
+
+def test_log_directory_that_can_not_be_made(refused: Refused) -> None:
+    sentence = refused("launch", "--log-dir", "train.py/x", "train.py")
+    assert "train.py/x can't be written (Not a directory): choose another with --log-dir" in (
+        sentence
+    )
 
 
 def test_run_directory_is_a_file(refused: Refused) -> None:
@@ -181,8 +194,10 @@ def test_unknown_command(refused: Refused) -> None:
 
 
 def test_status_of_nothing(refused: Refused, folder: Path) -> None:
-    assert "no run directory" in refused("status", "gone")
-    assert "not a run directory" in refused("status", str(folder))
+    for command in (["status"], ["report"], ["inject", "kind=sigkill"]):
+        said = [refused(command[0], place, *command[1:]) for place in ("gone", str(folder))]
+        assert said[0] == "ftrain: there is no run directory gone\n"
+        assert said[1] == f"ftrain: {folder} is not a run directory: it has no run.json\n"
 
 
 def test_as_a_process(folder: Path) -> None:

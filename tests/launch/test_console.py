@@ -78,6 +78,16 @@ def test_on_a_terminal_progress_stays_below() -> None:
     assert terminal(stream.getvalue()) == ["rank 1 died", ""]
 
 
+def test_after_the_summary_there_is_no_progress() -> None:
+    stream = io.StringIO()
+    console = Console(progress_piped_every_s=1.0, stream=stream, in_place=True)
+    console.notice(notice("progress", data={"step": 1}))
+    console.notice(notice("summary", "summary"))
+    console.line("a fault never struck")
+    console.notice(notice("progress", data={"step": 2}))
+    assert terminal(stream.getvalue()) == ["summary", "a fault never struck", ""]
+
+
 def test_ranks_output_goes_above_the_progress_line() -> None:
     stream = io.StringIO()
     console = Console(progress_piped_every_s=1.0, stream=stream, in_place=True)

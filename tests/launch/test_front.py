@@ -40,6 +40,7 @@ def test_scripts_run_to_their_end(tmp_path: Path) -> None:
         assert launch.gone_after(0)
         for rank in range(4):
             assert f"hello from rank {rank} of 4 []" in launch.shown
+        assert launch.shown.count("the script made no ftrain.Session: nothing of it was saved") == 1
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_account_survives_the_coordinator(tmp_path: Path) -> None:
     log.write("incident", launch="before", restart_s=9.0, steps_recomputed=9)
     log.write("launch", launch="now")
     log.write("running", launch="now", first_step=100)
+    log.write("failed_start", launch="now", text="the restart failed: SIGKILL")
     log.write("incident", launch="now", restart_s=0.5, steps_recomputed=2)
     log.write("incident", launch="now", restart_s=0.25, steps_recomputed=1)
     log.close()
@@ -116,13 +117,21 @@ def test_account_survives_the_coordinator(tmp_path: Path) -> None:
     assert (account.incidents, account.restart_s, account.steps_recomputed) == (2, 0.75, 3)
     assert account.first_step == 100
     account.began_s, account.running_s, account.step, account.step_s = 1000.0, 1004.0, 350, 0.1
-    rows = account.rows(1010.0)
+    rows = account.rows(1010.0, 2)
     assert rows["steps"] == "350 (250 in this launch)"
     assert rows["goodput"] == "49.5 %"
+    assert rows["restarts"] == "2 (1 of the starts failed)"
     assert rows["time lost"] == "5.05 s: start 4.00, restarts 0.75, recomputing 0.30"
+
+
+def test_a_first_start_that_failed_is_counted_once() -> None:
+    account = Account(1000.0)
+    account.count(3.0, 0)
+    account.ran(1005.0, 0)
+    assert account.rows(1010.0, 1)["time lost"].startswith("5.00 s: start 2.00, restarts 3.00")
 
 
 def test_account_of_a_new_launch_is_empty(tmp_path: Path) -> None:
     account = Account.read(tmp_path / "none.jsonl", "now", 5.0)
     assert account == Account(5.0)
-    assert account.rows(5.0)["incidents"] == 0
+    assert account.rows(5.0, 0)["incidents"] == 0

@@ -45,7 +45,7 @@ def saved(launch: Launch) -> list[int]:
 
 def test_a_stop_without_snapshots_in_memory_saves(tmp_path: Path) -> None:
     with launched(tmp_path, script("200"), *TWO, "snapshot=off") as launch:
-        wait_for(lambda: "step " in launch.shown)
+        wait_for(lambda: launch.steps)
         launch.popen.send_signal(signal.SIGTERM)
         assert launch.wait() == 75, launch.shown
         (step,) = saved(launch)

@@ -37,7 +37,11 @@ from ftrain.launch.resolve import resolve
         ("--standalone --rdzv-endpoint h:5 t.py", [], ["t.py"]),
         ("--local-addr 10.0.0.1 t.py", ["launch.host=10.0.0.1"], ["t.py"]),
         ("--max-restarts 0 t.py", ["launch.max_restarts=0"], ["t.py"]),
-        ("--node-rank 1 --log-dir /x t.py", ["launch.node_rank=1", "launch.log_dir=/x"], ["t.py"]),
+        (
+            "--nnodes 2 --node-rank 1 --log-dir /x t.py",
+            ["launch.nnodes=2", "launch.node_rank=1", "launch.log_dir=/x"],
+            ["t.py"],
+        ),
         ("--run-dir /r t.py", ["launch.run_dir=/r"], ["t.py"]),
     ],
 )
@@ -46,7 +50,7 @@ def test_accepted(line: str, overrides: list[str], argv: list[str]) -> None:
     assert sorted(request.overrides) == sorted(overrides)
     assert list(request.argv) == argv
     assert not request.module
-    resolve(request.overrides if "node_rank" not in line else ())
+    resolve(request.overrides)
 
 
 def test_module() -> None:
@@ -85,7 +89,13 @@ def test_ranks_by_word(word: str) -> None:
         ("--no-python t.sh", ["--no-python", "Python"]),
         ("--shutdown-timeout=9 t.py", ["launch.stop_grace_s"]),
         ("--nproc-per-nod 2 t.py", ["no option --nproc-per-nod", "did you mean --nproc-per-node"]),
+        ("--nproc 2 t.py", ["no option --nproc; did you mean --nproc-per-node?"]),
+        ("--nodes 2 t.py", ["no option --nodes", "did you mean --nnodes?"]),
         ("--bogus-thing t.py", ["no option --bogus-thing", "--help"]),
+        (
+            "--steps 2 t.py",
+            ["no option --steps; the script's own options come after the script; see"],
+        ),
         ("-z t.py", ["-z"]),
         ("--tee", ["--tee", "argument"]),
         ("-m", ["-m needs the name of a module"]),

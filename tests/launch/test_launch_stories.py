@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ from launching import Launch, launched, wait_for
 
 from ftrain.comms.environment import SECRET_VARIABLE
 from ftrain.launch.cli import main
-from ftrain.launch.status import read_status
+from ftrain.launch.status import PastStatus, read_status
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,8 @@ def test_a_fault_is_told_once_and_again(tmp_path: Path, capsys: pytest.CaptureFi
         assert launch.shown.count("died: SIGKILL. Restarted from memory in") == 1
         assert "trained to step 30" in launch.shown
         assert "goodput" in launch.shown
+        assert "never struck" not in launch.shown
+        assert "no ftrain.Session" not in launch.shown
         assert launch.gone_after(0)
     assert main(["report", str(launch.run_dir)]) == 0
     told = capsys.readouterr().out
@@ -55,6 +58,13 @@ def test_a_fault_is_told_once_and_again(tmp_path: Path, capsys: pytest.CaptureFi
         "stepped",
     ):
         assert word in told
+
+
+def test_a_fault_beyond_the_end_is_said(tmp_path: Path) -> None:
+    with launched(tmp_path, TRAINING, "faults=kill_rank", "faults.at_step=500") as launch:
+        assert launch.wait() == 0, launch.shown
+        end = launch.shown.splitlines()[-1]
+        assert end == "ftrain: never struck, the run was over before: sigkill at step 500"
 
 
 def test_status_and_inject_on_a_running_job(
@@ -70,11 +80,15 @@ def test_status_and_inject_on_a_running_job(
 
         wait_for(lambda: launch.run_dir.joinpath("run.json").exists() and step() > 10)
         assert main(["status", run]) == 0
-        assert "/1000" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "/1000" in shown
+        assert max(map(len, shown.splitlines()[1:])) < 80
+        assert "snapshot" in shown.splitlines()[1]
         assert main(["status", run, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         (rank,) = told["nodes"][0]["ranks"]
         assert rank["total_steps"] == 1000
+        assert rank["snapshot_step"] in (rank["step"] - 1, rank["step"])
         assert (rank["phase"], rank["loss"] > 0) == ("step", True)
         assert told["nodes"][0]["agent_pid"] == launch.pid_of("ftrain.launch.agent")
 
@@ -85,7 +99,13 @@ def test_status_and_inject_on_a_running_job(
         launch.popen.kill()
         assert launch.gone_after(1.0)
     assert main(["status", run]) == 1
-    assert "not running" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not running" in shown
+    assert re.search(
+        r"killed before it could say how it ended; \d+ steps completed; no step is durable; the"
+        r" same command starts from the beginning",
+        shown,
+    )
     assert main(["inject", run, "kind=sigkill"]) == 2
 
 
@@ -97,16 +117,27 @@ def test_stop_saves_and_the_next_launch_goes_on(
 ) -> None:
     monkeypatch.setenv("STEPS", "200")
     with launched(tmp_path, TRAINING) as launch:
-        wait_for(lambda: "step " in launch.shown)
+        wait_for(lambda: launch.steps)
         launch.popen.send_signal(number)
         assert launch.wait() == 75, launch.shown
         assert launch.gone_after(0)
         assert "trained" not in launch.shown
+        assert f"run directory {launch.run_dir}; starts at step 0\n" in launch.shown
+    saved = re.search(r"with step (\d+) saved", launch.shown)
+    assert saved
+    past = read_status(launch.run_dir).past
+    assert past == PastStatus(75, int(saved[1]), int(saved[1]))
     monkeypatch.setenv("STEPS", "200")
     again = Launch(tmp_path)
     assert again.wait() == 0, again.shown
     assert "trained to step 200" in again.shown
     assert "200 in this launch" not in again.shown
+    begin = f"run directory {again.run_dir}; resumes at step {saved[1]} from the durable version\n"
+    assert begin in again.shown
+    third = Launch(tmp_path)
+    assert third.wait() == 0, third.shown
+    assert "ftrain: already complete at step 200 (total_steps); nothing to do\n" in third.shown
+    assert "goodput" not in third.shown
 
 
 def test_two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,16 @@ def test_exception_is_shown_once_and_ends_the_job(tmp_path: Path, launches: list
     assert re.search(r"rank \d \(node 0\)(, rank \d \(node 0\))? raised:", launch.text)
     assert "rank_main" not in launch.text
     assert "3 failures in a row with no new version in between" in launch.text
+    assert re.search(
+        r"the start failed: rank .+ raised ValueError: told to; trying again \(restart 1 of 2\)\n"
+        r"(.+\n)*?the restart failed: rank .+; trying again \(restart 2 of 2\)\n",
+        launch.text,
+    ), launch.text
+    rows = launch.events("summary")[0]["data"]["rows"]
+    assert (rows["incidents"], rows["restarts"]) == (1, "2 (3 of the starts failed)")
+    lost = re.search(r"start (\S+), restarts (\S+),", rows["time lost"])
+    assert lost
+    assert min(map(float, lost.groups())) > 0.01, rows
     logs = (launch.run_dir / "logs").glob("*/attempt_1/*/stderr.log")
     assert any("ValueError: told to" in log.read_text() for log in logs)
 

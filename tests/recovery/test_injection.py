@@ -188,8 +188,12 @@ def test_skipped_collective_and_gil_hang(job: FakeJob) -> None:
         FaultConfig(kind="skip_collective", at_step=10, rank=0),
         FaultConfig(kind="gil_hang", at_step=10, rank=1),
     )
-    assert (skipped["step"], skipped["phase"], skipped["outcome"]) == (10, "step", "committed")
-    assert hung["outcome"] == "committed"
+    assert (skipped["step"], skipped["phase"], skipped["outcome"]) == (
+        10,
+        "step",
+        "it left out an all-reduce",
+    )
+    assert hung["outcome"] == "it sleeps now and holds the GIL"
     sightings = Sightings(job.run_dir, 2)
     sightings.look()
     [skipper] = sightings.ranks(rank=0)
