@@ -67,7 +67,7 @@ class Slots(Protocol):
     denied: str
 
     def reserve(self, image_bytes: int) -> None: ...
-    def begin(self, version: VersionId) -> memoryview | None: ...
+    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None: ...
     def begun(self, version: VersionId) -> None: ...
     def sealed(self, version: VersionId, held: Held) -> None: ...
     def withdraw(self, version: VersionId) -> None: ...
@@ -190,10 +190,13 @@ class CaptureEngine:
         tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int = -1,
+        *,
+        wait_s: float | None = None,
     ) -> None:
         """Begin to capture ``version``: when this returns, ``small`` is in the image and so is
         every tensor that may change at any time; the others follow behind the step (unless writes
-        outside the optimizer were seen before: then all is copied when this returns).
+        outside the optimizer were seen before: then all is copied when this returns).  ``wait_s``
+        is for what must not be skipped only because the slots' owner is being replaced.
 
         Raises MemoryShortError when there is no memory for the first version.
         """
@@ -206,7 +209,7 @@ class CaptureEngine:
             self._skip("the copy of a version that was given up has not ended yet")
             return
         try:
-            job = self._begin(version, tensors, small, collectives)
+            job = self._begin(version, tensors, small, collectives, wait_s)
         except MemoryShortError as error:
             if self._plan is None:
                 raise  # it never was enough
@@ -297,11 +300,16 @@ class CaptureEngine:
             self._skip(str(error))
 
     def _begin(
-        self, version: VersionId, tensors: tuple[StateTensor, ...], small: bytes, collectives: int
+        self,
+        version: VersionId,
+        tensors: tuple[StateTensor, ...],
+        small: bytes,
+        collectives: int,
+        wait_s: float | None,
     ) -> _Job | None:
         """Write all that may change, so that from here on a survivor can finish the image."""
         plan = self._plan_for(tensors, small)
-        buffer = self._slots.begin(version)
+        buffer = self._slots.begin(version, wait_s)
         if buffer is None:
             return None
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)

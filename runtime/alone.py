@@ -61,7 +61,7 @@ class LocalSlots:
                     f"no memory for a copy of the training state ({image_bytes} bytes): {error}"
                 ) from None
 
-    def begin(self, version: VersionId) -> memoryview | None:
+    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """The room."""
         if self._map is None:
             return None

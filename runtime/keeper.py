@@ -27,6 +27,7 @@ from ftrain.snapshot.client import OpenedImage, SnapshotClient
 from ftrain.snapshot.fetch import fetch_images
 
 Note = Callable[[str], None]
+_LAST_S_MAX = 15.0  # for the run's last version: a manager that hangs is replaced by then
 
 
 class Keeper(Protocol):
@@ -171,7 +172,8 @@ class SnapshotKeeper:
         """Begin to capture the version at boundary ``step``; False: it is not its turn."""
         if step % self._config.every_steps and not last:
             return False
-        self._engine.start(VersionId(self.epoch, step), tensors, small, collectives)
+        wait_s = _LAST_S_MAX if last else None
+        self._engine.start(VersionId(self.epoch, step), tensors, small, collectives, wait_s=wait_s)
         return True
 
     def barrier(self) -> None:

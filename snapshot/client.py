@@ -120,8 +120,9 @@ class SnapshotClient:
                     populate(view)  # zeroing it now keeps that out of the first steps
                 self._slots.append(_Slot(view, fresh))
 
-    def begin(self, version: VersionId) -> memoryview | None:
-        """A writable slot for ``version``, or None (see ``denied``). Usually without any wait.
+    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
+        """A writable slot for ``version``, or None (see ``denied``). Usually without any wait; with
+        ``wait_s`` another manager may come up meanwhile.
 
         To be followed by :meth:`begun` once the image in it is begun.
         """
@@ -137,7 +138,9 @@ class SnapshotClient:
                 return self._slots[self._slot].view
             try:
                 answer, _ = self._call(
-                    Begin(0, version), (Granted, Denied), self._wait(_BEGIN_S_MAX)
+                    Begin(0, version),
+                    (Granted, Denied),
+                    self._wait(_BEGIN_S_MAX) if wait_s is None else wait_s,
                 )
             except PeerLostError:
                 self._absent = True

@@ -49,7 +49,7 @@ class Memory:
             raise MemoryShortError("the slots need more memory than there is")
         self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
 
-    def begin(self, version: VersionId) -> memoryview | None:
+    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         if self.deny:
             return None
         self.turn ^= 1

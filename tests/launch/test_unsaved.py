@@ -97,6 +97,17 @@ os.kill(node["smp_pid"], signal.SIGSTOP)
     assert saved(launch) == [20]
 
 
+def test_a_manager_that_hangs_before_the_end_does_not_cost_the_end(tmp_path: Path) -> None:
+    """The steps meanwhile are not captured; the last boundary waits for the next manager."""
+    body = """
+    if step == 15:
+        node = __import__("json").load(open("run/state/node0.json"))
+        os.kill(node["smp_pid"], __import__("signal").SIGSTOP)"""
+    with launched(tmp_path, script(body)) as launch:
+        assert launch.wait() == 0, launch.shown
+    assert saved(launch) == [20]
+
+
 @pytest.mark.parametrize(
     "failure", ["raise ValueError('boom')", "sys.exit(3)", "os.kill(os.getpid(), 9)"]
 )
