@@ -25,9 +25,9 @@ from statistics import fmean, median, quantiles
 from common import FTRAIN, ROOT, Record, launched, print_table, write_results
 
 JOB = ROOT / "benchmarks" / "overhead_job.py"
-BATCHES = {"0.5m": (2, 8, 32), "5m": (1, 2, 4, 8), "10m": (1, 4, 16), "124m": (1, 4)}
-STEPS = {"0.5m": 40, "5m": 15, "10m": 8, "124m": 3}  # counted in each block
-ROUNDS = {"0.5m": 10, "5m": 10, "10m": 8, "124m": 5}
+BATCHES = {"0.5m": (2, 8), "5m": (1, 2, 4), "10m": (1, 4), "124m": (1,)}
+STEPS = {"0.5m": 30, "5m": 12, "10m": 6, "124m": 3}  # counted in each block
+ROUNDS = {"0.5m": 8, "5m": 8, "10m": 6, "124m": 4}
 LOST_PERCENT_MAX = 5.0
 
 
