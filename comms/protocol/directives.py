@@ -60,7 +60,13 @@ def directive_of(
         order = Order.PAUSE if hard.stop_step < 0 else Order.STOP_AT
         return Directive(hard.epoch, order, stop_step=hard.stop_step, reason=reason)
     if phase in (Phase.SAVING, Phase.RUNNING) and flush is not None:
-        return Directive(hard.epoch, Order.FLUSH, flush=flush.target, fence=flush.fence)
+        return Directive(
+            hard.epoch,
+            Order.FLUSH,
+            flush=flush.target,
+            flush_attempt=flush.attempt,
+            fence=flush.fence,
+        )
     if phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
         return Directive(hard.epoch, Order.RUN, with_addresses(hard.formation, reports))
     return Directive(hard.epoch, Order.WAIT, reason=reason)

@@ -16,10 +16,16 @@ class FlushRound:
     """
 
     def __init__(
-        self, target: VersionId, fence: int, nodes: Sequence[int], margin: int = 0
+        self,
+        target: VersionId,
+        fence: int,
+        nodes: Sequence[int],
+        margin: int = 0,
+        attempt: int = 0,
     ) -> None:
         self.target = target
         self.fence = fence
+        self.attempt = attempt
         self.margin = margin  # boundaries that the target lay ahead; doubled for the next attempt
         self.age_ticks = 0
         self._tally = Tally(nodes)
@@ -29,8 +35,10 @@ class FlushRound:
 
     def hear(self, report: NodeReport) -> None:
         """Take what a report says about this order; what it says about others does not count."""
-        if report.flush != self.target or report.fence != self.fence:
+        if (report.flush, report.fence) != (self.target, self.fence):
             return
+        if report.flush_attempt != self.attempt:
+            return  # the answer to an earlier attempt at the same
         if report.refused:
             self._refusals[report.node] = report.refused
             self.write_failed = self.write_failed or report.write_failed

@@ -3,7 +3,7 @@
 One replica group of a fixed number of nodes.  Theory of operation:
 
 * An **epoch** is granted when all nodes are there and no rank is alive.  It is in ``hard`` before
-  anything is said under it and is never granted twice, whatever crashes.
+  anything is said under it, so no crash has it granted twice (as long as the disk takes it).
 * Every node is told its whole :class:`Directive` again until its report shows that it was followed.
   So nothing here depends on a single message arriving, or on one arriving only once.
 * What the nodes do is known from their reports alone.  A coordinator that is killed and started
@@ -11,10 +11,9 @@ One replica group of a fixed number of nodes.  Theory of operation:
   ``hard``, nothing happens at all.
 * A version is published under the epoch as its **fence**, and no newer epoch is granted before the
   publication is answered.  So no manifest appears under a fence that has passed.
-* A failure with no newly committed version since the last formation counts as the same failure
-  coming back; more than ``max_restarts`` of those in a row end the job.  So does a mistake in the
-  script that no restart can mend.  Either way what the nodes' memory holds is saved first, as at a
-  graceful stop, within ``grace_ticks``.
+* A failure with no newly committed version since the last formation is one that comes back; more
+  than ``max_restarts`` of those in a row end the job, and so does a mistake that no restart mends.
+  What the nodes' memory holds is saved first, as at a graceful stop, within ``grace_ticks``.
 
 Only :meth:`Membership._enter` changes the phase, along ``TRANSITIONS``.
 """
@@ -24,6 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ftrain.comms.errors import LocalProtocolError
+from ftrain.comms.protocol import saving
 from ftrain.comms.protocol.directives import AT_REST, Outbox, directive_of
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
 from ftrain.comms.protocol.flush import FlushRound
@@ -50,13 +50,13 @@ from ftrain.comms.protocol.records import (
     failures_in_words,
 )
 from ftrain.comms.protocol.roster import Roster, Trouble, places_of
-from ftrain.comms.protocol.saving import FailedWrites, newest_everywhere, saved_end, unsaved_end
 from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
 
 __all__ = ["TRANSITIONS", "Event", "Membership", "MembershipHard", "Phase"]
 
 _FLUSH_TRIES = 6
 _SAVE_TRIES = 3
+_WRITE_PAUSE_TICKS = 10  # before the end of the run is tried to be written again
 _RUNS = (NodeState.RUNNING, NodeState.DONE)
 
 
@@ -103,9 +103,10 @@ class Membership:
         self._committed: VersionId | None = None
         self._reached = 0  # highest boundary of any rank since the last formation
         self._kept = 0  # ... of which a rank set out to keep the version
-        self._failed_writes = FailedWrites()
+        self._failed_writes = saving.FailedWrites()
         self._refusal = ""  # why the newest attempt to get a version durable failed
         self._round: FlushRound | None = None
+        self._attempts = 0  # at durable versions, by this process
         self._flush_tries = 0
         self._save_tries = 0
         self._end_tries = 0
@@ -177,13 +178,14 @@ class Membership:
                 self._wait_ticks = self._resend_ticks
                 self._enter(Event.NOT_FORMED, f"the group can't be formed yet: {why}")
         else:
-            restored = formation.restore.version
-            step = 0 if restored is None else restored.step
+            step = formation.restore.version.step if formation.restore.version else 0
+            hard = self._hard
             self._hard = replace(
-                self._hard,
+                hard,
+                durable=saving.durable_now(hard.durable, formation.restore),
                 formation=formation,
-                formations=self._hard.formations + 1,
-                incident=self._hard.incident and self._hard.incident.rewound(self._reached, step),
+                formations=hard.formations + 1,
+                incident=hard.incident and hard.incident.rewound(self._reached, step),
             )
             self._reached = self._kept = step
             self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
@@ -191,10 +193,8 @@ class Membership:
 
     def published(self, fence: int, version: VersionId) -> None:
         """Answer to :class:`Publish`: the manifest is there, for good."""
-        if self._publishing is None or (fence, version) != (
-            self._publishing.fence,
-            self._publishing.version,
-        ):
+        asked = self._publishing
+        if asked is None or (fence, version) != (asked.fence, asked.version):
             return
         self._publishing = None
         self._hard = replace(self._hard, durable=version)
@@ -212,7 +212,7 @@ class Membership:
         """Ask for a durable version; ignored while one is on its way, or nothing runs."""
         if self._phase is Phase.RUNNING and self._round is None and self._publishing is None:
             self._flush_tries = 0
-            self._aim(self._flush_margin)
+            self._aim_ahead(self._flush_margin)
             self._advance()
 
     def ready(self) -> Ready[MembershipHard]:
@@ -347,10 +347,9 @@ class Membership:
     def _starting(self) -> None:
         """The ranks start; what fails here counts like any failure."""
         trouble = self._trouble(started=False)
-        reports = self._roster.reports()
         if trouble:
             self._break(trouble)
-        elif all(r.epoch == self._hard.epoch and r.state in _RUNS for r in reports):
+        elif all(r.epoch == self._hard.epoch and r.state in _RUNS for r in self._roster.reports()):
             self._enter(Event.ALL_RUN, f"epoch {self._hard.epoch} runs")
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping before a step: {self._hard.stop_cause}")
@@ -391,7 +390,9 @@ class Membership:
                 target = self._committed  # the last one can't be had: what there is instead
             saved = durable is not None and durable >= target
             if saved or self._end_tries >= _SAVE_TRIES:
-                self._end(EXIT_FAILED, unsaved_end(self._kept, durable, self._refusal))
+                self._end(EXIT_FAILED, saving.unsaved_end(self._kept, durable, self._refusal))
+                return
+            if self._wait_ticks:
                 return
             self._aim_at(target)
             self._end_tries += 1
@@ -400,8 +401,7 @@ class Membership:
         """Every present node ends its ranks; only then may anything new begin."""
         if self._places and self._hard.incident is not None:
             trouble = self._trouble(started=False)
-            if trouble.losses():
-                losses = trouble.losses()
+            if losses := trouble.losses():
                 self._hard = begin_incident(self._hard, losses, self._places, self._reached)
             mistakes = trouble.mistakes()
             if mistakes and not (self._hard.stop_cause or self._hard.giving_up):
@@ -464,7 +464,8 @@ class Membership:
         words = trouble.words(self._places)
         hard = self._hard
         # A version that can't be put back is refused from then on, so such failures are finite.
-        finite = any(failure.kind == "restore" for failure in trouble.failures)
+        named = hard.formation is not None and hard.formation.restore.version is not None
+        finite = named and any(failure.kind == "restore" for failure in trouble.failures)
         if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
             hard = count_failure(hard, self._committed, trouble.nature())
         self._hard = begin_incident(hard, trouble, self._places, self._reached)
@@ -488,22 +489,22 @@ class Membership:
             self._enter(event, reason)
 
     def _close_incident(self) -> None:
-        if self._hard.incident is None or self._hard.formation is None:
+        hard = self._hard
+        if hard.incident is None or hard.formation is None:
             return
-        self._effects.append(
-            close_incident(self._hard.incident, self._hard.formation, self._roster.reports())
-        )
-        self._hard = replace(self._hard, incident=None)
+        self._effects.append(close_incident(hard.incident, hard.formation, self._roster.reports()))
+        self._hard = replace(hard, incident=None)
 
     # ------------------------------------------------------------------ durable versions
 
-    def _aim(self, margin: int) -> None:
+    def _aim_ahead(self, margin: int) -> None:
         """Order a durable version a little ahead of what the ranks have reached by now."""
-        version = VersionId(self._hard.epoch, self._reached + margin)
-        self._round = FlushRound(version, self._hard.epoch, range(self._nodes), margin)
+        self._aim_at(VersionId(self._hard.epoch, self._reached + margin), margin)
 
-    def _aim_at(self, version: VersionId) -> None:
-        self._round = FlushRound(version, self._hard.epoch, range(self._nodes))
+    def _aim_at(self, version: VersionId, margin: int = 0) -> None:
+        self._attempts += 1
+        hard, nodes = self._hard, range(self._nodes)
+        self._round = FlushRound(version, hard.epoch, nodes, margin, self._attempts)
 
     def _watch_flush(self) -> None:
         if self._round is None or self._publishing is not None:
@@ -524,13 +525,14 @@ class Membership:
             self._retry_flush(failure)
 
     def _tell_failed(self, why: str) -> None:
-        text = self._failed_writes.warning(why)
-        if text:
+        if text := self._failed_writes.warning(why):
             self._say("warning", text, {})
 
     def _retry_flush(self, why: str) -> None:
         margin = self._round.margin if self._round is not None else self._flush_margin
         self._refusal = why
+        if self._round is not None and self._round.write_failed:
+            self._wait_ticks = _WRITE_PAUSE_TICKS  # what was in the way may go
         if self._phase is Phase.SAVING:
             self._save_tries += 1
             if self._save_tries >= _SAVE_TRIES:
@@ -543,7 +545,7 @@ class Membership:
         if self._phase is not Phase.RUNNING or self._all_done():
             return
         if self._flush_tries < _FLUSH_TRIES:
-            self._aim(max(1, 2 * margin))
+            self._aim_ahead(max(1, 2 * margin))
         else:
             self._tell_failed(why)
 
@@ -552,12 +554,12 @@ class Membership:
         silent = self._roster.may_return()
         if self._hard.formations:  # something ran: a node that has not reported may hold it
             silent += self._roster.unheard()
-        if silent or not self._at_rest():
+        if waiting := bool(silent) or not self._at_rest():
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
-        if self._publishing is not None or silent or not self._at_rest():
+        if self._publishing is not None or waiting or self._wait_ticks:
             return
         durable, giving_up = self._hard.durable, self._hard.giving_up
-        newest = newest_everywhere(self._roster.present(), self._nodes)
+        newest = saving.newest_everywhere(self._roster.present(), self._nodes)
         known = max((v for v in (newest, self._committed) if v is not None), default=None)
         # Else something of this launch can be on a node that this process has not heard of.
         all_heard = not self._hard.formations or len(self._roster.reports()) == self._nodes
@@ -572,20 +574,18 @@ class Membership:
         ):
             self._end_saved(durable.step, before=True)
         elif known is None and self._reached == 0 and all_heard:
-            code = self._hard.give_up_code if giving_up else EXIT_SAVED
             stopped = f"stopped ({self._hard.stop_cause}) with nothing to save"
-            self._end(code, giving_up or stopped)
+            self._end(self._hard.exit_code(EXIT_SAVED), giving_up or stopped)
         else:
             self._end_unsaved("no node's memory has all of a version to save")
 
     def _end_saved(self, step: int, *, before: bool = False) -> None:
-        code = self._hard.give_up_code if self._hard.giving_up else EXIT_SAVED
-        self._end(code, saved_end(self._hard, step, before=before))
+        text = saving.saved_end(self._hard, step, before=before)
+        self._end(self._hard.exit_code(EXIT_SAVED), text)
 
     def _end_unsaved(self, why: str) -> None:
         stopped = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
-        code = self._hard.give_up_code if self._hard.giving_up else EXIT_FAILED
-        self._end(code, f"{stopped}, but {why}")
+        self._end(self._hard.exit_code(EXIT_FAILED), f"{stopped}, but {why}")
 
     # ------------------------------------------------------------------ directives
 

@@ -121,6 +121,7 @@ class NodeReport:
     step_s: float = 0.0  # median step time
     signals: tuple[str, ...] = ()  # SIGTERM, SIGUSR1, … that this agent received
     flush: VersionId | None = None  # the flush order that `prepared` or `refused` answers
+    flush_attempt: int = 0  # and which attempt at it
     fence: int = 0  # fence under which `prepared` was written
     write_failed: bool = False  # with `refused`: writing failed, there was something to write
 
@@ -175,6 +176,7 @@ class Directive:
     formation: Formation | None = None
     stop_step: int = -1
     flush: VersionId | None = None  # FLUSH: this version, or the first committed one after it
+    flush_attempt: int = 0  # tells a second attempt at the same version from an order said again
     fence: int = 0
     exit_code: int = 0
     reason: str = ""

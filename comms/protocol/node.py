@@ -182,8 +182,9 @@ class NodeMember:
         self._formation: Formation | None = None
         self._holding = False  # HoldRanks was asked for in this epoch
         self._stop_step = -1  # ReleaseRanks was asked for, with this boundary
-        self._flushing: tuple[VersionId, int] | None = None  # asked of the engine, not answered yet
-        self._flush_next: tuple[VersionId, int] | None = None
+        # Target, fence and attempt: asked of the engine and not answered yet; to be asked then.
+        self._flushing: tuple[VersionId, int, int] | None = None
+        self._flush_next: tuple[VersionId, int, int] | None = None
         self._urgent = True
         self._changed = True
         self._messages: list[tuple[Address, object]] = []
@@ -427,8 +428,9 @@ class NodeMember:
     def _ask_flush(self, directive: Directive) -> None:
         if directive.flush is None or self._phase is Phase.EXITING:
             return
-        order = (directive.flush, directive.fence)
-        if order in ((self._report.flush, self._report.fence), self._flushing):
+        order = (directive.flush, directive.fence, directive.flush_attempt)
+        report = self._report
+        if order in ((report.flush, report.fence, report.flush_attempt), self._flushing):
             return  # answered, or being done
         self._flush_next = order
         self._next_flush()
@@ -436,35 +438,37 @@ class NodeMember:
     def _next_flush(self) -> None:
         if self._flushing is None and self._flush_next is not None:
             self._flushing, self._flush_next = self._flush_next, None
-            self._effects.append(FlushVersion(*self._flushing))
+            target, fence, _ = self._flushing
+            self._effects.append(FlushVersion(target, fence))
 
     def flushed(self, version: VersionId) -> None:
         """The files of ``version`` are written and synced, under the fence that was asked for."""
         if self._flushing is not None:
-            target, fence = self._flushing
+            fence = self._flushing[1]
             earlier = self._report.prepared if fence == self._report.fence else ()
             prepared = (*(v for v in earlier if v != version), version)[-_PREPARED_KEPT:]
-            self._answer_flush(target, fence, prepared, "")
+            self._answer_flush(self._flushing, prepared, "")
 
     def flush_refused(self, why: str, *, write_failed: bool = False) -> None:
         """Nothing was written: passed over, not there, or (``write_failed``) a full disk, …"""
         if self._flushing is not None:
-            target, fence = self._flushing
+            fence = self._flushing[1]
             earlier = self._report.prepared if fence == self._report.fence else ()
-            self._answer_flush(target, fence, earlier, why, write_failed=write_failed)
+            self._answer_flush(self._flushing, earlier, why, write_failed=write_failed)
 
     def _answer_flush(
         self,
-        target: VersionId,
-        fence: int,
+        order: tuple[VersionId, int, int],
         prepared: tuple[VersionId, ...],
         refused: str,
         *,
         write_failed: bool = False,
     ) -> None:
         self._flushing = None
+        target, fence, attempt = order
         self._tell_now(
             flush=target,
+            flush_attempt=attempt,
             fence=fence,
             prepared=prepared,
             refused=refused,

@@ -71,6 +71,10 @@ class MembershipHard:
             return MembershipHard(launch=launch, epoch=hard.epoch, durable=hard.durable)
         return hard
 
+    def exit_code(self, otherwise: int) -> int:
+        """What the job ends with: a job that was given up keeps its code however it is saved."""
+        return self.give_up_code if self.giving_up else otherwise
+
     @property
     def restarts(self) -> int:
         """Formations of this launch before the one in hand."""

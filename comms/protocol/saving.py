@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftrain.comms.protocol.messages import NodeReport, VersionId
+from ftrain.comms.protocol.messages import NodeReport, RestorePlan, VersionId
 from ftrain.comms.protocol.records import MembershipHard
 
 _WARNING_TICKS = 1200  # between two warnings that a durable version failed
@@ -27,6 +27,17 @@ class FailedWrites:
         self._quiet_ticks = _WARNING_TICKS
         count = f" ({self._failed} times so far)" if self._failed > 1 else ""
         return f"no durable version could be written{count}: {why}"
+
+
+def durable_now(known: VersionId | None, restore: RestorePlan) -> VersionId | None:
+    """The newest durable version to count on, given what a formation goes on from.
+
+    A run that goes on from a durable version has no newer one that is any good: what was known may
+    be damaged, and what is there may have been written without a launcher.
+    """
+    if restore.level == "memory":
+        return known
+    return restore.version if restore.level == "durable" else None
 
 
 def unsaved_end(step: int, durable: VersionId | None, why: str) -> str:

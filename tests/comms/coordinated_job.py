@@ -59,6 +59,8 @@ class Job:
         """These nodes report."""
         for node in nodes or range(self.nodes):
             self.sequence += 1
+            if "flush" in changes and node in self.directives:  # an answer is to the newest order
+                changes["flush_attempt"] = self.directives[node].flush_attempt
             self.reports[node] = replace(self.reports[node], sequence=self.sequence, **changes)
             self.machine.receive(self.reports[node])
             self.take()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from coordinated_job import STOPPED, running
+from coordinated_job import STOPPED, Job, running
 
-from ftrain.comms.protocol.effects import Announce, EndJob
+from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
 from ftrain.comms.protocol.membership import Phase
 from ftrain.comms.protocol.messages import (
+    Formation,
     Held,
+    NodeState,
     Order,
     RankFailure,
+    RestorePlan,
     VersionId,
 )
 
@@ -67,8 +70,51 @@ def test_failing_writes_are_told_once_and_then_rarely() -> None:
         if second % 5 == 0:
             job.machine.request_flush()
         say()
-        flush = job.directives[0].flush
-        say(flush=flush, fence=epoch, refused="the disk is full", write_failed=True)
+        order = job.directives[0]
+        say(
+            flush=order.flush,
+            flush_attempt=order.flush_attempt,
+            fence=epoch,
+            refused="the disk is full",
+            write_failed=True,
+        )
     assert told[0] == "no durable version could be written: node 0: the disk is full"
     assert 2 <= len(told) <= 4
     assert "times so far" in told[-1]
+
+
+def test_the_end_is_written_again_when_the_disk_takes_it_by_then() -> None:
+    """An answer to the first attempt is not taken for one to the second."""
+    job, epoch = running(save_at_end=True)
+    version = VersionId(epoch, 8)
+    job.say(step_max=8, kept_max=8, committed=version, state=NodeState.DONE)
+    attempts = {job.directives[0].flush_attempt}
+    job.say(flush=version, fence=epoch, refused="the disk is full", write_failed=True)
+    assert job.effects == []
+    for _ in range(20):
+        job.say()  # nodes repeat what they said
+        job.tick()
+    attempts.add(job.directives[0].flush_attempt)
+    assert len(attempts) == 2, "the second attempt has to be told from the first"
+    assert job.effects == []
+    job.say(flush=version, fence=epoch, refused="", write_failed=False, prepared=(version,))
+    assert job.effects == [Publish(epoch, version, (0, 1))]
+    job.machine.published(epoch, version)
+    job.take()
+    assert job.effects[-1] == EndJob(0, "every rank is done")
+
+
+def test_a_finished_run_that_was_saved_without_a_launcher_is_finished() -> None:
+    """Nobody told this coordinator of the durable version that the run goes on from."""
+    job = Job(save_at_end=True)
+    for node in range(2):
+        job.say(node)
+    form = job.effects.pop()
+    assert isinstance(form, Form)
+    plan = RestorePlan("durable", VersionId(1, 100), fence=1, path="…/1/100.json")
+    formation = Formation(form.epoch, form.places, "h", 1, plan, 0)
+    job.machine.formed(form.epoch, formation)
+    job.take()
+    done = {"state": NodeState.DONE, "step": 100, "step_max": 100, "kept_max": 100}
+    job.say(epoch=form.epoch, **done)
+    assert job.effects == [EndJob(0, "every rank is done")]
