@@ -211,9 +211,9 @@ class CaptureEngine:
         try:
             job = self._begin(version, tensors, small, collectives, wait_s)
         except MemoryShortError as error:
-            if self._plan is None:
+            if self._plan is None and version.step == 0:
                 raise  # it never was enough
-            self._skip(str(error), told=True)  # by who has no more, once for all ranks
+            self._skip(str(error), told=self._plan is not None)  # by who has no more, once for all
             return
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ftrain.checkpoint.retention import KeepLast
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
-from ftrain.comms.events import EventLog
+from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
@@ -109,7 +109,10 @@ class Coordinator:
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
         self._events = EventLog(events, config.events.bytes_max)
-        self._bad = BadVersions()  # a new process finds out again
+        self._bad = BadVersions()  # what can't be put back a new process finds out again
+        for event in read_events(events):
+            if event["kind"] == "withdrawn":  # but such a version looks as good as any
+                self._withdraw(event["data"])
         self._stores = GroupStores(config.launch.bind)
         self._agents: dict[int, Channel] = {}
         self._watchers: list[Channel] = []
@@ -377,13 +380,13 @@ class Coordinator:
             total = notice.data.get("total_steps")
             self._total_steps = total if isinstance(total, int) else 0
         elif notice.kind == "withdrawn":
-            self._withdraw(notice)
+            self._withdraw(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(self._machine.request_flush)
         self._announce(notice)
 
-    def _withdraw(self, notice: Notice) -> None:
-        epoch, step = notice.data.get("epoch"), notice.data.get("step")
+    def _withdraw(self, version: Mapping[str, object]) -> None:
+        epoch, step = version.get("epoch"), version.get("step")
         if isinstance(epoch, int) and isinstance(step, int):
             self._bad.withdraw(VersionId(epoch, step))
 

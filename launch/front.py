@@ -41,6 +41,8 @@ _GRACE_AFTER_END_S = 5.0  # for agents to end their ranks and themselves, once t
 _KILL_S = 2.0
 _WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent was faster
 _HOLD_POLL_S = 0.02
+_COORDINATOR_LEASES = 2  # of silence, until it is replaced: nobody needs its memory
+_AGENT_LEASES = 12  # ... an agent's node loses its memory with it
 _QUICK_S = 3.0  # a process that ends of itself sooner than this never worked
 _QUICK_ENDS_MAX = 3  # ... and after so many in a row it never will
 _RELAY_BYTES = 1 << 16
@@ -184,7 +186,7 @@ class Front:
             ["--job", str(self._job_path), "--listen-fd", str(fd)],
             self._coordinator_ended,
             pass_fds=[fd],
-            pulse=Pulse(self._job.config.detection.node_lease_s),
+            pulse=Pulse(self._job.config.detection.node_lease_s, _COORDINATOR_LEASES),
         )
 
     def _coordinator_ended(self, child: Child) -> None:
@@ -228,7 +230,7 @@ class Front:
             ended,
             stdout=self._out,
             stderr=self._err,
-            pulse=Pulse(self._job.config.detection.node_lease_s),
+            pulse=Pulse(self._job.config.detection.node_lease_s, _AGENT_LEASES),
         )
         self._agents[node] = _Agent(node, incarnation, child, quick_ends)
 

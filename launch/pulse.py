@@ -16,18 +16,18 @@ from pathlib import Path
 PERIOD_S = 0.5
 _READ_BYTES = 4096
 _STOPPED = "T"
-_SILENT_LEASES = 2  # of a child that is not stopped: it may only be slow
 
 
 class Pulse:
     """The front's side, for one child."""
 
-    def __init__(self, lease_s: float) -> None:
+    def __init__(self, lease_s: float, silent_leases: int) -> None:
         """A child that is seen stopped for ``lease_s`` is lost, one that only does not answer
-        after twice that."""
+        after ``silent_leases`` of that: it may wait for a disk."""
         self._socket, self._child_end = socket.socketpair()
         self._socket.setblocking(False)
         self._lease_looks = max(2, math.ceil(lease_s / PERIOD_S))
+        self._silent_looks_max = silent_leases * self._lease_looks
         self._began = False  # it has answered once: before, it is busy with its start
         self._silent_looks = 0
         self._stopped_looks = 0
@@ -53,7 +53,7 @@ class Pulse:
             self._socket.send(b"?")
         if self._stopped_looks > self._lease_looks:
             return f"was stopped for {self._stopped_looks * PERIOD_S:g} s"
-        if self._silent_looks > _SILENT_LEASES * self._lease_looks:
+        if self._silent_looks > self._silent_looks_max:
             return f"did not answer for {self._silent_looks * PERIOD_S:g} s"
         return ""
 
@@ -71,13 +71,16 @@ def answer_pulse(fd: int) -> None:
     loop = asyncio.get_running_loop()
 
     def answer() -> None:
-        with suppress(BlockingIOError):
-            asked = end.recv(_READ_BYTES)
-            if asked:
+        asked = b""
+        with suppress(ConnectionError):
+            try:
+                asked = end.recv(_READ_BYTES)
                 end.send(asked)
-            else:  # the front has ended, and so will we
-                loop.remove_reader(end)
-                end.close()
+            except BlockingIOError:
+                return
+        if not asked:  # the front has ended, and so will we
+            loop.remove_reader(end)
+            end.close()
 
     loop.add_reader(end, answer)
 

@@ -166,7 +166,6 @@ class AloneKeeper:
         self.events_bytes_max = EventsConfig().bytes_max
         self.resumed = False
         self.stop_asked = False
-        self.needs_others = environment.world_size > 1
         self._store = DurableStore(self._config.dir or f"{self.run_dir}/checkpoints")
         self._agreement = Agreement()
         self._looks = Looks(self._config.durable_every_s / 4)

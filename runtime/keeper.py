@@ -39,7 +39,6 @@ class Keeper(Protocol):
     resumed: bool
     stop_asked: bool  # by a signal to this process
     unsaved: str  # why the run's last version is not durable, if this rank knows
-    needs_others: bool  # all ranks together have to keep a version
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None: ...
     def capture(
@@ -72,7 +71,6 @@ class SnapshotKeeper:
     """Captures every version into the node's snapshot manager."""
 
     stop_asked = False  # signals go to the agent, and its wishes come through the telemetry page
-    needs_others = False
     unsaved = ""  # the coordinator sees to that
 
     def __init__(self, environment: RankEnvironment, context: RankContext, note: Note) -> None:

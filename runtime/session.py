@@ -134,7 +134,8 @@ class Session:
         """Yield ``(step, batch)`` from where the run stands to ``total_steps`` (0-based).
 
         Resuming the iterator is the boundary: everything the loop's body did belongs to the step.
-        A ``break`` leaves its step undone: the run's last version is of the boundary before it.
+        A ``break`` leaves its step undone: of the versions before it the newest that was kept is
+        the run's last one.
         """
         if self._iterating:
             raise SessionError("session.steps() is already being iterated: use one loop")
@@ -162,8 +163,9 @@ class Session:
             self._keep_last()
             self._finish()
             self._phase(Phase.FINISHED)
-        except GeneratorExit:
-            self._leave()
+        except GeneratorExit:  # a break, or an exception in the body: who knows what it changed
+            if not sys.is_finalizing():  # threads run no more
+                self._finish()
             raise
         finally:
             self._iterating = False
@@ -285,7 +287,7 @@ class Session:
             self._set(Word.KEPT_STEP, self._step)
             self._pending = None
 
-    def _keep_last(self, *, in_step: bool = False) -> None:
+    def _keep_last(self) -> None:
         """The run ends: have the newest version kept, if it was not and still can be.
 
         Code of the script that ran since its boundary may have changed what no optimizer owns.
@@ -293,20 +295,10 @@ class Session:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        untouched = not in_step and pending[0] == self._step
-        if untouched or all(tensor.changes is Changes.IN_STEP for tensor in pending[1]):
+        lazy = all(tensor.changes is Changes.IN_STEP for tensor in pending[1])
+        if lazy or pending[0] == self._step:
             self._keeper.capture(*pending, last=True)
             self._set(Word.KEPT_STEP, pending[0])
-
-    def _leave(self) -> None:
-        """The loop was left in the body of a step, which does not count: what counts is the
-        boundary before it, and that is lost if an optimizer was stepped since and it was not
-        captured (``snapshot.every_steps``)."""
-        if sys.is_finalizing():  # it ends with an error, and threads run no more
-            return
-        if not self._keeper.needs_others:  # who may not have left
-            self._keep_last(in_step=True)
-        self._finish()
 
     @property
     def _finished(self) -> bool:

@@ -181,6 +181,7 @@ class TrainingState:
                             path = f"{name}/{inner}/{key}"
                             tensors.append(StateTensor(path, local_part(value), share))
             skeleton[name] = {"groups": groups, "state": state}
+        _refuse_twins(tensors)
         return StateLayout(
             tuple(tensors),
             encode_tree(skeleton),
@@ -242,6 +243,8 @@ class TrainingState:
 
     def _keep(self, parameter: torch.Tensor, name: str, key: str | None) -> None:
         if id(parameter) not in self._names:
+            # One of the same name was there before and is not part of the model any more.
+            self._parameters = [p for p in self._parameters if self._names[id(p)] != name]
             self._names[id(parameter)] = name
             self._keys[id(parameter)] = key or key_of([self.rank])
             self._parameters.append(parameter)
@@ -290,6 +293,17 @@ class TrainingState:
                 return
             params = [known[name] for name in names[number]]
             optimizer.add_param_group({**values[number], "params": params})
+
+
+def _refuse_twins(tensors: Iterable[StateTensor]) -> None:
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise SessionError(
+                f"two tensors are called {tensor.name}: was a parameter replaced whose predecessor "
+                "is still in an optimizer's groups? take that out of them"
+            )
+        names.add(tensor.name)
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:

@@ -329,6 +329,7 @@ class SnapshotClient:
         while True:
             try:
                 self._greet(max(deadline_s, time.monotonic() + self._wait(_GREETING_S_MAX)))
+                self._absent = False  # it answers, so it may take its time with an answer
                 return
             except StateError:
                 self._disconnect()

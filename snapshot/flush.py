@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import file_name
-from ftrain.comms.errors import FtrainError, StateError
+from ftrain.comms.errors import FtrainError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.snapshot.protocol.messages import Flush, Flushed, FlushedFile, FlushRefused
 from ftrain.snapshot.store import Image, SlotStore, places_of
@@ -151,9 +151,10 @@ class Flusher:
                 )
                 path = f"{flush.fence}/{version.step}/{file_name(image.rank)}"
                 files.append(FlushedFile(record.rank, path, record.nbytes, record.digest))
-            if version in self._withdrawn:
-                raise StateError(f"step {version.step} was withdrawn")
             answer = Flushed(flush.version, version, flush.fence, tuple(files))
+            if version in self._withdrawn:
+                why = f"step {version.step} was withdrawn"
+                answer = FlushRefused(flush.version, flush.fence, why)
         except (FtrainError, OSError) as error:
             answer = FlushRefused(flush.version, flush.fence, str(error), write_failed=True)
         except Exception as error:  # a bug: this version is lost, the later ones need not be

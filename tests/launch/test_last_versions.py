@@ -76,10 +76,17 @@ def test_the_end_of_the_data_is_durable(tmp_path: Path, snapshot: str) -> None:
 
 def test_the_boundary_before_a_break_is_durable(tmp_path: Path) -> None:
     early = "if step == 10: break"
-    with launched(tmp_path, script(early=early), *TWO, "snapshot.every_steps=4") as launch:
+    with launched(tmp_path, script(early=early), *TWO) as launch:
         assert launch.wait() == 0, launch.shown
         assert "trained to step 10" in launch.shown
         assert saved(launch) == [10]
+
+
+def test_after_a_break_the_newest_version_that_was_kept_counts(tmp_path: Path) -> None:
+    early = "if step == 10: break"
+    with launched(tmp_path, script(early=early), *TWO, "snapshot.every_steps=4") as launch:
+        assert launch.wait() == 0, launch.shown
+        assert saved(launch) == [8]
 
 
 def test_a_stop_in_the_last_evaluation_leaves_the_end_durable(tmp_path: Path) -> None:

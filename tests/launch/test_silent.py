@@ -41,7 +41,7 @@ dist.destroy_process_group()
 @pytest.fixture
 def pair() -> Iterator[tuple[Pulse, socket.socket]]:
     """A pulse of this very process, and the end on which it answers."""
-    pulse = Pulse(2.0)
+    pulse = Pulse(2.0, 2)
     with socket.socket(fileno=os.dup(pulse.child_fd)) as end:
         pulse.started()
         yield pulse, end

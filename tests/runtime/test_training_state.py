@@ -304,3 +304,20 @@ def test_a_new_tensor_in_a_new_group_is_captured_too() -> None:
     assert tensor.tensor.data_ptr() == extra.data_ptr()
     with pytest.raises(StateError, match="holds other parameters here"):
         put_back(image_of(state), grown(make()[0])[0])  # nobody can make it anew
+
+
+def test_a_replaced_parameter_takes_the_place_of_the_old_one() -> None:
+    model = make()[0]
+    state, optimizer = grown(model)
+    old = model[0]  # type: ignore[index]
+    model[0] = torch.nn.Linear(old.in_features, old.out_features)  # type: ignore[operator]
+    optimizer.add_param_group({"params": list(model[0].parameters())})  # type: ignore[index]
+    with pytest.raises(SessionError, match=r"two tensors are called optimizer/model/0\.weight/"):
+        model[0].weight.grad = torch.ones_like(model[0].weight)  # type: ignore[index]
+        old.weight.grad = torch.ones_like(old.weight)
+        optimizer.step()
+        state.layout()
+    del optimizer.param_groups[0]
+    del optimizer.state[old.weight]
+    (tensor,) = [t for t in state.layout().tensors if t.name == "model/0.weight"]
+    assert tensor.tensor.data_ptr() == model[0].weight.data_ptr()  # type: ignore[index]
