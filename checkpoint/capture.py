@@ -305,7 +305,7 @@ class CaptureEngine:
         tensors: tuple[StateTensor, ...],
         small: bytes,
         collectives: int,
-        wait_s: float | None,
+        wait_s: float | None = None,
     ) -> _Job | None:
         """Write all that may change, so that from here on a survivor can finish the image."""
         plan = self._plan_for(tensors, small)

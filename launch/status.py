@@ -214,7 +214,7 @@ def _print_status(status: RunStatus) -> None:
     if status.past is not None:
         print(_past_text(status.past))
         return
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for node in status.nodes:
         name = str(node.node)
         if not node.agent_pid or not node.ranks:

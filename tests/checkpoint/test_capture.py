@@ -200,6 +200,8 @@ def test_too_little_memory_is_said_and_training_goes_on(
     engine.start(VersionId(1, 1), (huge, huge, huge), b"")
     engine.barrier(10)
     assert "more memory than there is" in notes[0]
+    with pytest.raises(MemoryShortError):  # nothing of the run can be kept: it should not begin
+        engine.start(VersionId(1, 0), (huge, huge, huge), b"")
 
 
 def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies(

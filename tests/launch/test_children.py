@@ -60,7 +60,9 @@ def test_grandchildren_of_a_killed_child_are_killed(tmp_path: Path) -> None:
         timeout=30,
         check=False,
     )
-    assert (done.stdout.split(), done.stderr) == (["SIGKILL", "SIGKILL", "0.0"], "")
+    *ends, seconds = done.stdout.split()
+    assert (ends, done.stderr) == (["SIGKILL", "SIGKILL"], "")
+    assert float(seconds) < 1.0
     assert not Path("/proc", marker.read_text()).exists()
 
 

@@ -34,6 +34,7 @@ def test_a_launch_whose_snapshots_do_not_fit_is_refused(tmp_path: Path) -> None:
         assert launch.wait() == 2, launch.shown
         assert launch.gone_after(0)
     said = [line for line in launch.shown.splitlines() if line.startswith("ftrain: ")]
+    assert said.pop(0).startswith("ftrain: run directory ")
     assert len(said) == 1
     for word in ("MiB", "snapshot.slots", "snapshot.memory_share_max", "snapshot=off"):
         assert word in said[0]

@@ -159,6 +159,7 @@ def test_a_mistake_with_session_is_one_sentence_and_no_restart(
         assert launch.wait() == 2, launch.shown
         assert launch.gone_after(0)
     said = [line for line in launch.shown.splitlines() if line.startswith("ftrain: ")]
+    assert said.pop(0).startswith("ftrain: run directory ")
     assert len(said) == 1
     assert "can't go on: " in said[0]
     assert "rank " in said[0]

@@ -312,10 +312,10 @@ def test_a_replaced_parameter_takes_the_place_of_the_old_one() -> None:
     old = model[0]  # type: ignore[index]
     model[0] = torch.nn.Linear(old.in_features, old.out_features)  # type: ignore[operator]
     optimizer.add_param_group({"params": list(model[0].parameters())})  # type: ignore[index]
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # type: ignore[index]
+    old.weight.grad = torch.ones_like(old.weight)
+    optimizer.step()
     with pytest.raises(SessionError, match=r"two tensors are called optimizer/model/0\.weight/"):
-        model[0].weight.grad = torch.ones_like(model[0].weight)  # type: ignore[index]
-        old.weight.grad = torch.ones_like(old.weight)
-        optimizer.step()
         state.layout()
     del optimizer.param_groups[0]
     del optimizer.state[old.weight]
