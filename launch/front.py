@@ -23,6 +23,7 @@ from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.errors import AuthenticationError, FtrainError
 from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import JoinAnswer, NodeGone, Notice, StopRequest
+from ftrain.comms.protocol.records import EXIT_FAILED, EXIT_FORCED, EXIT_SAVED
 from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
 from ftrain.launch.joining import find_mark, join_request
@@ -31,12 +32,13 @@ from ftrain.launch.run_directory import RunDirectory
 from ftrain.recovery.hold import is_held
 from ftrain.recovery.injection import never_struck
 
-FORCED = 130
-FAILED = 1
 USAGE = 2
-STOPPED = 75
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_FINAL_CODES = (0, STOPPED, FORCED)  # codes with which an agent ends only when the job is over
+_FINAL_CODES = (
+    0,
+    EXIT_SAVED,
+    EXIT_FORCED,
+)  # codes with which an agent ends only when the job is over
 _GRACE_AFTER_END_S = 5.0  # for agents to end their ranks and themselves, once the job is over
 _KILL_S = 2.0
 _WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent was faster
@@ -127,7 +129,7 @@ class Front:
         self._spawn(self._replace_silent())
         try:
             code = await self._exit_code
-            if code != FORCED:
+            if code != EXIT_FORCED:
                 await self._let_end()
         finally:
             await self._kill_everything()
@@ -153,7 +155,7 @@ class Front:
         if not self._exit_code.done():
             self._exit_code.set_result(code)
 
-    def _fail(self, sentence: str, code: int = FAILED) -> None:
+    def _fail(self, sentence: str, code: int = EXIT_FAILED) -> None:
         if not self._exit_code.done():
             self._console.line(f"ftrain: {sentence}", "error")
             self._end(code)
@@ -324,11 +326,11 @@ class Front:
         if self._news.stop is not None or self._exit_code.done():
             if interrupt:
                 self._console.line("ftrain: forced to stop: nothing was saved", "warning")
-                self._end(FORCED)
+                self._end(EXIT_FORCED)
             return
         if not self._agents:
             self._console.line(f"ftrain: {number.name}: nothing runs here yet")
-            self._end(STOPPED)
+            self._end(EXIT_SAVED)
             return
         cause = "Ctrl-C" if interrupt else number.name
         grace_s = self._job.config.launch.stop_grace_s
@@ -429,7 +431,7 @@ class Front:
                 if message.text:
                     self._console.line(message.text, "info")
                 code = message.data.get("exit_code")
-                self._end(code if isinstance(code, int) else FAILED)
+                self._end(code if isinstance(code, int) else EXIT_FAILED)
             else:
                 self._console.notice(message)
 

@@ -29,6 +29,7 @@ from ftrain.comms.errors import (
     RunDirectoryError,
 )
 from ftrain.comms.protocol.messages import Held, VersionId
+from ftrain.comms.protocol.records import EXIT_SAVED
 from ftrain.configs.schema import CheckpointConfig, EventsConfig, FtrainConfig
 from ftrain.runtime.group import GroupView
 from ftrain.runtime.restore import restore_from
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from ftrain.runtime.state import TrainingState
 
 _RUN_ID = "alone"  # of a run without a launcher
-EXIT_SAVED = 75  # EX_TEMPFAIL: a durable version is written, run the same command again
 _LOOK_EVERY_S = 1.0  # how often the ranks of a group ask each other whether something is due
 _LOOK_STEPS_MAX = 64
 
