@@ -34,11 +34,8 @@ from ftrain.recovery.injection import never_struck
 
 USAGE = 2
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_FINAL_CODES = (
-    0,
-    EXIT_SAVED,
-    EXIT_FORCED,
-)  # codes with which an agent ends only when the job is over
+# With these an agent ends only when the job is over.
+_FINAL_CODES = (0, EXIT_SAVED, EXIT_FORCED)
 _GRACE_AFTER_END_S = 5.0  # for agents to end their ranks and themselves, once the job is over
 _KILL_S = 2.0
 _WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent was faster
