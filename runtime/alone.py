@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +261,9 @@ class AloneKeeper:
 
     def stop(self, step: int) -> None:
         """End the script, and say whether this boundary was saved."""
+        if dist.is_initialized():  # its threads may abort a process that ends without this
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
         if self._saved_step == step:
             sys.stderr.write(f"ftrain: saved step {step} in {self.run_dir}; run me again\n")
             raise SystemExit(EXIT_SAVED)

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 def newest_step(run_dir: Path) -> int:
-    """The newest version that rank 0's slots hold."""
-    return max((version.step for version in slots(node_file(run_dir), 0)), default=0)
+    """The newest version that the slots of both ranks hold."""
+    held = [set(slots(node_file(run_dir), rank)) for rank in range(2)]
+    return max((version.step for version in held[0] & held[1]), default=0)
 
 
 def test_a_stopped_snapshot_manager_is_replaced(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ class Cluster:
             sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
             captured = any(v.step >= total for v in sealed)  # there was a slot for it
             demand(trouble or not captured, f"no need: {end.reason}")
-        elif end.exit_code == 75 or given_up:
+        elif end.exit_code == 75 or (given_up and end.exit_code != 130):  # 130: by force
             # A disk that refuses, a lost node and the like excuse nobody who says all is saved.
             excused = given_up and trouble and any(why in end.reason for why in EXCUSES)
             held, saved = self._held_everywhere(), self.checkers.newest_published
