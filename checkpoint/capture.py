@@ -35,12 +35,9 @@ import torch
 
 from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.digest import NO_DIGEST, digest_of
-from ftrain.checkpoint.image import (
-    ImageIdentity,
-    ImagePlan,
-    ImageWriter,
-    resume_writer,
-)
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image import ImageWriter, resume_writer
+from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
 from ftrain.comms.protocol.messages import Held, Share, VersionId

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable
 
 import torch
 
-from ftrain.checkpoint.image import ImagePlan, ImageWriter, Piece
+from ftrain.checkpoint.image import ImageWriter
+from ftrain.checkpoint.image_plan import ImagePlan, Piece
 from ftrain.checkpoint.tensors import Changes, StateTensor
 
 _SMALL_COPY_BYTES = 128 * 1024  # below this, giving up the GIL costs more than the copy

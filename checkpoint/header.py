@@ -17,7 +17,7 @@ from ftrain.comms.protocol.messages import VersionId
 
 PAGE_BYTES = 4096
 RECORD_BYTES = 2048  # half a page each
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"FTRIMAGE"
 
 TABLE_ENTRY_BYTES = DIGEST_BYTES + 1  # per chunk: its digest, and apart from it whether it is there

@@ -9,13 +9,9 @@ imports torch.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
-from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,138 +25,12 @@ from ftrain.checkpoint.header import (
     Layout,
     read_record,
 )
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, decode_index
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import Held, Share
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-__all__ = [
-    "ImageIdentity",
-    "ImagePlan",
-    "ImageReader",
-    "ImageState",
-    "ImageWriter",
-    "Piece",
-    "Segment",
-    "held_of",
-    "lay_out",
-    "resume_writer",
-    "small_image",
-]
-
-ALIGNMENT_BYTES = 64
-_Natural = Annotated[int, msgspec.Meta(ge=0)]
-_Shape = Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=64)]
-_SegmentRow = tuple[str, str, _Shape, str, _Natural, _Natural, _Natural]
-_ShareRow = tuple[str, _Natural, _Natural, _Natural]
-_SEGMENT_ROW = attrgetter("name", "dtype", "shape", "share", "start", "nbytes", "offset")
-_SHARE_ROW = attrgetter("key", "node", "part", "parts")
-_index_decoder = msgspec.msgpack.Decoder(tuple[list[_SegmentRow], list[_ShareRow]])
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of bytes of one tensor: ``[start, start + nbytes)`` of it, stored at ``offset``."""
-
-    name: str
-    dtype: str  # torch's name without the prefix: "float32", "bfloat16"
-    shape: tuple[int, ...]  # of the rank's local tensor, C-contiguous
-    share: str  # Share.key
-    start: int  # first byte within the tensor
-    nbytes: int
-    offset: int = 0  # in the data, a multiple of 64
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The part of a segment that lies in one chunk: bytes of the tensor and their place."""
-
-    segment: Segment
-    start: int  # first byte within the tensor
-    nbytes: int
-    offset: int  # in the data
-
-
-def lay_out(segments: Iterable[Segment], first: int = 0) -> tuple[Segment, ...]:
-    """The same segments, one behind the other from ``first`` on: ``offset`` set, in multiples of
-    64 bytes."""
-    placed = []
-    end = first
-    for segment in segments:
-        offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        placed.append(replace(segment, offset=offset))
-        end = offset + segment.nbytes
-    return tuple(placed)
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What images of one rank look like; made once, used for every version.
-
-    Args:
-        segments: ordered by offset without overlap (see :func:`lay_out`).
-        shares: every share that a segment names.
-        small_bytes_max: room for the small section.
-        chunk_bytes: size of the pieces that are hashed apart, whole pages.
-
-    Raises:
-        StateError: segments overlap or name an unknown share, or a limit is passed.
-    """
-
-    segments: tuple[Segment, ...]
-    shares: tuple[Share, ...]
-    small_bytes_max: int
-    chunk_bytes: int
-
-    def __post_init__(self) -> None:
-        """Check the segments against each other and the shares."""
-        keys = {share.key for share in self.shares}
-        for segment in self.segments:
-            if segment.share not in keys:
-                raise StateError(
-                    f"segment {segment.name!r} is of the unknown share {segment.share!r}"
-                )
-            if segment.offset % ALIGNMENT_BYTES or min(segment.start, segment.nbytes) < 0:
-                raise StateError(f"segment {segment.name!r} has an impossible place: {segment}")
-        for before, after in pairwise(self.segments):
-            if before.offset + before.nbytes > after.offset:
-                raise StateError(f"segments {before.name!r} and {after.name!r} overlap")
-
-    @cached_property
-    def index(self) -> bytes:
-        """Segments and shares as msgpack."""
-        segments = [_SEGMENT_ROW(segment) for segment in self.segments]
-        return msgspec.msgpack.encode((segments, [_SHARE_ROW(share) for share in self.shares]))
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where everything lies."""
-        end = max((segment.offset + segment.nbytes for segment in self.segments), default=0)
-        data_bytes = -(-end // PAGE_BYTES) * PAGE_BYTES
-        return Layout(len(self.index), self.small_bytes_max, data_bytes, self.chunk_bytes)
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of every image of this plan."""
-        return self.layout.total_bytes
-
-    @cached_property
-    def _offsets(self) -> list[int]:
-        return [segment.offset for segment in self.segments]
-
-    def pieces(self, chunk: int) -> list[Piece]:
-        """What has to be copied into chunk number ``chunk``, in order; padding is left out."""
-        start, stop = self.layout.chunk_range(chunk)
-        pieces = []
-        for segment in self.segments[max(0, bisect_right(self._offsets, start) - 1) :]:
-            first, last = max(start, segment.offset), min(stop, segment.offset + segment.nbytes)
-            if segment.offset >= stop:
-                break
-            if first < last:
-                within = segment.start + first - segment.offset
-                pieces.append(Piece(segment, within, last - first, first))
-        return pieces
 
 
 class ImageWriter:
@@ -433,6 +303,11 @@ class ImageReader:
         """Chunks that the writer did not finish."""
         return _missing_chunks(self._view, self.header.layout)
 
+    def chunk_digest(self, chunk: int) -> bytes:
+        """What the chunk table says about a chunk."""
+        at, _ = _entry(self.header.layout, chunk)
+        return bytes(self._view[at : at + DIGEST_BYTES])
+
     def chunks_of(self, segment: Segment) -> range:
         """Numbers of the chunks that hold bytes of ``segment``."""
         size = self.header.layout.chunk_bytes
@@ -451,11 +326,18 @@ class ImageReader:
         """Compare one chunk with its digest; ``CorruptionError`` names it."""
         layout = self.header.layout
         start, stop = layout.chunk_range(chunk)
-        at, flag = _entry(layout, chunk)
+        _, flag = _entry(layout, chunk)
         if self._view[flag] != 1:
             raise CorruptionError(f"{self.where} lacks chunk {chunk}: its writer was stopped")
-        expected = bytes(self._view[at : at + DIGEST_BYTES])
+        expected = self.chunk_digest(chunk)
         self._check(f"chunk {chunk}", layout.data_offset + start, stop - start, expected)
+
+    def read(self, chunk: int, scratch: object = None, *, verify: bool = True) -> memoryview:
+        """A chunk in place; ``CorruptionError`` if (``verify``) it does not match its digest."""
+        if verify:
+            self.verify_chunk(chunk)
+        start, stop = self.header.layout.chunk_range(chunk)
+        return self.data[start:stop]
 
     def verify(self) -> None:
         """Compare every byte with the digests; ``CorruptionError`` says what differs."""
@@ -493,13 +375,7 @@ class ImageReader:
             "index", layout.index_offset, layout.index_bytes, self.header.index_digest
         )
         try:
-            segments, shares = _index_decoder.decode(index)
-            plan = ImagePlan(
-                tuple(Segment(*row) for row in segments),
-                tuple(Share(*row) for row in shares),
-                layout.small_bytes_max,
-                layout.chunk_bytes,
-            )
+            plan = decode_index(index, layout.small_bytes_max, layout.chunk_bytes)
             contradicts = plan.layout != layout
         except (msgspec.DecodeError, StateError) as error:
             raise CorruptionError(f"{self.where} has an impossible index: {error}") from None

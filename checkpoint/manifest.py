@@ -1,26 +1,33 @@
 """What publishes a durable version: a small JSON file that names all of its files.
 
-``<directory>/<fence>/<step>.json`` beside ``<directory>/<fence>/<step>/rank<r>.ftr``.  A version
-without its manifest does not exist.
+``<directory>/<fence>/<step>.json`` beside ``<directory>/<fence>/<step>/rank<r>.seg``.  A version
+without its manifest does not exist.  ``<directory>/<fence>/fence.json`` says which history the
+epoch goes on from (protocol/lineage.py).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from ftrain.checkpoint.image import ImageReader, ImageState
+from ftrain.checkpoint.digest import digest_of
+from ftrain.checkpoint.files import LocalFile
+from ftrain.checkpoint.protocol.lineage import Fence
 from ftrain.checkpoint.retention import VersionKey
+from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
+FORMAT: Final = 2
 MANIFEST_BYTES_MAX = 64 * 1024 * 1024
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_T = TypeVar("_T", bound="Manifest | FenceFile")
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
@@ -30,25 +37,28 @@ class FileRecord:
 
     rank: _Natural
     nbytes: _Natural
-    digest: _Digest  # of the image's header, and through it of everything in the file
+    digest: _Digest  # of the file's footer, and through it of everything in the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The manifest's content. The files are those of the ranks 0 to ``world_size`` - 1."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     run_id: str
     topology: str
     fence: _Natural  # epoch under which it was published
     epoch: _Natural  # epoch in which it was captured
     step: _Natural
     world_size: Annotated[int, msgspec.Meta(ge=1)]
+    written_s: float = 0.0  # Unix time
     files: tuple[FileRecord, ...]
+    extra: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    xxh3: str = ""  # of the encoding in which this is empty
 
     def encode(self) -> bytes:
         """As JSON for people and programs."""
-        return msgspec.json.format(msgspec.json.encode(self)) + b"\n"
+        return _encode(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,66 +117,134 @@ class DurableVersion:
                     f"{path} has {nbytes} of {record.nbytes} bytes: take the next older version"
                 )
 
-    def load(self, rank: int, *, verify: bool = True) -> ImageReader:
-        """A rank's image, mapped read-only; the map lives as long as its views.
-
-        Args:
-            rank: of the world that wrote it.
-            verify: compare every byte with its digest now. Otherwise only header and index are
-                compared, and the caller verifies what it reads.
+    def open(self, rank: int) -> SegmentReader:
+        """A rank's file, of the world that wrote it; its footer verified, its chunks not yet.
 
         Raises:
-            CorruptionError: the file is missing, cut off or damaged; take the next older version.
+            CorruptionError: the file is missing, cut off or another one; take another copy, or the
+                next older version.
         """
         path = self.file(rank)
         record = self.manifest.files[rank]
-        reader = map_image(path)
-        if _size(path) != record.nbytes or reader.digest != record.digest:
-            raise CorruptionError(f"{path} is not the file that {self.path} names")
+        file = LocalFile(path)
+        try:
+            if file.nbytes != record.nbytes:
+                raise CorruptionError(
+                    f"{path} has {file.nbytes} of {record.nbytes} bytes: take another copy"
+                )
+            reader = SegmentReader(file, record.digest)
+            self._require(reader, rank)
+        except BaseException:  # whatever it was: the descriptor goes with it
+            file.close()
+            raise
+        return reader
+
+    def _require(self, reader: SegmentReader, rank: int) -> None:
         manifest, identity = self.manifest, reader.identity
         if (
             (identity.run_id, identity.topology) != (manifest.run_id, manifest.topology)
             or (identity.version, identity.rank) != (self.version, rank)
-            or (identity.world_size, reader.state) != (manifest.world_size, ImageState.SEALED)
+            or identity.world_size != manifest.world_size
         ):
-            raise CorruptionError(f"{path} is of another run, version or rank than {self.path}")
-        if verify:
-            reader.verify()
-        return reader
+            raise CorruptionError(
+                f"{reader.where} is of another run, version or rank than {self.path}"
+            )
+
+
+@contextmanager
+def open_files(version: DurableVersion) -> Iterator[list[SegmentReader | CorruptionError]]:
+    """Every rank's file, or why it can't be used; closed in the end."""
+    found: list[SegmentReader | CorruptionError] = []
+    try:
+        for rank in range(version.world_size):
+            try:
+                found.append(version.open(rank))
+            except CorruptionError as error:
+                found.append(error)
+        yield found
+    finally:
+        for reader in found:
+            if isinstance(reader, SegmentReader):
+                reader.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceFile:
+    """The content of ``fence.json``."""
+
+    format: Literal[2] = FORMAT
+    run_id: str
+    fence: _Natural
+    ancestors: tuple[VersionId, ...]
+    began_s: float  # Unix time
+    xxh3: str = ""  # as in the manifest
+
+    @property
+    def record(self) -> Fence:
+        """What it says."""
+        return Fence(self.fence, self.ancestors)
+
+    def encode(self) -> bytes:
+        """As JSON for people and programs."""
+        return _encode(self)
 
 
 def file_name(rank: int) -> str:
     """Name of a rank's file in its version's folder."""
-    return f"rank{rank}.ftr"
-
-
-def map_image(path: Path) -> ImageReader:
-    """The image in a file, mapped read-only; ``CorruptionError`` when there is none."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            nbytes = os.fstat(fd).st_size
-            mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if nbytes else b""
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
-    try:
-        return ImageReader(mapped, where=str(path))
-    except StateError as error:
-        raise CorruptionError(str(error)) from None
+    return f"rank{rank}.seg"
 
 
 def decode_manifest(path: Path) -> Manifest:
-    """What a manifest says, without a look at the files; ``CorruptionError``."""
+    """What a manifest says, without a look at the files.
+
+    Raises:
+        CorruptionError: it can't be read, or is none.
+        StateError: it is in another format.
+    """
+    return _decode(path, _content(path), Manifest)
+
+
+def decode_fence(path: Path) -> FenceFile:
+    """What a ``fence.json`` says; raises as :func:`decode_manifest`."""
+    found = _decode(path, _content(path), FenceFile)
+    if path.parent.name != str(found.fence):
+        raise CorruptionError(f"{path} is of fence {found.fence}, moved from its place")
+    return found
+
+
+class _AnyFormat(msgspec.Struct):
+    format: int
+
+
+def _encode(content: Manifest | FenceFile) -> bytes:
+    """With its digest; the only encoding that is accepted."""
+    plain = replace(content, xxh3="")
+    digest = digest_of(msgspec.json.encode(plain)).hex()
+    return msgspec.json.format(msgspec.json.encode(replace(plain, xxh3=digest))) + b"\n"
+
+
+def _content(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(MANIFEST_BYTES_MAX)
-        return msgspec.json.decode(content, type=Manifest)
+            return file.read(MANIFEST_BYTES_MAX)
     except OSError as error:
         raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
+
+
+def _decode(path: Path, content: bytes, kind: type[_T]) -> _T:
+    try:
+        number = msgspec.json.decode(content, type=_AnyFormat).format
+        if number != FORMAT:
+            raise StateError(
+                f"{path} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
+                "that wrote it, or another directory"
+            )
+        found = msgspec.json.decode(content, type=kind)
+        if _encode(found) != content:
+            raise CorruptionError(f"{path} does not match its digest: it is damaged")
+        return found
     except (msgspec.DecodeError, RecursionError) as error:
-        raise CorruptionError(f"{path} is no manifest: {error}") from None
+        raise CorruptionError(f"{path} is damaged: {error}") from None
 
 
 def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
@@ -174,6 +252,7 @@ def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
 
     Raises:
         CorruptionError: no manifest, or a file that it names is missing or has another size.
+        StateError: a manifest in another format.
     """
     path = Path(path)
     manifest = decode_manifest(path)

@@ -11,21 +11,39 @@ VersionKey = tuple[int, int]  # (fence, step)
 
 
 @dataclass(frozen=True, slots=True)
-class KeepLast:
-    """Keep the newest ``count`` versions, by fence and then by step; ``UsageError`` below 1."""
+class Retention:
+    """Keep the newest ``last`` versions, by fence and then by step, and for good the first one of
+    every ``every`` steps (0: none).
 
-    count: int
+    Raises ``UsageError`` when ``last`` is below 1 or ``every`` below 0.
+    """
+
+    last: int
+    every: int = 0
 
     def __post_init__(self) -> None:
         """A run never gives up its last version."""
-        if self.count < 1:
-            raise UsageError(f"checkpoint.keep_last={self.count} keeps nothing: use 1 or more")
+        if self.last < 1:
+            raise UsageError(f"checkpoint.keep_last={self.last} keeps nothing: use 1 or more")
+        if self.every < 0:
+            raise UsageError(f"checkpoint.keep_every={self.every} steps: use 0 or more")
 
     def kept(self, versions: Iterable[VersionKey]) -> frozenset[VersionKey]:
-        """Those of the complete, granted ``versions`` that stay."""
-        return frozenset(sorted(set(versions), reverse=True)[: self.count])
+        """Those of the complete ``versions`` of the history that stay."""
+        ordered = sorted(set(versions))
+        kept = set(ordered[-self.last :])
+        if self.every:
+            firsts: dict[int, VersionKey] = {}
+            for version in sorted(ordered, key=lambda version: version[1]):
+                firsts.setdefault(version[1] // self.every, version)
+            kept |= set(firsts.values())
+        return frozenset(kept)
 
     def retired(self, versions: Iterable[VersionKey]) -> frozenset[VersionKey]:
         """Those of ``versions`` that may be deleted."""
         versions = frozenset(versions)
         return versions - self.kept(versions)
+
+    def satisfied(self, versions: Iterable[VersionKey]) -> bool:
+        """Whether there are as many as are to be kept."""
+        return len(set(versions)) >= self.last

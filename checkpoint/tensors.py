@@ -8,7 +8,9 @@ from enum import Enum
 
 import torch
 
-from ftrain.checkpoint.image import ImagePlan, Segment, lay_out
+from ftrain.checkpoint.boxes import Box, Placement
+from ftrain.checkpoint.dtypes import item_bytes
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.comms.protocol.messages import Share
 
 _PART_ALIGNMENT_BYTES = 4096
@@ -26,14 +28,33 @@ class Changes(Enum):
 class StateTensor:
     """A tensor that is part of every version.
 
-    ``tensor`` is the rank's local shard (any device); ``share`` names the ranks that hold the same
-    bytes (see :class:`~ftrain.comms.protocol.messages.Share`).
+    ``tensor`` is the rank's local shard (any device), which lies at ``place`` in the global tensor;
+    ``share`` names the ranks that hold the same bytes (see
+    :class:`~ftrain.comms.protocol.messages.Share`).
     """
 
     name: str
     tensor: torch.Tensor
     share: str
+    place: Placement
     changes: Changes = Changes.IN_STEP
+
+    @staticmethod
+    def whole(
+        name: str, tensor: torch.Tensor, share: str, changes: Changes = Changes.IN_STEP
+    ) -> StateTensor:
+        """One that the rank has all of."""
+        return StateTensor(name, tensor, share, Placement.whole(tuple(tensor.shape)), changes)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the elements, as files name it."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def box(self) -> Box:
+        """The part of the global tensor that ``tensor`` is."""
+        return Box(self.place.origin, tuple(self.tensor.shape))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -75,12 +96,13 @@ def _segments_of(members: Sequence[StateTensor], share: Share) -> Iterator[Segme
     first, last = (_bound(total, part, share.parts) for part in (share.part, share.part + 1))
     at = 0
     for member in members:
-        size = tensor_bytes(member.tensor)
-        start, stop = max(first - at, 0), min(last - at, size)
+        size, item = tensor_bytes(member.tensor), item_bytes(member.dtype)
+        # No element is cut in two, wherever the bound lies.
+        start, stop = (min(max(bound - at, 0), size) // item * item for bound in (first, last))
         if start < stop:
-            dtype = str(member.tensor.dtype).removeprefix("torch.")
             shape = tuple(member.tensor.shape)
-            yield Segment(member.name, dtype, shape, share.key, start, stop - start)
+            nbytes, place = stop - start, member.place
+            yield Segment(member.name, member.dtype, shape, share.key, start, nbytes, place)
         at += size
 
 

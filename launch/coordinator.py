@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.retention import KeepLast
+from ftrain.checkpoint.retention import Retention
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
@@ -72,7 +72,7 @@ def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> Mem
     epoch from being stored."""
     hard = hard or MembershipHard()
     try:
-        newest = max((version.fence for version in store.versions()), default=0)
+        newest = store.survey().fence
     except FtrainError:
         if hard.launch != launch:
             raise
@@ -91,6 +91,7 @@ class Coordinator:
         config = job.config
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
+        self._unbegun: tuple[int, str, VersionId | None] | None = None  # fence not on disk yet
         self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
@@ -258,6 +259,7 @@ class Coordinator:
         except (FtrainError, RuntimeError) as error:
             self._input(self._machine.formed, effect.epoch, None, str(error))
             return
+        await self._begin_fence(effect.epoch, restore.parent)
         formation = Formation(
             epoch=effect.epoch,
             places=effect.places,
@@ -272,20 +274,38 @@ class Coordinator:
             self._announce(Notice("info", text, {}))
         self._input(self._machine.formed, effect.epoch, formation)
 
+    async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:
+        """Before a rank of ``epoch`` runs; what can't be written now is tried again when the first
+        version of it is published."""
+        if not self._job.config.checkpoint.enabled:
+            return
+        arguments = (epoch, self._job.run_id, parent)
+        self._unbegun = None
+        try:
+            await asyncio.to_thread(self._durable.begin_fence, *arguments)
+        except FtrainError as error:
+            self._unbegun = arguments
+            self._events.write("warning", text=f"epoch {epoch} can't be recorded yet: {error}")
+
     def _durable_versions(self) -> list[DurableVersion]:
         if not self._job.config.checkpoint.enabled:
             return []
-        survey = self._durable.survey(self._machine.hard.granted)
+        survey = self._durable.survey()
         for problem in survey.problems:
             self._events.write("warning", text=problem)
         return [
-            DurableVersion(found.fence, found.step, str(found.path), found.world_size)
+            DurableVersion(
+                found.fence, found.step, str(found.path), found.world_size, found.version.epoch
+            )
             for found in survey.versions
         ]
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
         try:
+            if self._unbegun is not None:
+                await asyncio.to_thread(self._durable.begin_fence, *self._unbegun)
+                self._unbegun = None
             path = await asyncio.to_thread(
                 self._durable.publish_written,
                 effect.fence,
@@ -303,8 +323,8 @@ class Coordinator:
     def _sweep(self) -> None:
         """Delete versions beyond ``checkpoint.keep_last``."""
         try:
-            policy = KeepLast(self._job.config.checkpoint.keep_last)
-            self._durable.sweep(policy, self._job.run_id, granted=self._machine.hard.granted)
+            policy = Retention(self._job.config.checkpoint.keep_last)
+            self._durable.sweep(policy, self._job.run_id)
         except FtrainError as error:
             self._events.write("warning", text=f"old versions can't be deleted: {error}")
 

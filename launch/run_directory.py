@@ -162,23 +162,20 @@ def _settle(
         raise RunDirectoryError(
             f"the run directory {path} belongs to another script, {found.script}: {elsewhere}"
         )
-    if found.world_size != world_size:
-        raise RunDirectoryError(
-            f"the run directory {path} belongs to a run of {found.world_size} ranks, not"
-            f" {world_size}: launch as many, or {elsewhere}"
-        )
     if run_id and found.run_id != run_id:
         raise RunDirectoryError(
             f"the run directory {path} belongs to run '{found.run_id}', not '{run_id}': leave the"
             f" run id out, or {elsewhere}"
         )
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if found.digest != script.digest:
-        notes = (f"{script.name} was edited since the last launch in {path}",)
+        notes.append(f"{script.name} was edited since the last launch in {path}")
+    if found.world_size != world_size:
+        notes.append(f"{path} is of {found.world_size} ranks: laid over {world_size} from now on")
     record = RunRecord(
         run_id=found.run_id, script=script.path, digest=script.digest, world_size=world_size
     )
-    return record, notes
+    return record, tuple(notes)
 
 
 def _plain(text: str) -> str:

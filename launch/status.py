@@ -179,19 +179,17 @@ def _past(path: Path, record: RunRecord) -> PastStatus:
     return PastStatus(
         exit_code=exit_code,
         step=max(steps, default=0),
-        durable_step=_newest_durable(path, record),
+        durable_step=_newest_durable(path),
     )
 
 
-def _newest_durable(path: Path, record: RunRecord) -> int:
+def _newest_durable(path: Path) -> int:
     try:
         folder = read_job(path / "job.json").config.checkpoint.dir
         versions = DurableStore(folder or path / "checkpoints").versions()
     except FtrainError:
         return -1  # never launched, or the directory is gone
-    mine = (found for found in versions if found.world_size == record.world_size)
-    newest = max(mine, key=lambda found: (found.fence, found.step), default=None)
-    return -1 if newest is None else newest.step
+    return versions[0].step if versions else -1
 
 
 def _past_text(past: PastStatus) -> str:

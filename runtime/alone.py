@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.image import ImageIdentity
-from ftrain.checkpoint.retention import KeepLast
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.manifest import DurableVersion, open_files
+from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.environment import RankEnvironment, default_run_dir
 from ftrain.comms.errors import (
@@ -27,13 +28,12 @@ from ftrain.comms.errors import (
     FtrainError,
     MemoryShortError,
     RestoreError,
-    RunDirectoryError,
 )
 from ftrain.comms.protocol.messages import Held, VersionId
 from ftrain.comms.protocol.records import EXIT_SAVED
 from ftrain.configs.schema import CheckpointConfig, EventsConfig, FtrainConfig
 from ftrain.runtime.group import GroupView
-from ftrain.runtime.restore import restore_from
+from ftrain.runtime.restore import Restoration, file_readers, restore
 
 if TYPE_CHECKING:
     from ftrain.runtime.state import TrainingState
@@ -180,6 +180,7 @@ class AloneKeeper:
         self._saved_at = time.monotonic()
         self._topology = ""
         self._fence = 0
+        self._parent: VersionId | None = None  # what this run goes on from
         self._group = GroupView(
             environment.rank,
             environment.world_size,
@@ -193,24 +194,20 @@ class AloneKeeper:
 
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Go on from the newest durable version that verifies on every rank, if there is one."""
-        self._topology = state.topology(self._environment.world_size)
-        versions = self._store.versions(None)
-        newest = max((version.fence for version in versions), default=0)
+        self._topology = state.topology()
+        survey = self._store.survey()
+        versions = survey.versions
         # A launcher's epoch is a fence that was granted, and above every one in the directory.
-        count, self._fence = self._agreement.share([len(versions), self._granted or newest + 1])
+        count, self._fence = self._agreement.share(
+            [len(versions), self._granted or survey.fence + 1]
+        )
+        self.epoch = self._fence
         for version in versions[:count]:
-            self._check_world(version.manifest.world_size)
-            small, problem = None, ""
-            try:
-                images = [
-                    version.load(rank, verify=False) for rank in range(self._environment.world_size)
-                ]
-                small = restore_from(state, images, self._environment.rank, verify=True)
-            except CorruptionError as error:
-                problem = str(error)
+            small, problem = self._put_back(state, version)
             if self._agreement.everyone(small is not None):
                 self.resumed = True
                 self._saved_step = version.step
+                self._parent = version.version
                 return small
             self._note(f"the version of step {version.step} is not used: {problem or 'damaged'}")
         if versions[:count]:
@@ -218,6 +215,19 @@ class AloneKeeper:
                 f"no version in {self._store.directory} can be put back; move it away to begin anew"
             )
         return None
+
+    def _put_back(
+        self, state: TrainingState, version: DurableVersion
+    ) -> tuple[dict[str, Any] | None, str]:
+        """The small tree of a version that was put back; otherwise why it can't be."""
+        with open_files(version) as files:
+            readers = file_readers(self._environment.local_world_size)
+            restoration = Restoration(files, readers=readers)
+            try:
+                small = restore(state, restoration, self._environment.rank)
+            except (CorruptionError, RestoreError) as error:
+                return None, str(error)
+        return small, ""
 
     def capture(
         self,
@@ -336,22 +346,16 @@ class AloneKeeper:
 
     def _publish(self, version: VersionId) -> bool:
         try:
+            self._store.begin_fence(self._fence, self._run_id, self._parent)
             self._store.publish_written(
                 self._fence, version, self._run_id, self._environment.world_size
             )
-            self._store.sweep(KeepLast(self._config.keep_last), self._run_id)
+            self._store.sweep(Retention(self._config.keep_last), self._run_id)
         except FtrainError as error:
             self._refusal = str(error)
             self._note(f"step {version.step} was not published: {error}")
             return False
         return True
-
-    def _check_world(self, world_size: int) -> None:
-        if world_size != self._environment.world_size:
-            raise RunDirectoryError(
-                f"{self.run_dir} was written by {world_size} ranks and this run has "
-                f"{self._environment.world_size}; use as many, or another run directory"
-            )
 
     def _identity(self, version: VersionId, rank: int) -> ImageIdentity:
         return ImageIdentity(

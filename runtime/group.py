@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
+from ftrain.checkpoint.boxes import Placement
 from ftrain.comms.protocol.messages import Share
 
 
@@ -53,8 +55,18 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def dtensor_key(tensor: DTensor) -> str:
-    """The ranks whose local shard equals this rank's, by placement."""
+def dtensor_holding(tensor: DTensor) -> Holding:
+    """What this rank's shard is, and which ranks have the same one, by placement."""
+    shape = tuple(tensor.shape)
+    if any(placement.is_partial() for placement in tensor.placements):
+        key = key_of([dist.get_rank()])
+        return Holding(key, Placement.whole(tuple(local_part(tensor).shape), key))
+    _, origin = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    return Holding(_dtensor_key(tensor), Placement(shape, tuple(origin) or (0,) * len(shape)))
+
+
+def _dtensor_key(tensor: DTensor) -> str:
+    """The ranks whose local shard equals this rank's."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -66,24 +78,64 @@ def dtensor_key(tensor: DTensor) -> str:
     return key_of(int(rank) for rank in mesh.mesh[index].reshape(-1).tolist())
 
 
-def share_keys(models: Iterable[torch.nn.Module], rank: int) -> dict[int, str]:
-    """Which ranks hold the same bytes, per parameter, by ``id(parameter)``.
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Which ranks hold the same bytes of a tensor, and what part of the job's tensor they are."""
+
+    key: str
+    place: Placement
+
+    @staticmethod
+    def of_plain(tensor: torch.Tensor, ranks: Collection[int], world_size: int) -> Holding:
+        """Of a tensor that ``ranks`` have all of.
+
+        What not all ranks have may be another tensor on the others, though of the same name, as
+        with the stages of a pipeline.
+        """
+        key = key_of(ranks)
+        owner = "" if len(ranks) == world_size else key
+        return Holding(key, Placement.whole(tuple(tensor.shape), owner))
+
+
+def holdings(models: Iterable[torch.nn.Module], rank: int, world_size: int) -> dict[int, Holding]:
+    """Who holds what of each parameter, by ``id(parameter)``.
 
     DTensors by their placements, parameters of a DDP module by its process group, everything else
     is taken to be this rank's own.
     """
-    keys: dict[int, str] = {}
+    found: dict[int, Holding] = {}
     for model in models:
         for parameter in model.parameters():
-            keys[id(parameter)] = (
-                dtensor_key(parameter) if isinstance(parameter, DTensor) else key_of([rank])
+            found[id(parameter)] = (
+                dtensor_holding(parameter)
+                if isinstance(parameter, DTensor)
+                else Holding.of_plain(parameter, [rank], world_size)
             )
     for model in models:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
-                key = key_of(dist.get_process_group_ranks(module.process_group))
+                ranks = dist.get_process_group_ranks(module.process_group)
                 ignored = module.parameters_to_ignore
                 for name, parameter in module.module.named_parameters():
                     if name not in ignored and not isinstance(parameter, DTensor):
-                        keys[id(parameter)] = key
-    return keys
+                        found[id(parameter)] = Holding.of_plain(parameter, ranks, world_size)
+    return found
+
+
+def moment_holding(
+    parameter: torch.Tensor, holding: Holding, value: torch.Tensor, own: str = ""
+) -> Holding:
+    """Who holds what of an optimizer's tensor for ``parameter``, which ``holding`` tells of.
+
+    ``own``: the ranks' key, if each rank keeps the moments of parameters of its own (ZeRO-1).
+    """
+    if isinstance(value, DTensor):
+        return dtensor_holding(value)
+    if isinstance(parameter, DTensor):
+        if value.shape == local_part(parameter).shape:
+            return holding
+        # Step counts and the like are equal on all ranks; anything else is the shard's own.
+        owner = "" if value.numel() == 1 else holding.key
+        return Holding(holding.key, Placement.whole(tuple(value.shape), owner))
+    place = Placement.whole(tuple(value.shape), holding.place.owner)
+    return Holding(own or holding.key, place)

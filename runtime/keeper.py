@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
-from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState
+from ftrain.checkpoint.header import ImageIdentity, ImageState
+from ftrain.checkpoint.image import ImageReader
+from ftrain.checkpoint.manifest import open_files, read_manifest
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.channel import Identity
 from ftrain.comms.environment import RankContext, RankEnvironment
@@ -21,7 +22,7 @@ from ftrain.comms.errors import (
 from ftrain.comms.protocol.messages import RestorePlan, VersionId
 from ftrain.runtime.alone import AloneKeeper
 from ftrain.runtime.group import GroupView
-from ftrain.runtime.restore import Restoration, restore, restore_from
+from ftrain.runtime.restore import Found, Restoration, file_readers, restore
 from ftrain.runtime.state import TrainingState
 from ftrain.snapshot.client import OpenedImage, SnapshotClient
 from ftrain.snapshot.fetch import fetch_images
@@ -118,17 +119,26 @@ class SnapshotKeeper:
             RestoreError: this version is damaged or gone; the next formation takes another one.
             StateError: the version is not of this script's model, and no other one will be.
         """
-        self._topology = state.topology(self._world_size)
+        self._topology = state.topology()
         plan = self._context.formation.restore
         if plan.level == "fresh" or plan.version is None:
             return None
         try:
             if plan.level == "durable":
-                images = durable_images(self._context, plan, self._world_size)
-                return restore_from(state, images, self._rank, verify=True)
+                return self._restore_from_files(state, plan)
             return self._restore_from_memory(state, plan, plan.version)
         except CorruptionError as error:
             raise RestoreError(f"step {plan.version.step} can't be put back: {error}") from error
+
+    def _restore_from_files(self, state: TrainingState, plan: RestorePlan) -> dict[str, Any]:
+        version = read_manifest(plan.path)
+        with open_files(version) as files:
+            readers = file_readers(len(self._group.local_ranks))
+            restoration = Restoration(files, readers=readers)
+            small = restore(state, restoration, self._rank)
+        if restoration.damage:
+            self._client.repaired(version.version, restoration.damage, restoration.sources)
+        return small
 
     def _restore_from_memory(
         self, state: TrainingState, plan: RestorePlan, version: VersionId
@@ -228,7 +238,7 @@ class _RemoteSources:
             if place.node in plan.sources and place.node != context.node and place.smp_address
         ]
 
-    def __call__(self) -> list[ImageReader | CorruptionError]:
+    def __call__(self) -> Found:
         """The images of the next node that has some; empty when there is none left."""
         context, version = self._context, self._version
         identity = Identity(context.job_id, "rank", context.node, context.incarnation)
@@ -268,9 +278,3 @@ def _readable(
         else:
             images.append(reader)
     return images
-
-
-def durable_images(context: RankContext, plan: RestorePlan, world_size: int) -> list[ImageReader]:
-    """The images of every rank's durable file of the planned version, mapped but not read yet."""
-    store = DurableStore(context.config.checkpoint.dir or f"{context.run_dir}/checkpoints")
-    return [store.load(plan.path, rank, verify=False) for rank in range(world_size)]

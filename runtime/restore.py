@@ -1,27 +1,63 @@
-"""From images back into live tensors.
+"""From images and files back into live tensors.
 
 Any image that holds a byte is as good as any other, because ranks under one share key hold the same
 bytes.  So a damaged chunk is a gap like any other, filled from the next image that has those bytes.
+Nothing here cares how the job was laid out over ranks when it was saved (placing.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from threading import local
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-
+from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.codec import decode_tree
-from ftrain.checkpoint.image import ImageReader, Segment
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image_plan import ImagePlan, Piece, Segment
+from ftrain.checkpoint.segment_reader import Scratch
 from ftrain.checkpoint.tensors import StateTensor, tensor_bytes
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
+from ftrain.comms.protocol.messages import Share
+from ftrain.runtime.placing import Span, Target
 from ftrain.runtime.state import TrainingState
 
-_Key = tuple[str, str]  # name of a tensor, share key
-_Span = tuple[int, int]  # first byte of a tensor, and the one behind the last
+_READERS = 2  # of one file: while one thread waits for the disk, the other compares and copies
+
+
+class Source(Protocol):
+    """One rank's share of a version, in memory or in a file."""
+
+    where: str
+
+    @property
+    def whole(self) -> bool: ...
+    @property
+    def identity(self) -> ImageIdentity: ...
+    @property
+    def plan(self) -> ImagePlan: ...
+    @property
+    def shares(self) -> tuple[Share, ...]: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def small(self) -> bytes: ...
+    def read(self, chunk: int, scratch: Scratch, *, verify: bool = True) -> memoryview: ...
+
+
+Found = Sequence["Source | CorruptionError"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is wanted of one chunk."""
+
+    chunk: int
+    pieces: tuple[tuple[Target, Piece, Span], ...]
 
 
 class Restoration:
@@ -32,29 +68,37 @@ class Restoration:
             and can't be read.
         more: asked for the next ones while something is missing; gives none when there are none.
         verify: compare a chunk with its digest before its bytes are used.
+        readers: threads that read and copy.
     """
 
     def __init__(
         self,
-        images: Sequence[ImageReader | CorruptionError],
-        more: Callable[[], Sequence[ImageReader | CorruptionError]] = tuple,
+        images: Found,
+        more: Callable[[], Found] = tuple,
         *,
         verify: bool = True,
+        readers: int = 1,
     ) -> None:
         self.damage: list[str] = []  # each damaged image once, in words
         self.sources: list[str] = []  # images that something damaged was repaired from
-        self._images: list[ImageReader] = []
+        self._images: list[Source] = []
         self._more = more
         self._verify = verify
-        self._sound: dict[tuple[int, int], bool] = {}  # (image, chunk): matches its digest
+        self._readers = readers
         self._damaged: set[int] = set()  # images
         self._unreadable = False  # of what an image held nothing is known
-        self._gaps: dict[_Key, list[_Span]] = {}
-        self._broken: dict[_Key, list[_Span]] = defaultdict(list)  # found damaged somewhere
+        self._targets: dict[tuple[str, str], Target] = {}  # not filled yet, by name and owner
+        self._topology = ""
         self._nearest = {id(image) for image in self._take(images)}
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that the version is of; 0: nothing is known."""
+        return max((image.identity.world_size for image in self._images), default=0)
+
     def small(self, rank: int) -> dict[str, Any]:
-        """The small state of ``rank``, from the first good copy.
+        """The small state of ``rank``, from the first good copy; of the rank in its place, if the
+        version is of fewer ranks.
 
         Raises:
             CorruptionError: every copy is damaged.
@@ -62,7 +106,7 @@ class Restoration:
         """
         repaired = False
         for image in self._each():
-            if image.identity.rank != rank:
+            if image.identity.rank != rank % image.identity.world_size:
                 continue
             try:
                 tree = decode_tree(image.small)
@@ -77,140 +121,163 @@ class Restoration:
             return tree
         raise self._lack(f"no copy of rank {rank}'s own state is left for this version")
 
-    def fill(self, tensors: Sequence[StateTensor]) -> None:
+    def fill(self, tensors: Sequence[StateTensor], topology: str = "") -> None:
         """Fill ``tensors``; every byte of every one of them has to be somewhere.
+
+        ``topology``: of the model they belong to; "": any.
 
         Raises:
             StateError: a tensor has another shape or type in the images, or is not in them.
             CorruptionError: some bytes are damaged in every image that has them.
             RestoreError: nobody has some part.
         """
-        wanted = {(tensor.name, tensor.share): tensor.tensor for tensor in tensors}
-        known = {tensor.name for tensor in tensors}
-        self._gaps = {
-            (tensor.name, tensor.share): [(0, size)]
-            for tensor in tensors
-            if (size := tensor_bytes(tensor.tensor))
+        self._topology = topology
+        known = {tensor.name: tensor for tensor in tensors}
+        every = [Target.of(tensor) for tensor in tensors]
+        self._targets = {
+            (t.tensor.name, t.tensor.place.owner): t for t in every if tensor_bytes(t.live)
         }
-        images: Sequence[ImageReader] = self._images
-        while True:
+        images: Sequence[Source] = self._images
+        while self._targets:
             for image in images:
-                self._fill_from(image, wanted, known)
-            if not self._gaps:
-                return
-            self._refuse_foreign(wanted)
+                self._fill_from(image, known)
+            if not self._targets:
+                break
             further = self._more()
-            if not further:
-                share = next(iter(self._gaps))[1]
+            if not further and not self._adopt():
+                self._refuse_foreign()
+                share = next(iter(self._targets.values())).tensor.share
                 raise self._lack(f"no node holds every part of what ranks {share} have in common")
-            images = self._take(further)
+            images = self._take(further) if further else self._images
+        for target in every:
+            target.finish()
 
-    def _each(self) -> Iterator[ImageReader]:
+    def _each(self) -> Iterator[Source]:
         """Every image, those that have to be asked for last."""
         yield from tuple(self._images)
         while further := self._more():
             yield from self._take(further)
 
-    def _take(self, found: Sequence[ImageReader | CorruptionError]) -> list[ImageReader]:
-        images = [image for image in found if isinstance(image, ImageReader)]
+    def _take(self, found: Found) -> list[Source]:
+        images = [image for image in found if not isinstance(image, CorruptionError)]
         errors = [str(error) for error in found if isinstance(error, CorruptionError)]
         self.damage += errors
         self._unreadable = self._unreadable or bool(errors)
         self._images += images
         return images
 
-    def _fill_from(
-        self, image: ImageReader, wanted: dict[_Key, torch.Tensor], known: set[str]
-    ) -> None:
-        if not image.whole:
+    # ---- one image
+
+    def _fill_from(self, image: Source, known: dict[str, StateTensor]) -> None:
+        if not image.whole or not self._targets:
             return
-        shares = {share for _, share in wanted}
-        for segment in image.segments:
-            key = (segment.name, segment.share)
-            if segment.share not in shares:
-                continue
-            _check_known(segment, known)
-            if key not in self._gaps:
-                continue
-            _check_shape(segment, wanted[key])
-            for start, stop in self._pieces(image, segment, key):
-                _copy_in(wanted[key], segment, image, start, stop)
-                self._filled(image, key, (start, stop))
-
-    def _pieces(self, image: ImageReader, segment: Segment, key: _Key) -> list[_Span]:
-        """What of a segment is missing and sound, cut at the bounds of chunks."""
-        chunk_bytes = image.header.layout.chunk_bytes
-        base = segment.start - segment.offset  # from a place in the image's data to the tensor's
-        pieces = []
-        for chunk in image.chunks_of(segment):
-            first = max(segment.start, base + chunk * chunk_bytes)
-            last = min(segment.start + segment.nbytes, base + (chunk + 1) * chunk_bytes)
-            missing = [
-                (max(first, start), min(last, stop))
-                for start, stop in self._gaps[key]
-                if max(first, start) < min(last, stop)
-            ]
-            if missing and self._is_sound(image, chunk):
-                pieces += missing
-            else:
-                self._broken[key] += missing
-        return pieces
-
-    def _is_sound(self, image: ImageReader, chunk: int) -> bool:
-        if not self._verify:
-            return True
-        place = (id(image), chunk)
-        if place not in self._sound:
-            try:
-                image.verify_chunk(chunk)
-                self._sound[place] = True
-            except CorruptionError as error:
+        if self._topology and image.identity.topology != self._topology:
+            _refuse_model(image, known)
+        work = [found for chunk in range(image.chunks) if (found := self._wanted(image, chunk))]
+        if self._readers > 1 and len(work) > 1:
+            scratches = local()
+            with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
+                done = list(pool.map(self._do, repeat(image), work, repeat(scratches)))
+        else:
+            scratch = local()
+            done = [self._do(image, one, scratch) for one in work]
+        for one, error in zip(work, done, strict=True):
+            if error is not None:
                 self._note_damage(image, error)
-                self._sound[place] = False
-        return self._sound[place]
+            for target, piece, span in one.pieces:
+                self._account(image, target, piece.segment.box, span, error)
+        self._targets = {key: t for key, t in self._targets.items() if not t.whole}
 
-    def _filled(self, image: ImageReader, key: _Key, piece: _Span) -> None:
-        start, stop = piece
-        rest = []
-        for first, last in self._gaps[key]:
-            rest += [(first, min(last, start)), (max(first, stop), last)]
-        self._gaps[key] = [(first, last) for first, last in rest if first < last]
-        if not self._gaps[key]:
-            del self._gaps[key]
-        repaired = any(first < stop and start < last for first, last in self._broken[key])
-        if repaired or self._stands_in(image):
+    def _wanted(self, image: Source, chunk: int) -> _Work | None:
+        """What is missing and lies in a chunk."""
+        pieces = []
+        for piece in image.plan.pieces(chunk):
+            segment = piece.segment
+            target = self._targets.get((segment.name, segment.place.owner))
+            if target is None:
+                continue
+            _check_shape(segment, target.tensor)
+            pieces += [(target, piece, span) for span in target.missing(piece)]
+        return _Work(chunk, tuple(pieces)) if pieces else None
+
+    def _do(self, image: Source, work: _Work, scratches: local) -> CorruptionError | None:
+        """Read a chunk and copy what is wanted of it; runs in any thread."""
+        if not hasattr(scratches, "mine"):
+            scratches.mine = Scratch()
+        try:
+            data = image.read(work.chunk, scratches.mine, verify=self._verify)
+        except CorruptionError as error:
+            return error
+        begins = work.chunk * image.plan.chunk_bytes
+        for target, piece, span in work.pieces:
+            part = data[piece.offset - begins :][: piece.nbytes]
+            target.put(part, piece.start, target.copies(piece.segment.box, span))
+        return None
+
+    def _account(
+        self, image: Source, target: Target, box: Box, span: Span, error: CorruptionError | None
+    ) -> None:
+        if error is not None:
+            target.broken.setdefault(box, []).append(span)
+        elif target.filled(box, span) or self._stands_in(image):
             self._note_source(image)
 
-    def _stands_in(self, image: ImageReader) -> bool:
+    def _stands_in(self, image: Source) -> bool:
         """Whether the image may be used only because another one can't be read."""
         return self._unreadable and id(image) not in self._nearest
 
-    def _refuse_foreign(self, wanted: dict[_Key, torch.Tensor]) -> None:
-        """StateError for a tensor that is in no image although the share's are all here, sound."""
-        for (name, share), gaps in self._gaps.items():
-            if self._has_all_parts(share):
-                size = tensor_bytes(wanted[name, share])
-                have = size - sum(last - first for first, last in gaps)
+    # ---- what is missing in the end
+
+    def _adopt(self) -> bool:
+        """Take for a tensor that nobody has under its owner the only one of its name, as when a
+        run goes on with another number of ranks; whether there is one."""
+        owners: dict[str, set[str]] = defaultdict(set)
+        for image in self._images:
+            for segment in image.plan.segments:
+                owners[segment.name].add(segment.place.owner)
+        adopted: dict[tuple[str, str], Target] = {}
+        for (name, owner), target in self._targets.items():
+            found = owners[name]
+            if owner in found or not found:
+                adopted[name, owner] = target
+            elif len(found) == 1:
+                adopted[name, found.pop()] = target
+            else:
                 raise StateError(
-                    f"{name} has {have} of its {size} bytes in the version to restore: "
-                    "was the run made by another model or another number of ranks?"
+                    f"{name} is each rank's own in the saved run, and the ranks' may differ: "
+                    f"launch with {self.world_size} ranks, as it was saved"
+                )
+        changed = adopted.keys() != self._targets.keys()
+        self._targets = adopted
+        return changed
+
+    def _refuse_foreign(self) -> None:
+        """StateError for a tensor that is in no image although the share's are all here, sound."""
+        for target in self._targets.values():
+            if self._has_all_parts(target.tensor.share):
+                size = tensor_bytes(target.live)
+                raise StateError(
+                    f"{target.tensor.name} has {size - target.missing_bytes} of its {size} bytes "
+                    "in the version to restore: was the run made by another model?"
                 )
 
     def _has_all_parts(self, key: str) -> bool:
         parts: dict[tuple[int, int], set[int]] = defaultdict(set)
-        for image in self._images:
-            if image.whole and id(image) not in self._damaged:
-                for share in image.shares:
-                    if share.key == key:
-                        parts[share.node, share.parts].add(share.part)
+        sound = [image for image in self._images if image.whole and id(image) not in self._damaged]
+        if {image.identity.rank for image in sound} == set(range(self.world_size)):
+            return True
+        for image in sound:
+            for share in image.shares:
+                if share.key == key:
+                    parts[share.node, share.parts].add(share.part)
         return any(len(found) == count for (_, count), found in parts.items())
 
-    def _note_damage(self, image: ImageReader, error: CorruptionError) -> None:
+    def _note_damage(self, image: Source, error: CorruptionError) -> None:
         if id(image) not in self._damaged:
             self._damaged.add(id(image))
             self.damage.append(str(error))
 
-    def _note_source(self, image: ImageReader) -> None:
+    def _note_source(self, image: Source) -> None:
         if image.where not in self.sources:
             self.sources.append(image.where)
 
@@ -220,53 +287,39 @@ class Restoration:
         return RestoreError(what)
 
 
-def restore_from(
-    state: TrainingState, images: Sequence[ImageReader], rank: int, *, verify: bool
-) -> dict[str, Any]:
-    """Put a version back from images that are all at hand; returns the small tree.
+def restore(state: TrainingState, restoration: Restoration, rank: int) -> dict[str, Any]:
+    """Put a version back: small state from the rank's own image, tensors from whoever has them.
 
     Raises as :meth:`Restoration.small` and :meth:`Restoration.fill`.
     """
-    return restore(state, Restoration(images, verify=verify), rank)
-
-
-def restore(state: TrainingState, restoration: Restoration, rank: int) -> dict[str, Any]:
-    """Put a version back: small state from the rank's own image, tensors from whoever has them."""
     small = restoration.small(rank)
     state.load_small(small["state"])
-    restoration.fill(state.layout().tensors)
+    restoration.fill(state.layout().tensors, state.topology())
     return small
 
 
-def _check_known(segment: Segment, known: set[str]) -> None:
-    if segment.name not in known:
+def file_readers(world_size: int) -> int:
+    """Threads that read one rank's files, when so many ranks read theirs."""
+    return _READERS if world_size == 1 else 1
+
+
+def _refuse_model(image: Source, known: dict[str, StateTensor]) -> None:
+    """StateError for a version of another model, which names the first difference."""
+    segments = {segment.name: segment for segment in image.plan.segments}
+    for name, segment in segments.items():
+        if name in known:
+            _check_shape(segment, known[name])
+    odd = next((name for name in segments if name not in known), None)
+    raise StateError(
+        f"the saved run holds {odd or 'another model'}, which this script does not have; use "
+        "another run directory for another model"
+    )
+
+
+def _check_shape(segment: Segment, tensor: StateTensor) -> None:
+    if segment.place.shape != tensor.place.shape or segment.dtype != tensor.dtype:
         raise StateError(
-            f"the saved run holds {segment.name}, which this script does not have; use another "
-            "run directory for another model"
+            f"{segment.name} is {list(segment.place.shape)} {segment.dtype} in the saved run and "
+            f"{list(tensor.place.shape)} {tensor.dtype} here; use another run directory for "
+            "another model"
         )
-
-
-def _check_shape(segment: Segment, tensor: torch.Tensor) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if segment.shape != tuple(tensor.shape) or segment.dtype != dtype:
-        raise StateError(
-            f"{segment.name} is {list(segment.shape)} {segment.dtype} in the saved run and "
-            f"{list(tensor.shape)} {dtype} here; use another run directory for another model"
-        )
-
-
-def _copy_in(
-    tensor: torch.Tensor, segment: Segment, image: ImageReader, start: int, stop: int
-) -> None:
-    """Bytes ``[start, stop)`` of the tensor, out of the segment."""
-    source = image.segment_bytes(segment)[start - segment.start : stop - segment.start]
-    if not tensor.is_cuda and tensor.is_contiguous():
-        address = np.frombuffer(source, dtype=np.uint8).ctypes.data
-        ctypes.memmove(tensor.data_ptr() + start, address, stop - start)
-        return
-    with torch.no_grad():
-        whole = tensor.contiguous()
-        flat = whole.reshape(-1).view(torch.uint8)
-        flat[start:stop].copy_(torch.from_numpy(np.frombuffer(source, dtype=np.uint8).copy()))
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.copy_(whole)

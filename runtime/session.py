@@ -100,6 +100,7 @@ class Session:
             optimizers,
             {n: o for n, o in others.items() if o is not None and n not in models},
             self._environment.rank,
+            self._environment.world_size,
         )
         self._data = open_data(
             data, torch.initial_seed() % 2**63 if seed is None else seed, os.getpid()
@@ -281,6 +282,7 @@ class Session:
             "data": self._data.state(),
             "buckets": self._bucket_orders,
             "step": self._step,
+            "world": [self._environment.rank, self._environment.world_size],
         }
         self._pending = (self._step, layout.tensors, encode_tree(small), collectives)
         if self._keeper.capture(*self._pending, last=self._finished):
@@ -336,6 +338,9 @@ class Session:
             self._data.load(small["data"])
             orders = small["buckets"]
             modules = self._ddp_modules()
+            here = [self._environment.rank, self._environment.world_size]
+            if small["world"] != here:
+                orders = None  # they are of another group
             if orders is not None and len(orders) == len(modules):
                 self._bucket_orders = orders
                 for module, order in zip(modules, orders, strict=True):

@@ -20,7 +20,7 @@ from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.runtime.data import Stateful
-from ftrain.runtime.group import key_of, local_part, share_keys
+from ftrain.runtime.group import Holding, holdings, key_of, local_part, moment_holding
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -91,6 +91,7 @@ class TrainingState:
         optimizers: Mapping[str, torch.optim.Optimizer],
         objects: Mapping[str, Any],
         rank: int,
+        world_size: int = 1,
     ) -> None:
         for name, value in objects.items():
             if not isinstance(value, Stateful):
@@ -102,17 +103,18 @@ class TrainingState:
         self.optimizers = dict(optimizers)
         self.objects = dict(objects)
         self.rank = rank
+        self.world_size = world_size
         self._layout: StateLayout | None = None
-        self._keys: dict[int, str] = {}
+        self._holdings: dict[int, Holding] = {}
         self._names: dict[int, str] = {}
         self._buffers = {name: _Buffers(model) for name, model in self.models.items()}
         self._parameters: list[torch.Tensor] = []  # once each; in an order that all ranks share
         self._take_parameters()
 
-    def topology(self, world_size: int) -> str:
-        """Names, global shapes and types of the parameters, and the group's size, as 32 hex
-        characters: equal on all ranks of a group, different for another model."""
-        digest = hashlib.blake2b(f"world {world_size}".encode(), digest_size=16)
+    def topology(self) -> str:
+        """Names, global shapes and types of the parameters, as 32 hex characters: equal for any
+        number of ranks and any way to lay them out, different for another model."""
+        digest = hashlib.blake2b(digest_size=16)
         for parameter in self._parameters:
             name = self._names[id(parameter)]
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
@@ -161,8 +163,9 @@ class TrainingState:
             changes = Changes.ANYTIME if parameter.requires_grad else Changes.NEVER
             if id(parameter) in in_groups:
                 changes = Changes.IN_STEP
-            name, key = self._names[id(parameter)], self._keys[id(parameter)]
-            tensors.append(StateTensor(name, local_part(parameter), key, changes))
+            name, holding = self._names[id(parameter)], self._holdings[id(parameter)]
+            local = local_part(parameter)
+            tensors.append(StateTensor(name, local, holding.key, holding.place, changes))
         skeleton: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             own = key_of([self.rank]) if hasattr(optimizer, "consolidate_state_dict") else ""
@@ -176,10 +179,12 @@ class TrainingState:
                     places = state.setdefault(inner, {})
                     for key, value in values.items():
                         if isinstance(value, torch.Tensor):
-                            places[str(key)] = _placeholder(value)
-                            share = own or self._keys[id(parameter)]
+                            places[str(key)] = _placeholder(value, parameter)
+                            mine = self._holdings[id(parameter)]
+                            held = moment_holding(parameter, mine, value, own)
                             path = f"{name}/{inner}/{key}"
-                            tensors.append(StateTensor(path, local_part(value), share))
+                            local = local_part(value)
+                            tensors.append(StateTensor(path, local, held.key, held.place))
             skeleton[name] = {"groups": groups, "state": state}
         _refuse_twins(tensors)
         return StateLayout(
@@ -231,22 +236,24 @@ class TrainingState:
         """
         missing = set(_owned(self.optimizers.values())) - self._names.keys()
         first = not self._names
-        keys = share_keys(self.models.values(), self.rank)
+        found = holdings(self.models.values(), self.rank, self.world_size)
         for name, model in self.models.items():
             for inner, parameter in model.named_parameters():
                 if first or id(parameter) in missing:
-                    self._keep(parameter, f"{name}/{plain_name(inner)}", keys.get(id(parameter)))
+                    self._keep(parameter, f"{name}/{plain_name(inner)}", found.get(id(parameter)))
         for name, optimizer in self.optimizers.items():
             for group_index, group in enumerate(optimizer.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     self._keep(parameter, f"{name}/{group_index}.{index}", None)
 
-    def _keep(self, parameter: torch.Tensor, name: str, key: str | None) -> None:
+    def _keep(self, parameter: torch.Tensor, name: str, holding: Holding | None) -> None:
         if id(parameter) not in self._names:
             # One of the same name was there before and is not part of the model any more.
             self._parameters = [p for p in self._parameters if self._names[id(p)] != name]
             self._names[id(parameter)] = name
-            self._keys[id(parameter)] = key or key_of([self.rank])
+            self._holdings[id(parameter)] = holding or Holding.of_plain(
+                parameter, [self.rank], self.world_size
+            )
             self._parameters.append(parameter)
 
     def _load_optimizer(
@@ -369,10 +376,12 @@ def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.T
             buffer.copy_(saved[path])
 
 
-def _placeholder(tensor: torch.Tensor) -> dict[str, Any]:
+def _placeholder(tensor: torch.Tensor, parameter: torch.Tensor) -> dict[str, Any]:
+    shape = local_part(tensor).shape
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(local_part(tensor).shape),
+        "shape": list(shape),
+        "like": shape == local_part(parameter).shape,  # laid out as the parameter, then and now
         "device": tensor.device.type,
     }
 
@@ -381,7 +390,7 @@ def _materialise(place: Mapping[str, Any], parameter: torch.Tensor) -> torch.Ten
     """An optimizer's state tensor as the placeholder describes it, not filled yet."""
     dtype = getattr(torch, place["dtype"])
     shape = tuple(place["shape"])
-    if shape == tuple(local_part(parameter).shape):
+    if place["like"]:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     device = "cpu" if place["device"] == "cpu" else parameter.device
     return torch.empty(shape, dtype=dtype, device=device)

@@ -17,7 +17,8 @@ from ftrain.comms.protocol.messages import VersionId
 from ftrain.snapshot.protocol.messages import Flush, Flushed, FlushedFile, FlushRefused
 from ftrain.snapshot.store import Image, SlotStore, places_of
 
-_NICE = 10  # of the writing thread: training goes first
+_NICE = 10  # of the writing threads: training goes first
+_WRITERS = 2  # one compares a chunk with its digest while the other one writes
 _REMEMBERED = 64
 
 
@@ -45,6 +46,7 @@ class Flusher:
         self._withdrawn: deque[VersionId] = deque(maxlen=_REMEMBERED)
         self._recent: deque[VersionId] = deque(maxlen=_REMEMBERED)  # committed
         self._thread = ThreadPoolExecutor(1, "ftrain-flush", _lower_priority)
+        self._writers = ThreadPoolExecutor(_WRITERS, "ftrain-write", _lower_priority)
         self._task: asyncio.Task[None] | None = None
 
     def request(self, flush: Flush) -> None:
@@ -96,6 +98,7 @@ class Flusher:
         if self._task is not None:
             self._task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._writers.shutdown(wait=False, cancel_futures=True)
 
     def _consider(self, flush: Flush) -> None:
         asked, custody = flush.version, self._store.custody
@@ -148,6 +151,7 @@ class Flusher:
                     version,
                     image.rank,
                     image.view,
+                    self._writers,
                 )
                 path = f"{flush.fence}/{version.step}/{file_name(image.rank)}"
                 files.append(FlushedFile(record.rank, path, record.nbytes, record.digest))

@@ -10,13 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ftrain.checkpoint.header import RECORD_BYTES, read_record
-from ftrain.checkpoint.image import (
-    ImageReader,
-    ImageState,
-    held_of,
-    small_image,
-)
+from ftrain.checkpoint.header import RECORD_BYTES, ImageState, read_record
+from ftrain.checkpoint.image import ImageReader, held_of, small_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError, RemoteProtocolError, StateError
 from ftrain.comms.protocol.messages import Held, Sealed, Share, VersionId
 from ftrain.snapshot.memory import Budget, Region, allocate

@@ -145,9 +145,17 @@ class RestorePlan:
     level: str  # "fresh" | "memory" | "durable"
     version: VersionId | None = None  # None for fresh
     fence: int = 0  # of the durable version
+    epoch: int = 0  # in which that was captured
     path: str = ""  # durable: the manifest's path
     sources: tuple[int, ...] = ()  # memory: nodes that hold parts of it
     reason: str = ""  # the arithmetic, in words
+
+    @property
+    def parent(self) -> VersionId | None:
+        """The version that training goes on from, by the epoch it was captured in."""
+        if self.level == "durable" and self.version is not None:
+            return VersionId(self.epoch, self.version.step)
+        return self.version if self.level == "memory" else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,11 +80,6 @@ class MembershipHard:
         """Formations of this launch before the one in hand."""
         return self.formations
 
-    @property
-    def granted(self) -> range:
-        """Every fence that was granted: readers of durable versions ignore all others."""
-        return range(1, self.epoch + 1)
-
 
 def count_failure(hard: MembershipHard, committed: VersionId | None, cause: str) -> MembershipHard:
     """Count a failure of ``hard.epoch``; a version committed since its grant breaks the row."""

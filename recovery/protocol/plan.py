@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftrain.checkpoint.protocol.agreement import collectives_agree
-from ftrain.comms.errors import StateError
 from ftrain.comms.protocol.messages import Held, RestorePlan, VersionId
 
 _REASONS_MAX = 4  # incomplete versions that a reason names
@@ -21,6 +20,7 @@ class DurableVersion:
     step: int
     path: str
     world_size: int
+    epoch: int = 0  # in which it was captured
 
 
 @dataclass(slots=True)
@@ -77,27 +77,22 @@ def choose_restore(
     belongs into the plan's reason.
     A version in memory can be restored when the small section of every rank is somewhere, and for
     every share key one single node holds all parts of it.  ``durable`` wins only when it is newer.
-
-    Raises :class:`StateError` when the newest version was written durably by another number of
-    ranks.
     """
     memory, notes = _newest_in_memory(held, world_size, refused)
     notes += remarks
     if durable is not None:
         durable_id = VersionId(durable.fence, durable.step)
         if memory is None or durable_id > memory:
+            choice = f"step {durable.step} from the durable version"
             if durable.world_size != world_size:
-                raise StateError(
-                    f"{durable.path} was written by {durable.world_size} ranks and this job has "
-                    f"{world_size}: launch with {durable.world_size} ranks, or use another run "
-                    "directory"
-                )
+                choice += f" of {durable.world_size} ranks, laid over {world_size}"
             return RestorePlan(
                 level="durable",
                 version=durable_id,
                 fence=durable.fence,
                 path=durable.path,
-                reason=_reason(f"step {durable.step} from the durable version", notes),
+                reason=_reason(choice, notes),
+                epoch=durable.epoch,
             )
         else:
             notes.append(f"durable step {durable.step} of epoch {durable.fence} is no newer")

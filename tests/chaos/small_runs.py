@@ -12,7 +12,8 @@ from typing import Any
 
 from chaos_runs import lines
 
-from ftrain.checkpoint.image import ImageReader, ImageState
+from ftrain.checkpoint.header import ImageState
+from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.errors import CorruptionError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.recovery.node_file import NodeFile, node_file_path, read_node_file

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 
-from ftrain.checkpoint.image import ImageIdentity, ImagePlan, ImageWriter, Segment, lay_out
+from ftrain.checkpoint.boxes import Placement
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image import ImageWriter
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.comms.protocol.messages import Share, VersionId
 
 CHUNK_BYTES = 4096
@@ -22,7 +25,15 @@ def make_identity(
 def make_plan(sizes: tuple[int, ...] = (100, 5000, 3000), small_bytes_max: int = 1000) -> ImagePlan:
     """Byte tensors of these sizes, in two shares."""
     segments = lay_out(
-        Segment(f"model/{i}.weight", "uint8", (size + i,), "0-1" if i % 2 else "0", i, size)
+        Segment(
+            f"model/{i}.weight",
+            "uint8",
+            (size + i,),
+            "0-1" if i % 2 else "0",
+            i,
+            size,
+            Placement.whole((size + i,)),
+        )
         for i, size in enumerate(sizes)
     )
     shares = (Share("0-1", 1, 0, 2), Share("0", 1, 0, 1))

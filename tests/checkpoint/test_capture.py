@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ftrain.checkpoint.capture import CaptureEngine, FrozenChunks
-from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageState, ImageWriter
+from ftrain.checkpoint.header import ImageIdentity, ImageState
+from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
@@ -108,7 +109,7 @@ def tensors(scale: float = 1.0) -> tuple[StateTensor, ...]:
     generator = torch.Generator().manual_seed(3)
     sizes = [(100, 300), (7,), (1,), (50, 33), (300, 400)]
     return tuple(
-        StateTensor(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
+        StateTensor.whole(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
         for i, size in enumerate(sizes)
     )
 
@@ -196,7 +197,7 @@ def test_a_denied_version_is_counted_with_its_reason(
 def test_too_little_memory_is_said_and_training_goes_on(
     engine: CaptureEngine, notes: list[str]
 ) -> None:
-    huge = StateTensor("model/huge", torch.empty(2**28, dtype=torch.uint8), "0,1")
+    huge = StateTensor.whole("model/huge", torch.empty(2**28, dtype=torch.uint8), "0,1")
     engine.start(VersionId(1, 1), (huge, huge, huge), b"")
     engine.barrier(10)
     assert "more memory than there is" in notes[0]
@@ -274,7 +275,7 @@ def test_a_survivor_refuses_when_its_tensors_moved_on(
 def test_a_survivor_refuses_bytes_that_it_does_not_share(
     engine: CaptureEngine, memory: Memory
 ) -> None:
-    mine = tuple(StateTensor(t.name, t.tensor, "0") for t in tensors())
+    mine = tuple(StateTensor.whole(t.name, t.tensor, "0") for t in tensors())
     version = VersionId(1, 8)
     engine.start(version, mine, b"mine")
     engine.drain(10)
@@ -286,7 +287,7 @@ def mixed() -> tuple[StateTensor, ...]:
     kinds = {"ema": Changes.ANYTIME, "teacher": Changes.NEVER, "model": Changes.IN_STEP}
     sizes = {"ema": 200_000, "teacher": 300_000, "model": 4_000_000}
     return tuple(
-        StateTensor(name, torch.arange(float(sizes[name])), "0,1", kind)
+        StateTensor.whole(name, torch.arange(float(sizes[name])), "0,1", kind)
         for name, kind in kinds.items()
     )
 

@@ -17,7 +17,8 @@ from image_samples import TOPOLOGY, make_identity, make_image, make_plan
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.manifest import DurableVersion, FileRecord, read_manifest
-from ftrain.checkpoint.retention import KeepLast
+from ftrain.checkpoint.retention import Retention
+from ftrain.checkpoint.segment_reader import Scratch
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
@@ -32,7 +33,8 @@ def store(tmp_path: Path) -> DurableStore:
 def save(
     store: DurableStore, fence: int, step: int, world_size: int = 2, run_id: str = "run"
 ) -> DurableVersion:
-    """Write and publish a version with random data."""
+    """Write and publish a version with random data, of a run that began in ``fence``."""
+    store.begin_fence(fence, run_id, None)
     for rank in range(world_size):
         identity = make_identity(step, rank, world_size, run_id, epoch=fence)
         image = make_image(identity, seed=step * 10 + rank)
@@ -40,11 +42,22 @@ def save(
     return read_manifest(store.publish_written(fence, VersionId(fence, step), run_id, world_size))
 
 
+def data_of(version: DurableVersion, rank: int) -> bytes:
+    """A rank's data, every byte of its file verified."""
+    reader = version.open(rank)
+    try:
+        reader.verify()
+        scratch = Scratch()
+        return b"".join(bytes(reader.read(chunk, scratch)) for chunk in range(reader.chunks))
+    finally:
+        reader.close()
+
+
 def files(store: DurableStore) -> set[str]:
     return {
         str(path.relative_to(store.directory))
         for path in store.directory.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "fence.json"
     }
 
 
@@ -54,29 +67,66 @@ def test_what_is_published_is_loaded(store: DurableStore) -> None:
     assert store.versions() == (version,)
     assert (version.key, version.version, version.world_size) == ((3, 7), VersionId(3, 7), 2)
     assert version.path == store.directory / "3" / "7.json"
-    assert files(store) == {"3/7.json", "3/7/rank0.ftr", "3/7/rank1.ftr"}
+    assert files(store) == {"3/7.json", "3/7/rank0.seg", "3/7/rank1.seg"}
     assert version.nbytes == sum(version.file(rank).stat().st_size for rank in range(2))
     for rank in range(2):
-        reader = store.load(version, rank)
-        assert reader.raw == make_image(make_identity(7, rank), seed=70 + rank)
-        assert store.load(str(version.path), rank, verify=False).digest == reader.digest
+        image = ImageReader(make_image(make_identity(7, rank, epoch=3), seed=70 + rank))
+        assert data_of(version, rank) == image.data
+        assert version.manifest.files[rank] == store.file_record(3, VersionId(3, 7), rank)
 
 
 def test_a_slots_unused_bytes_are_not_written(store: DurableStore) -> None:
     image = bytes(make_image()) + bytes(50_000)
     record = store.write_image(3, VersionId(3, 7), 0, memoryview(image))
     assert record == store.file_record(3, VersionId(3, 7), 0)
-    assert record.nbytes == len(image) - 50_000
-    assert (store.directory / "3/7/rank0.ftr").stat().st_size == record.nbytes
+    assert record.nbytes < len(image) - 10_000
+    assert (store.directory / "3/7/rank0.seg").stat().st_size == record.nbytes
 
 
-def test_versions_are_ordered_and_ungranted_fences_invisible(store: DurableStore) -> None:
-    for fence, step in ((1, 500), (2, 30), (10, 4), (2, 100), (9, 900)):
+def test_versions_are_ordered_by_fence_and_step(store: DurableStore) -> None:
+    for fence, parent in ((1, None), (2, VersionId(1, 600)), (9, VersionId(2, 100))):
+        store.begin_fence(fence, "run", parent)
+    for fence, step in ((1, 500), (2, 30), (2, 100), (9, 900)):
         save(store, fence, step, world_size=1)
     keys = [version.key for version in store.versions()]
-    assert keys == [(10, 4), (9, 900), (2, 100), (2, 30), (1, 500)]
-    granted = [version.key for version in store.versions(granted={1, 2})]
-    assert granted == [(2, 100), (2, 30), (1, 500)]
+    assert keys == [(9, 900), (2, 100), (2, 30), (1, 500)]
+    assert store.survey().fence == 9
+
+
+def test_what_a_zombie_publishes_is_hidden(store: DurableStore) -> None:
+    store.begin_fence(1, "run", None)
+    older = save(store, 1, 80, world_size=1)
+    store.begin_fence(2, "run", VersionId(1, 80))
+    zombie = save(store, 1, 99, world_size=1)  # later, under a fence that is over
+    survey = store.survey()
+    assert survey.versions == (older,)
+    assert survey.hidden == (zombie,)
+    newer = save(store, 2, 85, world_size=1)
+    assert store.versions() == (newer, older)
+    again = DurableStore(store.directory)
+    assert again.begin_fence(2, "run", None) != 0  # said again by another process: no change
+    assert again.versions() == (newer, older)
+
+
+def test_a_fence_that_was_never_granted_is_hidden(store: DurableStore) -> None:
+    good = save(store, 3, 7, world_size=1)
+    image = make_image(make_identity(50, 0, 1, epoch=9))
+    store.write_image(9, VersionId(9, 50), 0, image)
+    store.publish_written(9, VersionId(9, 50), "run", 1)
+    survey = store.survey()
+    assert survey.versions == (good,)
+    assert [version.key for version in survey.hidden] == [(9, 50)]
+
+
+def test_a_damaged_fence_hides_nothing_of_its_own(store: DurableStore) -> None:
+    store.begin_fence(1, "run", None)
+    save(store, 1, 80, world_size=1)
+    store.begin_fence(2, "run", VersionId(1, 80))
+    save(store, 2, 90, world_size=1)
+    (store.directory / "2/fence.json").write_text("{")
+    survey = store.survey()
+    assert [version.key for version in survey.versions] == [(2, 90), (1, 80)]
+    assert len(survey.problems) == 1
 
 
 def test_nothing_is_published_twice(store: DurableStore) -> None:
@@ -88,7 +138,7 @@ def test_nothing_is_published_twice(store: DurableStore) -> None:
     with pytest.raises(StateError, match="exists already and differs"):
         store.publish(3, VersionId(2, 7), "run", TOPOLOGY, 2, version.manifest.files)
     assert version.path.read_bytes() == before
-    assert files(store) == {"3/7.json", "3/7/rank0.ftr", "3/7/rank1.ftr"}
+    assert files(store) == {"3/7.json", "3/7/rank0.seg", "3/7/rank1.seg"}
 
 
 _PUBLISHER = """
@@ -108,6 +158,7 @@ except StateError:
 
 
 def test_of_many_publishers_one_wins(store: DurableStore) -> None:
+    store.begin_fence(3, "run", None)
     store.write_image(3, VersionId(3, 7), 0, make_image(make_identity(7, 0, 1)))
     publishers = [
         subprocess.Popen(
@@ -127,20 +178,20 @@ def test_of_many_publishers_one_wins(store: DurableStore) -> None:
     assert sorted(codes) == [0, 9, 9, 9]
     (version,) = store.versions()
     assert version.manifest.topology == f"{codes.index(0):032x}"
-    assert files(store) == {"3/7.json", "3/7/rank0.ftr"}
+    assert files(store) == {"3/7.json", "3/7/rank0.seg"}
 
 
 def test_files_must_be_there_to_be_published(store: DurableStore) -> None:
     version = VersionId(3, 7)
     record = store.write_image(3, version, 0, make_image())
-    with pytest.raises(CorruptionError, match=r"rank1\.ftr can't be read"):
+    with pytest.raises(CorruptionError, match=r"rank1\.seg can't be read"):
         store.publish_written(3, version, "run", 2)
     with pytest.raises(CorruptionError, match="one file for each"):
         store.publish(3, version, "run", TOPOLOGY, 2, [record])
-    with pytest.raises(CorruptionError, match=r"rank1\.ftr is missing"):
+    with pytest.raises(CorruptionError, match=r"rank1\.seg is missing"):
         store.publish(3, version, "run", TOPOLOGY, 2, [record, FileRecord(1, 10, "0" * 32)])
     store.write_image(3, version, 1, make_image(make_identity(7, 1, world_size=3)))
-    with pytest.raises(CorruptionError, match="world size"):
+    with pytest.raises(CorruptionError, match="world_size=3"):
         store.publish_written(3, version, "run", 2)
     with pytest.raises(CorruptionError, match="run"):
         store.publish_written(3, version, "another run", 2)
@@ -172,19 +223,14 @@ def test_damage_is_noticed_and_the_older_version_loads(store: DurableStore) -> N
     older, newer = save(store, 3, 7), save(store, 3, 8)
     path = newer.file(1)
     whole = path.read_bytes()
-    data_offset = ImageReader(whole).header.layout.data_offset
 
-    for at, what in (
-        (data_offset + 5000, "chunk 1"),
-        (4096, "index"),
-        (2100, "not the file|header"),
-    ):
+    for at, what in ((4096 + 5000, "chunk 1"), (10, "header"), (len(whole) - 500, "footer|trail")):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(CorruptionError, match=what):
-            store.load(newer, 1)
+            data_of(newer, 1)
     path.write_bytes(older.file(1).read_bytes())  # a file that verifies, but of another version
     with pytest.raises(CorruptionError, match="not the file"):
-        store.load(newer, 1)
+        data_of(newer, 1)
 
     path.write_bytes(whole[:-1])
     survey = store.survey()
@@ -192,13 +238,13 @@ def test_damage_is_noticed_and_the_older_version_loads(store: DurableStore) -> N
     assert len(survey.problems) == 1
     assert "take the next older version" in survey.problems[0]
     with pytest.raises(CorruptionError):
-        store.load(newer, 1)
+        data_of(newer, 1)
     path.unlink()
     assert "is missing" in store.survey().problems[0]
     path.symlink_to(older.file(1))
     with pytest.raises(CorruptionError, match="can't be read"):
-        store.load(newer, 1)
-    assert store.load(older, 1).identity.version.step == 7
+        data_of(newer, 1)
+    assert data_of(older, 1)
 
 
 def test_torn_and_foreign_manifests_are_reported(store: DurableStore) -> None:
@@ -209,7 +255,7 @@ def test_torn_and_foreign_manifests_are_reported(store: DurableStore) -> None:
         survey = store.survey()
         assert survey.versions == ()
         assert len(survey.problems) == 1
-        assert "is no manifest" in survey.problems[0]
+        assert "is damaged" in survey.problems[0]
     good = json.loads(text)
     for change in (
         {"step": 8},
@@ -220,7 +266,7 @@ def test_torn_and_foreign_manifests_are_reported(store: DurableStore) -> None:
         {"files": good["files"][::-1]},
         {"files": [{"rank": "../x", "nbytes": 1, "digest": "0" * 32}]},
         {"files": [{"rank": 0, "nbytes": -1, "digest": "0" * 32}]},
-        {"format": 2},
+        {"extra": {"note": "forged"}},
     ):
         version.path.write_text(json.dumps(good | change))
         survey = store.survey()
@@ -229,6 +275,10 @@ def test_torn_and_foreign_manifests_are_reported(store: DurableStore) -> None:
     for content in ("[" * 100_000, "null", "[]", "\0", '{"a": 1}'):
         version.path.write_text(content)
         assert len(store.survey().problems) == 1
+    for number in (1, 3):
+        version.path.write_text(json.dumps(good | {"format": number}))
+        with pytest.raises(StateError, match=rf"format {number}.*use the ftrain that wrote it"):
+            store.survey()
 
 
 def test_strange_names_are_passed_over(store: DurableStore) -> None:
@@ -244,42 +294,59 @@ def test_strange_names_are_passed_over(store: DurableStore) -> None:
 
 
 def test_sweep_keeps_what_the_policy_keeps(store: DurableStore) -> None:
-    for step in (1, 2, 3):
+    save(store, 2, 1, world_size=1)
+    store.begin_fence(3, "run", VersionId(2, 1))
+    for step in (2, 3):
         save(store, 3, step, world_size=1)
-    save(store, 9, 99, world_size=1)  # of a zombie
+    save(store, 2, 99, world_size=1)  # of a zombie
     save(store, 3, 50, world_size=1, run_id="another run")
     store.write_image(3, VersionId(3, 60), 0, make_image(make_identity(60)))  # never published
     store.write_image(4, VersionId(3, 61), 0, make_image(make_identity(61)))  # being written
-    (store.directory / "3/1/notes.txt").write_text("the user's")
-    (store.directory / "3/3/rank0.ftr.123.new").write_text("of a killed writer")
+    (store.directory / "2/1/notes.txt").write_text("the user's")
+    (store.directory / "3/3/rank0.seg.123.new").write_text("of a killed writer")
     (store.directory / "3/70.json.123.new").write_text("of a killed publisher")
+    (store.directory / "3/2.pin").write_text("")
     torn = store.directory / "3" / "80.json"
     torn.write_text("{")
 
-    removed = store.sweep(KeepLast(2), "run", granted={3}, active={(4, 61)})
+    removed = store.sweep(Retention(1), "run", active={(4, 61)})
     assert files(store) == {
         "3/2.json",
-        "3/2/rank0.ftr",
+        "3/2.pin",
+        "3/2/rank0.seg",
         "3/3.json",
-        "3/3/rank0.ftr",
+        "3/3/rank0.seg",
         "3/50.json",
-        "3/50/rank0.ftr",
+        "3/50/rank0.seg",
         "3/80.json",
-        "3/1/notes.txt",
-        "4/61/rank0.ftr",
+        "2/1/notes.txt",
+        "4/61/rank0.seg",
     }
-    assert store.directory / "3/1.json" in removed
-    assert not (store.directory / "9").exists()
-    assert [v.key for v in store.versions({3})] == [(3, 50), (3, 3), (3, 2)]
-    assert store.sweep(KeepLast(2), "run", granted={3}, active={(4, 61)}) == ()
+    assert store.directory / "2/1.json" in removed
+    assert [v.key for v in store.versions()] == [(3, 50), (3, 3), (3, 2)]
+    assert store.sweep(Retention(1), "run", active={(4, 61)}) == ()
 
 
-def test_a_loaded_image_outlives_its_file(store: DurableStore) -> None:
-    reader = store.load(save(store, 3, 1), 0)
+def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) -> None:
+    save(store, 1, 80, world_size=1)
+    store.begin_fence(2, "run", None)  # nothing could be put back
+    assert store.versions() == ()
+    assert store.sweep(Retention(2), "run") == ()
+    save(store, 2, 5, world_size=1)
+    assert store.sweep(Retention(2), "run") == ()
+    save(store, 2, 9, world_size=1)
+    store.sweep(Retention(2), "run")
+    assert files(store) == {"2/5.json", "2/5/rank0.seg", "2/9.json", "2/9/rank0.seg"}
+    assert not (store.directory / "1").exists()
+
+
+def test_an_open_file_outlives_its_name(store: DurableStore) -> None:
+    reader = save(store, 3, 1).open(0)
     save(store, 3, 2)
-    store.sweep(KeepLast(1), "run")
+    store.sweep(Retention(1), "run")
     assert not (store.directory / "3/1").exists()
     reader.verify()
+    reader.close()
 
 
 _WRITER = """
@@ -290,6 +357,7 @@ from ftrain.comms.protocol.messages import VersionId
 store = DurableStore(sys.argv[1])
 plan = make_plan((200_000, 3_000_000))
 first = int(sys.argv[2])
+store.begin_fence(3, "run", None)
 for step in range(first, first + 1000):
     image = make_image(make_identity(step, 0, 1), plan, seed=1)
     store.write_image(3, VersionId(3, step), 0, image)
@@ -315,9 +383,9 @@ def test_a_killed_writer_leaves_only_whole_versions(store: DurableStore) -> None
         survey = store.survey()
         assert survey.problems == ()
         for version in survey.versions:
-            store.load(version, 0)
+            data_of(version, 0)
         assert survey.versions
-        store.sweep(KeepLast(2), "run")
+        store.sweep(Retention(2), "run")
         assert not [name for name in files(store) if "new" in name]
         assert len(store.versions()) == min(2, len(survey.versions))
 
@@ -371,10 +439,10 @@ def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """A file system of 128 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("needs the right to mount a file system")
     yield place
@@ -384,9 +452,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_older_versions_stay(small_disk: Path) -> None:
     store = DurableStore(small_disk)
     version = save(store, 3, 1)
-    plan = make_plan((100, 50_000))
+    plan = make_plan((100, 100_000))
     with pytest.raises(RunDirectoryError, match=r"No space left.*are free; make room"):
         store.write_image(3, VersionId(3, 2), 0, make_image(make_identity(2), plan))
-    assert files(store) == {"3/1.json", "3/1/rank0.ftr", "3/1/rank1.ftr"}
-    assert store.load(version, 0).small
+    assert files(store) == {"3/1.json", "3/1/rank0.seg", "3/1/rank1.seg"}
+    assert data_of(version, 0)
     save(store, 3, 3, world_size=1)

@@ -25,6 +25,7 @@ from image_samples import (
     make_plan,
 )
 
+from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.header import (
     FORMAT,
@@ -36,16 +37,8 @@ from ftrain.checkpoint.header import (
     ImageState,
     Layout,
 )
-from ftrain.checkpoint.image import (
-    ImagePlan,
-    ImageReader,
-    ImageWriter,
-    Segment,
-    held_of,
-    lay_out,
-    resume_writer,
-    small_image,
-)
+from ftrain.checkpoint.image import ImageReader, ImageWriter, held_of, resume_writer, small_image
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.comms.errors import CorruptionError, FtrainError, StateError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
@@ -145,7 +138,7 @@ def test_an_impossible_plan_is_refused(change: dict[str, Any], message: str) -> 
 
 
 def test_limits_of_a_plan() -> None:
-    segments = lay_out([Segment("w", "uint8", (2**45,), "0", 0, 2**45)])
+    segments = lay_out([Segment("w", "uint8", (2**45,), "0", 0, 2**45, Placement.whole((2**45,)))])
     with pytest.raises(StateError, match="not a possible image"):
         _ = ImagePlan(segments, (Share("0", 0, 0, 1),), 0, CHUNK_BYTES).total_bytes
     with pytest.raises(StateError, match="not a possible image"):

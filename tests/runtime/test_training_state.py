@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ftrain.checkpoint.codec import encode_tree
-from ftrain.checkpoint.image import ImageIdentity, ImageReader, ImageWriter
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, RestoreError, SessionError, StateError
 from ftrain.comms.protocol.messages import VersionId

@@ -14,16 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftrain.checkpoint.image import (
-    ImageIdentity,
-    ImagePlan,
-    ImageReader,
-    ImageWriter,
-    Segment,
-    held_of,
-    lay_out,
-    resume_writer,
-)
+from ftrain.checkpoint.boxes import Placement
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image import ImageReader, ImageWriter, held_of, resume_writer
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.comms import local
 from ftrain.comms.errors import PeerLostError
 from ftrain.comms.protocol.messages import Held, Notice, Share, VersionId
@@ -234,7 +228,8 @@ class Rank:
     ) -> None:
         self.rank, self.epoch, self.world_size, self.node = rank, epoch, world_size, manager.node
         self.incarnation = manager.incarnation
-        segments = lay_out([Segment("model/weight", "uint8", (nbytes,), "all", 0, nbytes)])
+        whole = Placement.whole((nbytes,))
+        segments = lay_out([Segment("model/weight", "uint8", (nbytes,), "all", 0, nbytes, whole)])
         share = Share("all", manager.node, part, parts)
         self.plan = ImagePlan(segments, (share,), 1000, CHUNK_BYTES)
         self.client = SnapshotClient(

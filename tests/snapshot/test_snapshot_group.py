@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from manager_process import RUN_ID, SECRET, SMALL, TOPOLOGY, Manager, Rank, state, until
 
-from ftrain.checkpoint.image import ImageIdentity, ImagePlan, ImageReader, ImageWriter, held_of
+from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image import ImageReader, ImageWriter, held_of
+from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.comms.channel import Identity, connect_blocking
 from ftrain.comms.errors import AuthenticationError, PeerLostError, StateError
 from ftrain.comms.protocol.messages import Sealed, VersionId

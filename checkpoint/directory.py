@@ -1,0 +1,107 @@
+"""The directory of durable versions as files: names, folders that survive a power cut, errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ftrain.checkpoint.files import NewFile, sync_folder
+from ftrain.comms.errors import FtrainError, RunDirectoryError
+
+_NUMBER = re.compile(r"0|[1-9]\d{0,18}")
+
+
+@contextmanager
+def explained(folder: Path, nbytes: int) -> Iterator[None]:
+    """Turn what the file system says into one sentence."""
+    try:
+        yield
+    except FtrainError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{folder} can't be written to ({error.strerror}): {nbytes} bytes were needed, "
+            f"{_free_bytes(folder)} are free; make room, or set checkpoint.dir"
+        ) from error
+
+
+def numbered(folder: Path, suffix: str) -> list[tuple[int, Path]]:
+    """Entries named by a number and ``suffix``, largest number first; links are passed over.
+
+    Folders if ``suffix`` is empty, else files.  Raises RunDirectoryError.
+    """
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem = entry.name.removesuffix(suffix)
+                is_kind = entry.is_file if suffix else entry.is_dir
+                if (
+                    entry.name.endswith(suffix)
+                    and _NUMBER.fullmatch(stem)
+                    and is_kind(follow_symlinks=False)
+                ):
+                    found.append((int(stem), Path(entry.path)))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} can't be read: {error.strerror}") from None
+    return sorted(found, reverse=True)
+
+
+def fresh_name(path: Path) -> Path:
+    """The name under which this process writes what will be ``path``."""
+    return path.with_name(f"{path.name}.{os.getpid()}.new")
+
+
+def put_once(path: Path, content: bytes) -> bool:
+    """Make a small file appear, complete and synced; False if there is one already.
+
+    Raises OSError.
+    """
+    fresh = fresh_name(path)
+    try:
+        fresh.unlink(missing_ok=True)
+        with NewFile(fresh, direct=False) as file:
+            file.write_at(0, content)
+            file.sync()
+        try:
+            os.link(fresh, path)  # unlike a rename, never over another one
+        except FileExistsError:
+            return False
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def make_folders(folder: Path) -> None:
+    """Create a folder and its parents so that they survive a power cut."""
+    if folder.is_dir():
+        return
+    make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def remove_matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Remove the files whose names match, then the folder if nothing else is in it."""
+    removed = [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+    for path in removed:
+        path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return removed
+
+
+def _free_bytes(folder: Path) -> str:
+    for place in (folder, *folder.parents):
+        try:
+            return str(shutil.disk_usage(place).free)
+        except OSError:  # not made yet, or not ours to look at
+            continue
+    return "unknown"

@@ -1,0 +1,239 @@
+"""Bytes to and from local files: direct I/O where the file system takes it.
+
+Direct I/O goes straight between memory and disk: no copy into the page cache, no memory taken from
+training, and a steady rate.  It wants memory, offsets and lengths in whole pages, which is why
+segment files are laid out in pages.  Where it is refused (tmpfs, some network file systems) the
+same bytes go through the page cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, Self
+
+from ftrain.checkpoint.header import PAGE_BYTES
+from ftrain.comms.errors import CorruptionError
+
+_CACHED_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
+_REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+
+Seen = Callable[[memoryview], object]
+
+
+def _unseen(part: memoryview) -> None:
+    """Nobody wants to see it."""
+
+
+class ReadableFile(Protocol):
+    """Random access to a file, wherever it is."""
+
+    where: str
+    nbytes: int
+
+    def read_into(self, offset: int, buffer: memoryview, seen: Seen = _unseen) -> None:
+        """Fill ``buffer`` from ``offset`` on; ``seen`` gets each part of it, in order, as soon as
+        it is there.
+
+        Raises:
+            CorruptionError: the bytes can't be read, or there are not so many.
+        """
+
+    def close(self) -> None:
+        """Give it back."""
+
+
+def page_buffer(nbytes: int) -> memoryview:
+    """New writable memory that begins at a page and is at least ``nbytes`` long."""
+    return memoryview(mmap.mmap(-1, max(PAGE_BYTES, nbytes)))
+
+
+class LocalFile:
+    """A file of this machine, for reading; thread-safe.
+
+    What the page cache holds comes from there; the rest is read directly if buffer, offset and
+    length are whole pages.  Raises CorruptionError when it can't be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where = str(path)
+        self._path = path
+        self._direct = -1
+        self._refused = False
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.nbytes = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
+
+    def read_into(self, offset: int, buffer: memoryview, seen: Seen = _unseen) -> None:
+        """See :class:`ReadableFile`."""
+        try:
+            done = self._read_cached(offset, buffer, seen)
+            rest = buffer[done:]
+            if rest:
+                if not self._read_direct(offset + done, rest):
+                    _read_all(self._fd, offset + done, rest)
+                seen(rest)
+        except OSError as error:
+            raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
+        except EOFError:
+            raise CorruptionError(f"{self.where} ends too early: it is cut off") from None
+
+    def close(self) -> None:
+        """Close it."""
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
+
+    def _read_cached(self, offset: int, buffer: memoryview, seen: Seen) -> int:
+        """How many bytes came from the page cache without waiting for the disk, in whole parts."""
+        done = 0
+        while done < len(buffer):
+            part = buffer[done : done + _CACHED_READ_BYTES]
+            try:
+                got = os.preadv(self._fd, [part], offset + done, os.RWF_NOWAIT)
+            except OSError:  # not there, or a file system that can't tell
+                break
+            if got < len(part):
+                break
+            seen(part)
+            done += got
+        return done
+
+    def _read_direct(self, offset: int, buffer: memoryview) -> bool:
+        if self._refused or offset % PAGE_BYTES or len(buffer) % PAGE_BYTES:
+            return False
+        try:
+            if self._direct < 0:
+                self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            _read_all(self._direct, offset, buffer)
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            self._refused = True
+            return False
+        return True
+
+
+class NewFile:
+    """A file that is made under a name of its own; written to by offset, from several threads.
+
+    Args:
+        path: must not exist.
+        nbytes: space that is reserved for it at once, so that a full disk is found out before
+            anything is written; 0: nothing is.
+        direct: whether to go around the page cache where that is possible.
+
+    Raises OSError as the system calls do.
+    """
+
+    def __init__(self, path: Path, nbytes: int = 0, *, direct: bool = True) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._direct = -1
+        try:
+            if nbytes:
+                _reserve(self._fd, nbytes)
+            if direct:
+                self._direct = _open_direct(path)
+        except BaseException:  # whatever it was: the descriptors go with it
+            self.close()
+            raise
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the page cache is gone around."""
+        return self._direct >= 0
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> None:
+        """Write all of ``data`` at ``offset``; directly if it is whole pages in memory and file."""
+        view = memoryview(data).cast("B")
+        whole = not (offset % PAGE_BYTES or len(view) % PAGE_BYTES)
+        if self._direct >= 0 and whole:
+            try:
+                _write_all(self._direct, offset, view)
+                return
+            except OSError as error:  # memory that does not begin at a page, most likely
+                if error.errno not in _REFUSALS:
+                    raise
+        _write_all(self._fd, offset, view)
+
+    def sync(self) -> None:
+        """Return when everything is on stable storage."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close it; what was not synced may be lost."""
+        for fd in (self._fd, self._direct):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct = -1
+
+    def __enter__(self) -> Self:
+        """The file itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def takes_direct_io(folder: Path) -> bool:
+    """Whether files in ``folder`` can be written around the page cache; leaves nothing behind."""
+    path = folder / f".direct-io.{os.getpid()}.new"
+    try:
+        with NewFile(path) as file:
+            return file.is_direct
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _open_direct(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return -1
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+
+
+def _read_all(fd: int, offset: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if not got:
+            raise EOFError
+        done += got
+
+
+def _write_all(fd: int, offset: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)

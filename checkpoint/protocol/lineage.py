@@ -1,0 +1,48 @@
+"""Which durable versions are of the run's history: pure.
+
+Whoever is granted an epoch says, before anything is captured in it, which version it goes on from
+(:class:`Fence`).  The newest such record settles what the history is: all of its own epoch, and of
+each epoch before it what came up to the version that its successor went on from.  So whatever a
+process of an epoch that is over still publishes later than that can't be seen, whenever it arrives
+and wherever it is put; no lock and no conditional write is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ftrain.comms.protocol.messages import VersionId
+
+_ANCESTORS_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """An epoch that was granted, and the history that it goes on from."""
+
+    fence: int
+    ancestors: tuple[VersionId, ...] = ()  # by epoch: the last version of each that counts
+
+    def shows(self, version: VersionId) -> bool:
+        """Whether ``version`` is of the history up to now, if this is the newest fence."""
+        if version.epoch == self.fence:
+            return True
+        return any(
+            version.epoch == last.epoch and version.step <= last.step for last in self.ancestors
+        )
+
+
+def newest(fences: Iterable[Fence]) -> Fence | None:
+    """The record that settles what the history is."""
+    return max(fences, key=lambda fence: fence.fence, default=None)
+
+
+def next_fence(fence: int, parent: VersionId | None, before: Fence | None) -> Fence:
+    """The record of an epoch that goes on from ``parent`` (None: begins anew), when ``before`` is
+    the newest record so far."""
+    if parent is None:
+        return Fence(fence)
+    older = before.ancestors if before is not None else ()
+    kept = [last for last in older if last.epoch < parent.epoch]
+    return Fence(fence, (*kept[1 - _ANCESTORS_MAX :], parent))

@@ -1,0 +1,188 @@
+"""Reads a segment file chunk by chunk; nothing is handed out that does not match its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import xxhash
+
+from ftrain.checkpoint.codecs import codec_of
+from ftrain.checkpoint.files import ReadableFile, page_buffer
+from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity
+from ftrain.checkpoint.image_plan import ImagePlan, Segment
+from ftrain.checkpoint.segment import (
+    HEADER,
+    TRAILER_BYTES,
+    ChunkRow,
+    Footer,
+    decode_footer,
+    padded,
+    place_of_footer,
+)
+from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.protocol.messages import Share
+
+
+class Scratch:
+    """Memory that one thread reads chunks into, used again and again: a chunk as it is stored,
+    and one as it is decoded if that is something else."""
+
+    def __init__(self) -> None:
+        self._stored = memoryview(b"")
+        self._raw = memoryview(b"")
+
+    def stored(self, nbytes: int) -> memoryview:
+        """Room for so many bytes, from the beginning of a page on."""
+        if len(self._stored) < nbytes:
+            self._stored = page_buffer(nbytes)
+        return self._stored[:nbytes]
+
+    def raw(self, nbytes: int) -> memoryview:
+        """More room, apart from that."""
+        if len(self._raw) < nbytes:
+            self._raw = page_buffer(nbytes)
+        return self._raw[:nbytes]
+
+
+class SegmentReader:
+    """One rank's share of one version in a file; thread-safe as long as each has its own scratch.
+
+    Args:
+        file: closed by :meth:`close`.
+        digest: what the footer's digest has to be; None: whatever it is.
+
+    Raises:
+        CorruptionError: no segment file, cut off, or not the one that ``digest`` names.
+        StateError: one in another format.
+    """
+
+    whole = True
+
+    def __init__(self, file: ReadableFile, digest: str | None = None) -> None:
+        self.where = file.where
+        self._file = file
+        self.footer, self.digest = _read_footer(file)
+        if digest is not None and digest != self.digest:
+            raise CorruptionError(f"{self.where} is not the file that its manifest names")
+        try:
+            self.plan: ImagePlan = self.footer.plan()
+            self.identity: ImageIdentity = self.footer.identity
+            if self.plan.layout.data_bytes > self.footer.data_bytes:
+                raise StateError("its tensors reach beyond its data")
+            self._codecs = [codec_of(chunk.codec) for chunk in self.footer.chunks]
+        except StateError as error:
+            raise CorruptionError(f"{self.where} has an impossible footer: {error}") from None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What lies in the data."""
+        return self.plan.segments
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """The rank's parts of the state that it holds in common with others."""
+        return self.plan.shares
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of the data's chunks, but for the last."""
+        return self.footer.chunk_bytes
+
+    @property
+    def chunks(self) -> int:
+        """Number of the data's chunks."""
+        return self.footer.data_chunks
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._file.nbytes
+
+    @cached_property
+    def small(self) -> bytes:
+        """The rank's small state, verified; ``CorruptionError``."""
+        scratch = Scratch()
+        numbers = range(self.chunks, len(self.footer.chunks))
+        return b"".join(bytes(self.read(number, scratch)) for number in numbers)
+
+    def read(self, chunk: int, scratch: Scratch, *, verify: bool = True) -> memoryview:
+        """The decoded bytes of a chunk; they stay until ``scratch`` is used again.
+
+        Raises:
+            CorruptionError: it can't be read or decoded, or (``verify``) its digest differs.
+        """
+        row = self.footer.chunks[chunk]
+        codec = self._codecs[chunk]
+        stored = scratch.stored(padded(row.stored))
+        digest = self._read_stored(row, stored, hashing=verify and codec is None)
+        data = stored[: row.stored]
+        if codec is not None:
+            raw = scratch.raw(row.raw)
+            try:
+                codec.decode(data, raw)
+            except CorruptionError as error:
+                raise CorruptionError(f"{self._chunk(chunk)}: {error}") from None
+            data = raw
+            digest = xxhash.xxh3_128_hexdigest(raw) if verify else ""
+        if verify and digest != row.xxh3:
+            raise CorruptionError(
+                f"{self._chunk(chunk)} does not match its digest: take another copy"
+            )
+        return data
+
+    def verify(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Compare every byte of the file; ``CorruptionError`` says what differs.
+
+        ``progress`` is told how many bytes more were read.
+        """
+        scratch = Scratch()
+        header = scratch.stored(PAGE_BYTES)
+        self._file.read_into(0, header)
+        if header != HEADER:
+            raise CorruptionError(f"{self.where} has a damaged header: take another copy")
+        for number, row in enumerate(self.footer.chunks):
+            self.read(number, scratch)
+            pad = scratch.stored(padded(row.stored))[row.stored :]
+            if pad != bytes(len(pad)):
+                raise CorruptionError(f"{self._chunk(number)} is followed by stray bytes")
+            progress(padded(row.stored))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read_stored(self, row: ChunkRow, buffer: memoryview, *, hashing: bool) -> str:
+        """Fill ``buffer`` with the chunk and its padding; the digest if it is asked for."""
+        if not hashing:
+            self._file.read_into(row.at, buffer)
+            return ""
+        hasher = xxhash.xxh3_128()
+        left = row.stored
+
+        def hash_part(part: memoryview) -> None:
+            nonlocal left
+            hasher.update(part[:left])
+            left -= min(left, len(part))
+
+        self._file.read_into(row.at, buffer, hash_part)
+        return hasher.hexdigest()
+
+    def _chunk(self, number: int) -> str:
+        what = f"chunk {number}" if number < self.chunks else "the small state"
+        return f"{self.where}: {what}"
+
+
+def _read_footer(file: ReadableFile) -> tuple[Footer, str]:
+    """The footer and its digest, everything behind the chunks verified."""
+    where = file.where
+    if file.nbytes < PAGE_BYTES + TRAILER_BYTES or file.nbytes % PAGE_BYTES:
+        raise CorruptionError(f"{where} has {file.nbytes} bytes: cut off, or no segment file")
+    trailer = memoryview(bytearray(TRAILER_BYTES))
+    file.read_into(file.nbytes - TRAILER_BYTES, trailer)
+    at, size, digest = place_of_footer(bytes(trailer), file.nbytes, where)
+    rest = memoryview(bytearray(file.nbytes - TRAILER_BYTES - at))
+    file.read_into(at, rest)
+    if xxhash.xxh3_128_digest(rest[:size]) != digest or any(rest[size:]):
+        raise CorruptionError(f"{where} has a damaged footer: take another copy")
+    return decode_footer(bytes(rest[:size]), at, where), digest.hex()

@@ -1,0 +1,151 @@
+"""Copies bytes of an image to where they belong in live tensors, however those are laid out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ftrain.checkpoint.boxes import Box, Copy, copies, disjoint, hull
+from ftrain.checkpoint.dtypes import item_bytes
+from ftrain.checkpoint.image_plan import Piece
+from ftrain.checkpoint.tensors import StateTensor
+
+Span = tuple[int, int]
+"""First byte of a shard, and the one behind the last."""
+
+_NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+
+
+@dataclass(slots=True)
+class Target:
+    """A live tensor that is being filled, and what it still lacks.
+
+    It may come from one shard, as it was laid out when it was saved, or from several; ``gaps`` are
+    what is missing of each shard met so far, in bytes of that shard.
+    """
+
+    tensor: StateTensor
+    item: int
+    gaps: dict[Box, list[Span]] = field(default_factory=dict)
+    broken: dict[Box, list[Span]] = field(default_factory=dict)  # found damaged somewhere
+    live: torch.Tensor = field(init=False)  # contiguous; the tensor itself wherever that is
+
+    def __post_init__(self) -> None:
+        """A tensor that is not contiguous is filled through a copy that is."""
+        self.live = self.tensor.tensor.contiguous()
+
+    @staticmethod
+    def of(tensor: StateTensor) -> Target:
+        """Nothing of it is there."""
+        return Target(tensor, item_bytes(tensor.dtype))
+
+    @property
+    def box(self) -> Box:
+        """The part of the global tensor that is wanted."""
+        return self.tensor.box
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is there."""
+        return self.covered and not any(self.gaps.values())
+
+    @property
+    def covered(self) -> bool:
+        """Whether the shards met so far make up all of it."""
+        parts = [common for box in self.gaps if (common := box.intersection(self.box))]
+        return sum(part.volume for part in parts) == self.box.volume and disjoint(parts)
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is missing, if shards are not counted that nobody has met."""
+        known = sum(common.volume for box in self.gaps if (common := box.intersection(self.box)))
+        gaps = sum(stop - start for spans in self.gaps.values() for start, stop in spans)
+        return (self.box.volume - known) * self.item + gaps
+
+    def missing(self, piece: Piece) -> list[Span]:
+        """What of a piece's bytes is missing here."""
+        box = piece.segment.box
+        if box not in self.gaps:
+            first, last = hull(box, self.box)
+            self.gaps[box] = [(first * self.item, last * self.item)] if first < last else []
+        return _common(self.gaps[box], (piece.start, piece.start + piece.nbytes))
+
+    def copies(self, box: Box, span: Span) -> list[Copy]:
+        """How the bytes ``span`` of a shard get here."""
+        return copies(box, span[0] // self.item, span[1] // self.item, self.box)
+
+    def filled(self, box: Box, span: Span) -> bool:
+        """Bytes are there; whether they were damaged somewhere else."""
+        self.gaps[box] = _without(self.gaps[box], span)
+        return bool(_common(self.broken.get(box, ()), span))
+
+    def put(self, source: memoryview, first: int, found: Iterable[Copy]) -> None:
+        """Copy from ``source``, whose first byte is byte ``first`` of the shard."""
+        for copy in found:
+            if self.live.is_cuda:
+                self._put_on_device(source, first, copy)
+            elif copy.source_strides == copy.target_strides == (1,):
+                address = np.frombuffer(source, dtype=np.uint8).ctypes.data
+                ctypes.memmove(
+                    self.live.data_ptr() + copy.target * self.item,
+                    address + copy.source * self.item - first,
+                    copy.shape[0] * self.item,
+                )
+            else:
+                self._put_strided(source, first, copy)
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        if self.live.data_ptr() != self.tensor.tensor.data_ptr():
+            with torch.no_grad():
+                self.tensor.tensor.copy_(self.live)
+
+    def _put_strided(self, source: memoryview, first: int, copy: Copy) -> None:
+        nbytes = self.live.numel() * self.item
+        memory = memoryview((ctypes.c_char * nbytes).from_address(self.live.data_ptr())).cast("B")
+        target = np.ndarray(
+            copy.shape,
+            _NUMPY[self.item],
+            memory,
+            copy.target * self.item,
+            tuple(stride * self.item for stride in copy.target_strides),
+        )
+        target[...] = self._strided(source, first, copy)
+
+    def _put_on_device(self, source: memoryview, first: int, copy: Copy) -> None:
+        if copy.source_strides == (1,):  # pageable memory is copied once, by the driver
+            start = copy.source * self.item - first
+            plain = np.frombuffer(source, np.uint8, copy.shape[0] * self.item, start)
+        else:
+            plain = np.ascontiguousarray(self._strided(source, first, copy)).view(np.uint8)
+        dtype = self.live.dtype
+        host = torch.frombuffer(bytearray(plain), dtype=dtype).reshape(copy.shape)
+        with torch.no_grad():
+            self.live.as_strided(copy.shape, copy.target_strides, copy.target).copy_(host)
+
+    def _strided(self, source: memoryview, first: int, copy: Copy) -> np.ndarray:
+        return np.ndarray(
+            copy.shape,
+            _NUMPY[self.item],
+            source,
+            copy.source * self.item - first,
+            tuple(stride * self.item for stride in copy.source_strides),
+        )
+
+
+def _common(spans: Iterable[Span], with_: Span) -> list[Span]:
+    start, stop = with_
+    found = [(max(first, start), min(last, stop)) for first, last in spans]
+    return [(first, last) for first, last in found if first < last]
+
+
+def _without(spans: Iterable[Span], taken: Span) -> list[Span]:
+    start, stop = taken
+    rest = []
+    for first, last in spans:
+        rest += [(first, min(last, start)), (max(first, stop), last)]
+    return [(first, last) for first, last in rest if first < last]

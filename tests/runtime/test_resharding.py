@@ -1,0 +1,97 @@
+"""A run goes on with another number of ranks or another layout, and no bit of its state changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+JOB = Path(__file__).with_name("layouts_job.py")
+Result = dict[str, Any]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run(
+    folder: Path, layout: str, world_size: int, steps: int, start: Path | None = None
+) -> Result:
+    """One run of the job, to the end; what it wrote."""
+    out = folder / f"{'torch-' if start else ''}{layout}{world_size}-{steps}.json"
+    command = [sys.executable, str(JOB), "--steps", str(steps), "--layout", layout]
+    command += ["--out", str(out), *(["--from", str(start)] if start else [])]
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    said = [process.communicate(timeout=100)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world_size, said
+    return {"path": out, **json.loads(out.read_text())}
+
+
+def go_through(folder: Path, stations: list[tuple[str, int]], steps_each: int = 4) -> None:
+    """Each station goes on exactly where the one before ended."""
+    last: Result | None = None
+    for number, (layout, world_size) in enumerate(stations, start=1):
+        found = run(folder, layout, world_size, number * steps_each)
+        if last is not None:
+            assert found["before"] == last["after"], (layout, world_size)
+            assert min(map(int, found["losses"])) == (number - 1) * steps_each
+        last = found
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path) -> None:
+    go_through(tmp_path, [("ddp", n) for n in (1, 2, 3, 4, 2, 4, 1, 3, 1)])
+
+
+@pytest.mark.slow
+def test_shards_become_replicas_and_shards_again(tmp_path: Path) -> None:
+    stations = [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("ddp", 2), ("fsdp", 4), ("plain", 1)]
+    go_through(tmp_path, [*stations, ("fsdp", 1), ("ddp", 3)])
+
+
+@pytest.mark.slow
+def test_tensor_parallel_shards_are_laid_out_anew(tmp_path: Path) -> None:
+    go_through(tmp_path, [("tp", 2), ("ddp", 2), ("tp", 4), ("fsdp", 3), ("tp", 2), ("plain", 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [("ddp2", "fsdp3"), ("fsdp2", "ddp4"), ("tp4", "tp2")]
+)
+def test_the_next_losses_are_those_of_torchs_own_resharding(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    first = run(tmp_path, before[:-1], int(before[-1]), 5)
+    ours = run(tmp_path, after[:-1], int(after[-1]), 25)
+    torchs = run(tmp_path, after[:-1], int(after[-1]), 25, first["path"])
+    assert len(ours["losses"]) == 20
+    assert ours["before"] == torchs["before"]
+    assert ours["losses"] == torchs["losses"]
+    assert ours["after"] == torchs["after"]
