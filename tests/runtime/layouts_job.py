@@ -166,6 +166,7 @@ def main() -> None:
         result = {"losses": losses, "before": before, "after": after, "rate": rate, "base": 0.01}
         args.out.write_text(json.dumps(result))
     if dist.is_initialized():
+        dist.barrier()  # a rank whose peers are gone already may abort while it ends
         dist.destroy_process_group()
 
 
