@@ -38,6 +38,7 @@ from ftrain.checkpoint.manifest import (
     file_name,
     read_manifest,
 )
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.protocol.lineage import Fence, newest, next_fence
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
@@ -67,10 +68,14 @@ class Survey:
 
 
 class DurableStore:
-    """Durable versions under ``directory``, which is created when first written to."""
+    """Durable versions under ``directory``, which is created when first written to.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    ``pace`` limits how fast images are written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], pace: Pace | None = None) -> None:
         self.directory = Path(directory)
+        self._pace = pace or Pace()
 
     # ---- writing
 
@@ -127,7 +132,7 @@ class DurableStore:
             try:
                 fresh.unlink(missing_ok=True)
                 with NewFile(fresh, planned.nbytes) as file:
-                    write_file(planned, file, executor)
+                    write_file(planned, file, executor, self._pace)
                     file.sync()
                 _refuse_published(folder)  # in the meantime
                 fresh.replace(path)

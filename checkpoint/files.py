@@ -222,6 +222,9 @@ def _reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
+        free = os.fstatvfs(fd)
+        if free.f_bavail * free.f_frsize < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _read_all(fd: int, offset: int, buffer: memoryview) -> None:

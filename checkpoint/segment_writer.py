@@ -13,6 +13,7 @@ from ftrain.checkpoint.files import NewFile
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity
 from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.image_plan import ImagePlan
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment import HEADER, ChunkRow, Tail, cut, footer_of, padded, tail_of
 from ftrain.checkpoint.segment_reader import Scratch, SegmentReader
 
@@ -61,7 +62,7 @@ def plan_file(reader: ImageReader) -> RawFile:
     return RawFile(reader, small, tuple(rows), tail_of(footer, at))
 
 
-def write_file(planned: RawFile, file: NewFile, workers: Executor) -> None:
+def write_file(planned: RawFile, file: NewFile, workers: Executor, pace: Pace) -> None:
     """Write all of it, from the image's memory; the file is not synced.
 
     Each chunk is compared with its digest before it is written, so that what went bad in memory
@@ -76,6 +77,7 @@ def write_file(planned: RawFile, file: NewFile, workers: Executor) -> None:
     def write_chunk(chunk: int) -> None:
         reader.verify_chunk(chunk)
         start, stop = reader.header.layout.chunk_range(chunk)
+        pace.wait(stop - start)
         file.write_at(planned.rows[chunk].at, reader.data[start:stop])
 
     file.write_at(0, HEADER)

@@ -51,12 +51,23 @@ class SnapshotConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """``checkpoint``: the durable level L3."""
+    """``checkpoint``: the durable levels, local files (L3) and an object store (L4)."""
 
     enabled: bool = True
     durable_every_s: float = 300.0
+    durable_every_steps: int = 0  # > 0: of boundaries that are multiples of it, instead
     keep_last: int = 2
+    keep_every: int = 0  # > 0: for good, the first version of every so many steps
     dir: str = ""  # default: <run_dir>/checkpoints
+    bytes_per_s_max: float = 0.0  # of each node's writing; 0: no limit
+    verify: str = "always"  # what is read: always | sampled | off
+    mtbf_s: float = 0.0  # > 0: mean time between failures, for the interval that is proposed
+    remote: str = ""  # URI: s3://bucket/prefix, gs://, hdfs://, file://; "": no object store
+    remote_every_s: float = 1800.0
+    remote_keep_last: int = 2
+    remote_keep_every: int = 0
+    remote_compress: bool = True  # byte planes and zstandard
+    remote_bytes_per_s_max: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

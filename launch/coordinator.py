@@ -319,11 +319,14 @@ class Coordinator:
         self._events.write("published", fence=effect.fence, version=effect.version, path=path)
         await asyncio.to_thread(self._sweep)  # before the answer: nothing else is written meanwhile
         self._input(self._machine.published, effect.fence, effect.version)
+        if every := self._job.config.checkpoint.durable_every_steps:
+            self._input(self._machine.request_flush, every)  # at once: it may be due already
 
     def _sweep(self) -> None:
         """Delete versions beyond ``checkpoint.keep_last``."""
         try:
-            policy = Retention(self._job.config.checkpoint.keep_last)
+            config = self._job.config.checkpoint
+            policy = Retention(config.keep_last, config.keep_every)
             self._durable.sweep(policy, self._job.run_id)
         except FtrainError as error:
             self._events.write("warning", text=f"old versions can't be deleted: {error}")
@@ -470,12 +473,12 @@ class Coordinator:
 
     async def _flush_now_and_then(self) -> None:
         config = self._job.config
-        every_s = config.checkpoint.durable_every_s
-        if not (config.checkpoint.enabled and config.snapshot.enabled) or every_s <= 0:
+        every_s, every = config.checkpoint.durable_every_s, config.checkpoint.durable_every_steps
+        if not (config.checkpoint.enabled and config.snapshot.enabled):
             return
         while True:
-            await asyncio.sleep(every_s)
-            self._input(self._machine.request_flush)
+            await asyncio.sleep(TICK_S if every else every_s)
+            self._input(self._machine.request_flush, every)
 
     def _end(self, effect: EndJob) -> None:
         for report in self._machine.reports:

@@ -222,7 +222,7 @@ class AloneKeeper:
         """The small tree of a version that was put back; otherwise why it can't be."""
         with open_files(version) as files:
             readers = file_readers(self._environment.local_world_size)
-            restoration = Restoration(files, readers=readers)
+            restoration = Restoration(files, verify=self._config.verify, readers=readers)
             try:
                 small = restore(state, restoration, self._environment.rank)
             except (CorruptionError, RestoreError) as error:
@@ -350,7 +350,8 @@ class AloneKeeper:
             self._store.publish_written(
                 self._fence, version, self._run_id, self._environment.world_size
             )
-            self._store.sweep(Retention(self._config.keep_last), self._run_id)
+            policy = Retention(self._config.keep_last, self._config.keep_every)
+            self._store.sweep(policy, self._run_id)
         except FtrainError as error:
             self._refusal = str(error)
             self._note(f"step {version.step} was not published: {error}")

@@ -134,7 +134,8 @@ class SnapshotKeeper:
         version = read_manifest(plan.path)
         with open_files(version) as files:
             readers = file_readers(len(self._group.local_ranks))
-            restoration = Restoration(files, readers=readers)
+            verify = self._context.config.checkpoint.verify
+            restoration = Restoration(files, verify=verify, readers=readers)
             small = restore(state, restoration, self._rank)
         if restoration.damage:
             self._client.repaired(version.version, restoration.damage, restoration.sources)
@@ -146,7 +147,8 @@ class SnapshotKeeper:
         held_here = self._context.node in plan.sources  # a node that took another's place has none
         near = _readable(self._context, version, self._open(version) if held_here else [])
         sources = _RemoteSources(self._context, plan, version)
-        restoration = Restoration(near, sources, verify=self._config.verify_restore)
+        verify = "always" if self._config.verify_restore else "off"
+        restoration = Restoration(near, sources, verify=verify)
         try:
             small = restore(state, restoration, self._rank)
         except (CorruptionError, RestoreError) as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from random import randrange
 from threading import local
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from ftrain.comms.protocol.messages import Share
 from ftrain.runtime.placing import Span, Target
 from ftrain.runtime.state import TrainingState
 
+_SAMPLED = 16
 _READERS = 2  # of one file: while one thread waits for the disk, the other compares and copies
 
 
@@ -67,7 +69,8 @@ class Restoration:
         images: the nearest ones; all of them are looked at. An error stands for one that is there
             and can't be read.
         more: asked for the next ones while something is missing; gives none when there are none.
-        verify: compare a chunk with its digest before its bytes are used.
+        verify: which chunks are compared with their digests before their bytes are used: "always",
+            "sampled" (one in 16) or "off".
         readers: threads that read and copy.
     """
 
@@ -76,7 +79,7 @@ class Restoration:
         images: Found,
         more: Callable[[], Found] = tuple,
         *,
-        verify: bool = True,
+        verify: str = "always",
         readers: int = 1,
     ) -> None:
         self.damage: list[str] = []  # each damaged image once, in words
@@ -84,6 +87,7 @@ class Restoration:
         self._images: list[Source] = []
         self._more = more
         self._verify = verify
+        self._first_sample = randrange(_SAMPLED)
         self._readers = readers
         self._damaged: set[int] = set()  # images
         self._unreadable = False  # of what an image held nothing is known
@@ -205,7 +209,7 @@ class Restoration:
         if not hasattr(scratches, "mine"):
             scratches.mine = Scratch()
         try:
-            data = image.read(work.chunk, scratches.mine, verify=self._verify)
+            data = image.read(work.chunk, scratches.mine, verify=self._verifies(work.chunk))
         except CorruptionError as error:
             return error
         begins = work.chunk * image.plan.chunk_bytes
@@ -213,6 +217,10 @@ class Restoration:
             part = data[piece.offset - begins :][: piece.nbytes]
             target.put(part, piece.start, target.copies(piece.segment.box, span))
         return None
+
+    def _verifies(self, chunk: int) -> bool:
+        sampled = self._verify == "sampled" and (chunk + self._first_sample) % _SAMPLED == 0
+        return sampled or self._verify == "always"
 
     def _account(
         self, image: Source, target: Target, box: Box, span: Span, error: CorruptionError | None

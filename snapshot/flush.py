@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import file_name
+from ftrain.checkpoint.pace import Pace
 from ftrain.comms.errors import FtrainError
+from ftrain.comms.process import lower_priority
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.snapshot.protocol.messages import Flush, Flushed, FlushedFile, FlushRefused
 from ftrain.snapshot.store import Image, SlotStore, places_of
@@ -33,11 +32,12 @@ class Flusher:
         self,
         store: SlotStore,
         directory: str,
+        bytes_per_s_max: float,
         answer: Callable[[Flushed | FlushRefused], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._store = store
-        self._durable = DurableStore(directory) if directory else None
+        self._durable = DurableStore(directory, Pace(bytes_per_s_max)) if directory else None
         self._answer = answer
         self._trouble = on_trouble
         self._waiting: Flush | None = None  # for a version to be committed
@@ -180,6 +180,4 @@ class Flusher:
 
 
 def _lower_priority() -> None:
-    """On Linux a thread has a priority of its own."""
-    with suppress(OSError):  # a sandbox may forbid it; an executor whose start fails is of no use
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    lower_priority(_NICE)

@@ -98,7 +98,13 @@ class Manager:
         )
         self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
         self._counts = CountsNews(self._link.post)
-        self._flusher = Flusher(self._store, setup.checkpoint_dir, self._link.post, self._trouble)
+        self._flusher = Flusher(
+            self._store,
+            setup.checkpoint_dir,
+            setup.bytes_per_s_max,
+            self._link.post,
+            self._trouble,
+        )
         self._identity = identity
         self._secret = secret
         self._handlers: dict[type, Callable[[Any], None]] = {

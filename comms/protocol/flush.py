@@ -22,11 +22,13 @@ class FlushRound:
         nodes: Sequence[int],
         margin: int = 0,
         attempt: int = 0,
+        every: int = 0,
     ) -> None:
         self.target = target
         self.fence = fence
         self.attempt = attempt
         self.margin = margin  # boundaries that the target lay ahead; doubled for the next attempt
+        self.every = every  # > 0: the target has to be a multiple of it
         self.age_ticks = 0
         self._tally = Tally(nodes)
         self._refusals: dict[int, str] = {}
@@ -71,3 +73,18 @@ class FlushRound:
         if self._tally.members <= self._prepared:
             return "the nodes wrote different versions"
         return ""
+
+
+def due(
+    at: VersionId, committed: VersionId | None, durable: VersionId | None, margin: int, every: int
+) -> VersionId:
+    """The version to order when the ranks of an epoch have reached the boundary ``at``.
+
+    ``every`` 0: one a little ahead.  Else the next that is a multiple of it: what is committed may
+    still be had, and what is durable is not written twice.
+    """
+    if not every:
+        return VersionId(at.epoch, at.step + margin)
+    known = committed.step if committed is not None and committed.epoch == at.epoch else 1
+    saved = durable.step + 1 if durable is not None else 1
+    return VersionId(at.epoch, -(-(max(known, saved) + margin) // every) * every)

@@ -26,7 +26,7 @@ from ftrain.comms.errors import LocalProtocolError
 from ftrain.comms.protocol import saving
 from ftrain.comms.protocol.directives import AT_REST, Outbox, directive_of
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
-from ftrain.comms.protocol.flush import FlushRound
+from ftrain.comms.protocol.flush import FlushRound, due
 from ftrain.comms.protocol.messages import (
     Formation,
     NodeGone,
@@ -107,9 +107,7 @@ class Membership:
         self._refusal = ""  # why the newest attempt to get a version durable failed
         self._round: FlushRound | None = None
         self._attempts = 0  # at durable versions, by this process
-        self._flush_tries = 0
-        self._save_tries = 0
-        self._end_tries = 0
+        self._flush_tries = self._save_tries = self._end_tries = 0
         self._publishing: Publish | None = None
         self._places: tuple[NodePlace, ...] = ()
         self._wait_ticks = 0  # before forming again after a formation could not be made
@@ -208,11 +206,13 @@ class Membership:
         self._retry_flush(why)
         self._advance()
 
-    def request_flush(self) -> None:
-        """Ask for a durable version; ignored while one is on its way, or nothing runs."""
-        if self._phase is Phase.RUNNING and self._round is None and self._publishing is None:
+    def request_flush(self, every: int = 0) -> None:
+        """Ask for a durable version (``every`` > 0: of the next boundary that is a multiple of it);
+        ignored while one is on its way, nothing runs, or writing one has just failed."""
+        busy = self._round is not None or self._publishing is not None or self._wait_ticks
+        if self._phase is Phase.RUNNING and not busy:
             self._flush_tries = 0
-            self._aim_ahead(self._flush_margin)
+            self._aim_ahead(0 if every else self._flush_margin, every)
             self._advance()
 
     def ready(self) -> Ready[MembershipHard]:
@@ -497,14 +497,14 @@ class Membership:
 
     # ------------------------------------------------------------------ durable versions
 
-    def _aim_ahead(self, margin: int) -> None:
-        """Order a durable version a little ahead of what the ranks have reached by now."""
-        self._aim_at(VersionId(self._hard.epoch, self._reached + margin), margin)
+    def _aim_ahead(self, margin: int, every: int) -> None:
+        hard, at = self._hard, VersionId(self._hard.epoch, self._reached)
+        self._aim_at(due(at, self._committed, hard.durable, margin, every), margin, every)
 
-    def _aim_at(self, version: VersionId, margin: int = 0) -> None:
+    def _aim_at(self, version: VersionId, margin: int = 0, every: int = 0) -> None:
         self._attempts += 1
         hard, nodes = self._hard, range(self._nodes)
-        self._round = FlushRound(version, hard.epoch, nodes, margin, self._attempts)
+        self._round = FlushRound(version, hard.epoch, nodes, margin, self._attempts, every)
 
     def _watch_flush(self) -> None:
         if self._round is None or self._publishing is not None:
@@ -529,9 +529,8 @@ class Membership:
             self._say("warning", text, {})
 
     def _retry_flush(self, why: str) -> None:
-        margin = self._round.margin if self._round is not None else self._flush_margin
-        self._refusal = why
-        if self._round is not None and self._round.write_failed:
+        before, self._refusal = self._round, why
+        if before is not None and before.write_failed:
             self._wait_ticks = _WRITE_PAUSE_TICKS  # what was in the way may go
         if self._phase is Phase.SAVING:
             self._save_tries += 1
@@ -545,7 +544,8 @@ class Membership:
         if self._phase is not Phase.RUNNING or self._all_done():
             return
         if self._flush_tries < _FLUSH_TRIES:
-            self._aim_ahead(max(1, 2 * margin))
+            margin, every = (before.margin, before.every) if before else (self._flush_margin, 0)
+            self._aim_ahead(max(1, 2 * margin), every)
         else:
             self._tell_failed(why)
 

@@ -40,6 +40,7 @@ class Setup:
     host: str  # host under which other nodes reach it
     slots: int
     memory_share_max: float
+    bytes_per_s_max: float  # of writing durable versions; 0: no limit
     checkpoint_dir: str  # "" when there is no durable level
     taken: tuple[Taken, ...] = ()
 

@@ -20,6 +20,7 @@ from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.files import LocalFile, NewFile
 from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment import MAGIC, TRAILER_BYTES, Footer
 from ftrain.checkpoint.segment_reader import Scratch, SegmentReader
 from ftrain.checkpoint.segment_writer import SegmentStream, copy_segment, plan_file, write_file
@@ -33,7 +34,7 @@ def write(path: Path, image: bytearray) -> str:
     """The image's file; returns its digest."""
     planned = plan_file(ImageReader(image))
     with NewFile(path, planned.nbytes) as file, ThreadPoolExecutor(2) as workers:
-        write_file(planned, file, workers)
+        write_file(planned, file, workers, Pace())
         file.sync()
     return planned.tail.digest
 

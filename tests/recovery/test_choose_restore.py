@@ -6,9 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-import pytest
-
-from ftrain.comms.errors import StateError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
@@ -107,9 +104,10 @@ def test_reason_names_what_was_missing() -> None:
     )
 
 
-def test_another_number_of_ranks_is_refused_in_words() -> None:
-    with pytest.raises(StateError, match=r"p was written by 4 ranks and this job has 2: launch"):
-        choose_restore({}, 2, DurableVersion(1, 5, "p", 4))
+def test_files_of_another_number_of_ranks_serve_and_memory_does_not() -> None:
+    plan = choose_restore({}, 2, DurableVersion(3, 5, "p", 4, epoch=2))
+    assert (plan.level, plan.path, plan.parent) == ("durable", "p", VersionId(2, 5))
+    assert plan.reason == "step 5 from the durable version of 4 ranks, laid over 2"
     held = {0: [record(7, rank, [Share(str(rank), 0, 0, 1)]) for rank in range(4)]}
     plan = choose_restore(held, 2, None)
     assert plan.level == "fresh"

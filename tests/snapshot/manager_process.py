@@ -65,6 +65,7 @@ class Manager:
         self.settings = {
             "slots": slots,
             "memory_share_max": 0.5,
+            "bytes_per_s_max": 0.0,
             "checkpoint_dir": str(directory / "checkpoints"),
             **more,
         }

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from manager_process import Manager, Rank, state, until
 
-from ftrain.checkpoint.image import ImageReader
+from ftrain.checkpoint.files import LocalFile
+from ftrain.checkpoint.segment_reader import Scratch, SegmentReader
 from ftrain.comms import local
 from ftrain.comms.errors import MemoryShortError, PeerLostError, StateError
 from ftrain.comms.protocol.messages import VersionId
@@ -365,10 +366,11 @@ def test_flush_writes_the_first_committed_version_beside_captures(tmp_path: Path
             for file in flushed.files:
                 path = tmp_path / "checkpoints" / file.path
                 assert path.stat().st_size == file.nbytes
-                reader = ImageReader(path.read_bytes())
+                reader = SegmentReader(LocalFile(path))
                 reader.verify()
                 assert reader.digest == file.digest
-                data = b"".join(bytes(reader.segment_bytes(s)) for s in reader.segments)
+                data = bytes(reader.read(0, Scratch()))[: sum(s.nbytes for s in reader.segments)]
+                reader.close()
                 assert data == state(file.rank, 5, 2_000_000)
             newest = manager.inventory()[-1].version
             manager.link.send(Flush(newest, fence=3))
