@@ -224,7 +224,7 @@ class AloneKeeper:
             readers = file_readers(self._environment.local_world_size)
             restoration = Restoration(files, verify=self._config.verify, readers=readers)
             try:
-                small = restore(state, restoration, self._environment.rank)
+                small = restore(state, restoration, self._environment.rank, self._topology)
             except (CorruptionError, RestoreError) as error:
                 return None, str(error)
         return small, ""

@@ -136,7 +136,7 @@ class SnapshotKeeper:
             readers = file_readers(len(self._group.local_ranks))
             verify = self._context.config.checkpoint.verify
             restoration = Restoration(files, verify=verify, readers=readers)
-            small = restore(state, restoration, self._rank)
+            small = restore(state, restoration, self._rank, self._topology)
         if restoration.damage:
             self._client.repaired(version.version, restoration.damage, restoration.sources)
         return small
@@ -150,7 +150,7 @@ class SnapshotKeeper:
         verify = "always" if self._config.verify_restore else "off"
         restoration = Restoration(near, sources, verify=verify)
         try:
-            small = restore(state, restoration, self._rank)
+            small = restore(state, restoration, self._rank, self._topology)
         except (CorruptionError, RestoreError) as error:
             if sources.lost is not None:  # it may be back soon, and the version is as good as ever
                 raise sources.lost from error

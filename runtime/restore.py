@@ -238,7 +238,12 @@ class Restoration:
 
     def _adopt(self) -> bool:
         """Take for a tensor that nobody has under its owner the only one of its name, as when a
-        run goes on with another number of ranks; whether there is one."""
+        run goes on with another number of ranks; whether there is one.
+
+        Only once every rank's image was seen: what is missing may be the very tensor.
+        """
+        if not self._has_all_ranks():
+            return False
         owners: dict[str, set[str]] = defaultdict(set)
         for image in self._images:
             for segment in image.plan.segments:
@@ -272,13 +277,17 @@ class Restoration:
     def _has_all_parts(self, key: str) -> bool:
         parts: dict[tuple[int, int], set[int]] = defaultdict(set)
         sound = [image for image in self._images if image.whole and id(image) not in self._damaged]
-        if {image.identity.rank for image in sound} == set(range(self.world_size)):
+        if self._has_all_ranks() and len(sound) == len(self._images):
             return True
         for image in sound:
             for share in image.shares:
                 if share.key == key:
                     parts[share.node, share.parts].add(share.part)
         return any(len(found) == count for (_, count), found in parts.items())
+
+    def _has_all_ranks(self) -> bool:
+        ranks = {image.identity.rank for image in self._images if image.whole}
+        return ranks == set(range(self.world_size))
 
     def _note_damage(self, image: Source, error: CorruptionError) -> None:
         if id(image) not in self._damaged:
@@ -295,14 +304,17 @@ class Restoration:
         return RestoreError(what)
 
 
-def restore(state: TrainingState, restoration: Restoration, rank: int) -> dict[str, Any]:
+def restore(
+    state: TrainingState, restoration: Restoration, rank: int, topology: str = ""
+) -> dict[str, Any]:
     """Put a version back: small state from the rank's own image, tensors from whoever has them.
 
-    Raises as :meth:`Restoration.small` and :meth:`Restoration.fill`.
+    ``topology``: of the model as the script made it; "": any.  Raises as :meth:`Restoration.small`
+    and :meth:`Restoration.fill`.
     """
     small = restoration.small(rank)
     state.load_small(small["state"])
-    restoration.fill(state.layout().tensors, state.topology())
+    restoration.fill(state.layout().tensors, topology)
     return small
 
 

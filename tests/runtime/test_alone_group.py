@@ -54,7 +54,7 @@ def together(folder: Path, meet: str, what: str) -> list[tuple[int, str, str]]:
 
 
 def steps_saved(folder: Path) -> list[int]:
-    found = (folder / "ftrain-runs/job/checkpoints").glob("*/*.json")
+    found = (folder / "ftrain-runs/job/checkpoints").glob("*/[0-9]*.json")
     return sorted(int(manifest.stem) for manifest in found)
 
 

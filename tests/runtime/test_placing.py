@@ -16,7 +16,7 @@ from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import SegmentStream
 from ftrain.checkpoint.tensors import StateTensor, plan_image
-from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.runtime.group import GroupView
 from ftrain.runtime.restore import Restoration
@@ -201,6 +201,19 @@ def test_what_is_each_ranks_own_is_not_mixed_up() -> None:
     assert alone[0].tensor[0].item() == 0
     with pytest.raises(StateError, match=r"each rank's own.*launch with 2 ranks"):
         Restoration(saved).fill([StateTensor("w", torch.empty(8), "0", Placement.whole((8,)))])
+
+
+def test_another_ranks_own_is_not_taken_for_what_is_lost() -> None:
+    """The node of rank 1 is gone: what rank 0 has of that name is something else."""
+    alone = ImageReader(image_of([own("w", 10, 0)], 2, 0))
+    with pytest.raises(RestoreError, match="no node holds every part of what ranks 1 have"):
+        Restoration([alone]).fill([own("w", 0, 1)])
+
+
+def test_half_of_what_two_ranks_have_in_common_is_not_enough() -> None:
+    half = images(torch.float32, None, 2)[0]
+    with pytest.raises(RestoreError, match="every part of what ranks 0,1 have"):
+        Restoration([half]).fill(blank(layout(whole_tensors(torch.float32), None, 2, 0)))
 
 
 def test_no_element_is_cut_in_two() -> None:

@@ -111,7 +111,7 @@ def test_a_damaged_version_is_passed_over_for_an_older_one(
 ) -> None:
     extra = "step in (4, 9) and session.save(); step == 11 and os._exit(1)"
     run(tmp_path, loop(extra=extra), check=False)
-    newest = tmp_path / "ftrain-runs/job/checkpoints/1/10/rank0.ftr"
+    newest = tmp_path / "ftrain-runs/job/checkpoints/1/10/rank0.seg"
     data = bytearray(newest.read_bytes())
     data[-2000] ^= 1
     newest.write_bytes(data)
@@ -251,7 +251,7 @@ print("end", session.step)
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps of the durable versions."""
-    found = (folder / "ftrain-runs/job/checkpoints").glob("*/*.json")
+    found = (folder / "ftrain-runs/job/checkpoints").glob("*/[0-9]*.json")
     return sorted(int(manifest.stem) for manifest in found)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -232,10 +231,7 @@ def test_what_nobody_holds_is_told_from_another_model() -> None:
     train(parts, 1)
     reader = ImageReader(image_of(state_of(parts)))
     tensors = state_of(parts).layout().tensors
-    elsewhere = [replace(tensor, share="1") for tensor in tensors]
-    with pytest.raises(RestoreError, match="every part of what ranks 1 have"):
-        Restoration([reader]).fill(elsewhere)
-    more = StateTensor("model/further", torch.zeros(3), "0")
+    more = StateTensor.whole("model/further", torch.zeros(3), "0")
     with pytest.raises(StateError, match=r"0 of its 12 bytes.*another model") as caught:
         Restoration([reader]).fill([*tensors, more])
     assert not isinstance(caught.value, RestoreError)
