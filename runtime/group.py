@@ -55,14 +55,20 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def dtensor_holding(tensor: DTensor) -> Holding:
-    """What this rank's shard is, and which ranks have the same one, by placement."""
+def dtensor_holding(tensor: DTensor, world_size: int) -> Holding:
+    """What this rank's shard is, and which ranks have the same one, by placement.
+
+    A tensor whose mesh has not all ranks may be another one elsewhere, as a plain one may.
+    """
     shape = tuple(tensor.shape)
     if any(placement.is_partial() for placement in tensor.placements):
         key = key_of([dist.get_rank()])
         return Holding(key, Placement.whole(tuple(local_part(tensor).shape), key))
-    _, origin = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    return Holding(_dtensor_key(tensor), Placement(shape, tuple(origin) or (0,) * len(shape)))
+    mesh = tensor.device_mesh
+    _, origin = compute_local_shape_and_global_offset(shape, mesh, tensor.placements)
+    owner = "" if mesh.size() == world_size else key_of(mesh.mesh.reshape(-1).tolist())
+    place = Placement(shape, tuple(origin) or (0,) * len(shape), owner)
+    return Holding(_dtensor_key(tensor), place)
 
 
 def _dtensor_key(tensor: DTensor) -> str:
@@ -107,7 +113,7 @@ def holdings(models: Iterable[torch.nn.Module], rank: int, world_size: int) -> d
     for model in models:
         for parameter in model.parameters():
             found[id(parameter)] = (
-                dtensor_holding(parameter)
+                dtensor_holding(parameter, world_size)
                 if isinstance(parameter, DTensor)
                 else Holding.of_plain(parameter, [rank], world_size)
             )
@@ -123,19 +129,19 @@ def holdings(models: Iterable[torch.nn.Module], rank: int, world_size: int) -> d
 
 
 def moment_holding(
-    parameter: torch.Tensor, holding: Holding, value: torch.Tensor, own: str = ""
+    parameter: torch.Tensor, holding: Holding, value: torch.Tensor, world_size: int, own: str = ""
 ) -> Holding:
     """Who holds what of an optimizer's tensor for ``parameter``, which ``holding`` tells of.
 
     ``own``: the ranks' key, if each rank keeps the moments of parameters of its own (ZeRO-1).
     """
     if isinstance(value, DTensor):
-        return dtensor_holding(value)
+        return dtensor_holding(value, world_size)
     if isinstance(parameter, DTensor):
         if value.shape == local_part(parameter).shape:
             return holding
-        # Step counts and the like are equal on all ranks; anything else is the shard's own.
-        owner = "" if value.numel() == 1 else holding.key
+        # Step counts and the like are equal wherever the parameter is; the rest is the shard's own.
+        owner = holding.place.owner if value.numel() == 1 else holding.key
         return Holding(holding.key, Placement.whole(tuple(value.shape), owner))
     place = Placement.whole(tuple(value.shape), holding.place.owner)
     return Holding(own or holding.key, place)

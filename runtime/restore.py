@@ -8,13 +8,15 @@ Nothing here cares how the job was laid out over ranks when it was saved (placin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from random import randrange
 from threading import local
 from typing import Any, Protocol
+
+import torch
 
 from ftrain.checkpoint.boxes import Box
 from ftrain.checkpoint.codec import decode_tree
@@ -253,8 +255,8 @@ class Restoration:
             found = owners[name]
             if owner in found or not found:
                 adopted[name, owner] = target
-            elif len(found) == 1:
-                adopted[name, found.pop()] = target
+            elif len(found) == 1 or self._all_equal(target, found):
+                adopted[name, min(found)] = target
             else:
                 raise StateError(
                     f"{name} is each rank's own in the saved run, and the ranks' may differ: "
@@ -263,6 +265,23 @@ class Restoration:
         changed = adopted.keys() != self._targets.keys()
         self._targets = adopted
         return changed
+
+    def _all_equal(self, target: Target, owners: Collection[str]) -> bool:
+        """Whether what several owners have is the same, bit for bit, as what was not sharded is on
+        the ranks of tensor parallelism."""
+        first: bytes | None = None
+        for owner in owners:
+            tensor = target.tensor
+            place = replace(tensor.place, owner=owner)
+            trial = replace(
+                tensor, tensor=torch.empty_like(tensor.tensor, device="cpu"), place=place
+            )
+            Restoration(self._images, verify=self._verify).fill([trial])
+            found = bytes(trial.tensor.reshape(-1).view(torch.uint8).numpy())
+            if first is not None and found != first:
+                return False
+            first = found
+        return True
 
     def _refuse_foreign(self) -> None:
         """StateError for a tensor that is in no image although the share's are all here, sound."""

@@ -181,7 +181,7 @@ class TrainingState:
                         if isinstance(value, torch.Tensor):
                             places[str(key)] = _placeholder(value, parameter)
                             mine = self._holdings[id(parameter)]
-                            held = moment_holding(parameter, mine, value, own)
+                            held = moment_holding(parameter, mine, value, self.world_size, own)
                             path = f"{name}/{inner}/{key}"
                             local = local_part(value)
                             tensors.append(StateTensor(path, local, held.key, held.place))

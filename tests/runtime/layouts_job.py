@@ -37,13 +37,13 @@ ROWS = 24  # of every batch, over all ranks: divisible by 1, 2, 3 and 4
 
 
 class Model(nn.Module):
-    """Sizes that no number of ranks divides, a scalar, a frozen part and a buffer."""
+    """Sizes that 3 and 4 ranks do not divide evenly, a scalar, a frozen part and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(7, 37)
-        self.frozen = nn.Linear(37, 37)
-        self.last = nn.Linear(37, 5)
+        self.first = nn.Linear(7, 38)
+        self.frozen = nn.Linear(38, 38)
+        self.last = nn.Linear(38, 5)
         self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("seen", torch.zeros(3))
         self.frozen.requires_grad_(False)

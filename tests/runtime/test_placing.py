@@ -203,6 +203,14 @@ def test_what_is_each_ranks_own_is_not_mixed_up() -> None:
         Restoration(saved).fill([StateTensor("w", torch.empty(8), "0", Placement.whole((8,)))])
 
 
+def test_each_ranks_own_is_one_tensor_if_all_have_the_same() -> None:
+    """As norms are that tensor parallelism leaves whole on every rank."""
+    saved = [ImageReader(image_of([own("w", 5, r)], 2, r), where=str(r)) for r in range(2)]
+    found = [StateTensor.whole("w", torch.empty(8), "0")]
+    Restoration(saved).fill(found)
+    assert found[0].tensor.tolist() == [5] * 8
+
+
 def test_another_ranks_own_is_not_taken_for_what_is_lost() -> None:
     """The node of rank 1 is gone: what rank 0 has of that name is something else."""
     alone = ImageReader(image_of([own("w", 10, 0)], 2, 0))

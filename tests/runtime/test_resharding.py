@@ -42,6 +42,7 @@ def run(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
