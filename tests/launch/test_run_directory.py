@@ -72,8 +72,17 @@ def test_a_failed_opening_lets_go(tmp_path: Path, script: Script) -> None:
     run = tmp_path / "run"
     open_run_directory(run, script, world_size=1).close()
     with pytest.raises(RunDirectoryError):
-        open_run_directory(run, script, world_size=3)
+        open_run_directory(run, script, world_size=1, run_id="another")
     open_run_directory(run, script, world_size=1).close()
+
+
+def test_another_number_of_ranks_is_noted_and_kept(tmp_path: Path, script: Script) -> None:
+    run = tmp_path / "run"
+    open_run_directory(run, script, world_size=1).close()
+    opened = open_run_directory(run, script, world_size=3)
+    opened.close()
+    assert opened.notes == (f"{run} is of 1 ranks: laid over 3 from now on",)
+    assert read_run_record(run).world_size == 3
 
 
 def test_module_is_found_without_importing_it(

@@ -39,7 +39,7 @@ def script(body: str = "pass", width: int = 4) -> str:
 
 def saved(launch: Launch) -> list[int]:
     """The steps of the durable versions."""
-    found = (launch.run_dir / "checkpoints").glob("*/*.json")
+    found = (launch.run_dir / "checkpoints").glob("*/[0-9]*.json")
     return sorted(int(manifest.stem) for manifest in found)
 
 
