@@ -167,7 +167,8 @@ def test_a_damaged_durable_version_gives_way_and_another_model_does_not(tmp_path
     assert output.count("use another run directory") == 1
     assert "found bad" not in (run_dir / "events.jsonl").read_text()
 
-    damage(newest.file(1))
+    with newest.file(1).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        content[4096] ^= 1  # of its first chunk
     output = run(run_dir, options, ["--steps", "120"])
     assert "not restored from any more" in output
     restore = events(run_dir, "formation")[-1]["formation"]["restore"]

@@ -19,6 +19,7 @@ from sim_node import Life, SimNode, SimRank
 from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 
 from ftrain.checkpoint.protocol.commit import VersionCommit
+from ftrain.checkpoint.protocol.lineage import Fence, next_fence
 from ftrain.comms.driver import Driver
 from ftrain.comms.protocol.effects import EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
@@ -68,6 +69,7 @@ class Cluster:
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
+        self.fence: Fence | None = None  # the newest record beside them
         self.withdrawn: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
@@ -249,12 +251,12 @@ class Cluster:
         published = [
             (f, v)
             for f, v in self.checkers.published
-            if f in membership.hard.granted and v not in self.withdrawn
+            if self.fence is not None and self.fence.shows(v) and v not in self.withdrawn
         ]
         durable = None
         if published:
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
-            durable = DurableVersion(fence, version.step, "p", world)
+            durable = DurableVersion(fence, version.step, "p", world, version.epoch)
         refused = frozenset(self.withdrawn)
         plan = self.machines.choose_restore(dict(form.held), world, durable, refused)
         demand(plan.version not in refused, f"{plan.version} was withdrawn and is restored from")
@@ -263,6 +265,8 @@ class Cluster:
             step = 0 if plan.version is None else plan.version.step
             self.checkers.steps_lost += max(0, self.reached - step)
             self.reached = step
+        if self.fence is None or self.fence.fence < form.epoch:
+            self.fence = next_fence(form.epoch, plan.parent, self.fence)
         formation = Formation(form.epoch, form.places, "h", form.epoch, plan, form.restarts)
         membership.formed(form.epoch, formation)
 
