@@ -1,0 +1,97 @@
+"""Which versions become durable, which stay, and how a run goes on from them under a launch."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from launching import Launch, launched, wait_for
+from test_last_versions import TWO, saved, script
+
+from ftrain.checkpoint.durable import DurableStore
+
+pytestmark = pytest.mark.slow
+
+
+def published(launch: Launch) -> list[int]:
+    """The steps of all versions that became durable, in order."""
+    events = launch.run_dir / "events.jsonl"
+    text = events.read_text() if events.exists() else ""
+    return [int(step) for step in re.findall(r'"text":"step (\d+) is durable"', text)]
+
+
+def test_every_step_can_be_durable(tmp_path: Path) -> None:
+    """At 100 ms a step nothing has to be left out, but for what starting and ending disturb."""
+    slow = "time.sleep(0.1)"
+    options = ("checkpoint.durable_every_steps=1", "checkpoint.keep_last=3")
+    with launched(tmp_path, script("30", slow), *TWO, *options) as launch:
+        assert launch.wait() == 0, launch.shown
+        steps = published(launch)
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 30
+        assert len(steps) >= 24, steps
+        assert saved(launch) == steps[-3:]
+
+
+def test_versions_of_every_so_many_steps_are_multiples_and_some_stay_for_good(
+    tmp_path: Path,
+) -> None:
+    options = (
+        "checkpoint.durable_every_steps=10",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_every=40",
+    )
+    with launched(tmp_path, script("100"), *TWO, *options) as launch:
+        assert launch.wait() == 0, launch.shown
+        steps = published(launch)
+        assert all(step % 10 == 0 for step in steps)
+        assert len(steps) >= 5, steps
+        firsts = [min(step for step in steps if step // 40 == n) for n in {s // 40 for s in steps}]
+        assert saved(launch) == sorted({*firsts, steps[-1]})
+
+
+def test_a_cap_on_writing_slows_saving_and_not_training(tmp_path: Path) -> None:
+    source = script("60").replace("torch.nn.Linear(4, 1)", "Wide()")
+    source = source.replace(
+        "torch.manual_seed(0)",
+        "class Wide(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weight = torch.nn.Parameter(torch.ones(2_000_000))\n"
+        "    def forward(self, x):\n"
+        "        return x @ self.weight[:4, None]\n"
+        "torch.manual_seed(0)",
+    )
+    options = ("checkpoint.durable_every_steps=1", "checkpoint.bytes_per_s_max=4e6")
+    with launched(tmp_path, source, *TWO, *options) as launch:
+        began_s = time.monotonic()
+        wait_for(lambda: published(launch), 60)
+        assert time.monotonic() - began_s > 1.0  # 8 MB at 4 MB/s on each of one node's two ranks
+        assert launch.wait(120) == 0, launch.shown
+        assert published(launch)[-1] == 60
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
+    for ranks, total in ((2, 20), (3, 40), (1, 60), (2, 80)):
+        with launched(tmp_path, script(str(total)), "--nproc-per-node", str(ranks)) as launch:
+            assert launch.wait() == 0, launch.shown
+            assert launch.shown.count(f"trained to step {total}") == ranks
+            if total > 20:
+                assert f"laid over {ranks}" in launch.shown
+                assert f"step {total - 20}" in launch.shown
+    store = DurableStore(tmp_path / "run" / "checkpoints")
+    assert [version.step for version in store.versions()] == [80, 60]
+
+
+def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
+    with launched(tmp_path, script("10"), *TWO) as launch:
+        assert launch.wait() == 0, launch.shown
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("*/10.json")
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    again = Launch(tmp_path, *TWO)
+    assert again.wait() != 0
+    assert "10.json is in format 1" in again.shown
+    assert "use the ftrain that wrote it" in again.shown
+    assert "Traceback" not in again.shown
