@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -62,9 +63,9 @@ class LocalFile:
 
     def __init__(self, path: Path) -> None:
         self.where = str(path)
-        self._path = path
         self._direct = -1
         self._refused = False
+        self._lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             self.nbytes = os.fstat(self._fd).st_size
@@ -111,8 +112,11 @@ class LocalFile:
         if self._refused or offset % PAGE_BYTES or len(buffer) % PAGE_BYTES:
             return False
         try:
-            if self._direct < 0:
-                self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            with self._lock:
+                if self._direct < 0:
+                    # Through the descriptor: the file may have lost its name since.
+                    again = f"/proc/self/fd/{self._fd}"
+                    self._direct = os.open(again, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             _read_all(self._direct, offset, buffer)
         except OSError as error:
             if error.errno not in _REFUSALS:

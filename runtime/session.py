@@ -335,6 +335,8 @@ class Session:
         if small is not None:
             self._step = small["step"]
             self._random = small["random"]
+            if self._environment.rank >= small["world"][1]:
+                self._random = newcomer_random_state(self._random, self._environment.rank)
             self._data.load(small["data"])
             orders = small["buckets"]
             modules = self._ddp_modules()

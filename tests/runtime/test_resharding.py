@@ -67,19 +67,22 @@ def go_through(folder: Path, stations: list[tuple[str, int]], steps_each: int = 
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path) -> None:
-    go_through(tmp_path, [("ddp", n) for n in (1, 2, 3, 4, 2, 4, 1, 3, 1)])
+def test_a_run_goes_through_layouts_and_numbers_of_ranks(tmp_path: Path) -> None:
+    go_through(tmp_path, [("ddp", 2), ("fsdp", 3), ("tp", 4), ("plain", 1), ("ddp", 3), ("fsdp", 2)])
 
 
-@pytest.mark.slow
-def test_shards_become_replicas_and_shards_again(tmp_path: Path) -> None:
-    stations = [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("ddp", 2), ("fsdp", 4), ("plain", 1)]
-    go_through(tmp_path, [*stations, ("fsdp", 1), ("ddp", 3)])
-
-
-@pytest.mark.slow
-def test_tensor_parallel_shards_are_laid_out_anew(tmp_path: Path) -> None:
-    go_through(tmp_path, [("tp", 2), ("ddp", 2), ("tp", 4), ("fsdp", 3), ("tp", 2), ("plain", 1)])
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "stations",
+    [
+        [("ddp", n) for n in (1, 2, 3, 4, 2, 4, 1, 3, 1)],
+        [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("ddp", 2), ("fsdp", 4), ("fsdp", 1), ("ddp", 3)],
+        [("tp", 2), ("ddp", 2), ("tp", 4), ("fsdp", 3), ("tp", 2), ("plain", 1), ("tp", 4)],
+    ],
+)
+def test_any_layout_goes_on_from_any_other(tmp_path: Path, stations: list[tuple[str, int]]) -> None:
+    go_through(tmp_path, stations)
 
 
 @pytest.mark.slow
