@@ -33,15 +33,17 @@ def newcomer_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
     the same numbers.
     """
     seed = mix(_digest(state), rank)
-    generator = np.random.RandomState([seed % 2**32, seed >> 32])
+    # Of their own each: Python's and NumPy's generators draw the same from the same seed.
+    for_numpy = mix(seed, 1)
+    generator = np.random.RandomState([for_numpy % 2**32, for_numpy >> 32])
     derived: dict[str, Any] = {
-        "python": _plain_python(random.Random(seed).getstate()),
+        "python": _plain_python(random.Random(mix(seed, 2)).getstate()),
         "numpy": _plain_numpy(generator.get_state(legacy=True)),
-        "torch": torch.Generator().manual_seed(seed).get_state(),
+        "torch": torch.Generator().manual_seed(mix(seed, 3)).get_state(),
     }
     if "cuda" in state and torch.cuda.is_available():
         derived["cuda"] = [
-            torch.Generator(f"cuda:{device}").manual_seed(mix(seed, device)).get_state()
+            torch.Generator(f"cuda:{device}").manual_seed(mix(seed, 4, device)).get_state()
             for device in range(torch.cuda.device_count())
         ]
     return derived
