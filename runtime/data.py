@@ -177,19 +177,18 @@ class DataPosition:
         now = self._fresh()
         if before.same_layout(now):
             return before
-        self._warn(before, now, "what an iterable yields can't be dealt out anew")
+        self._warn(f"what an iterable yields can't be dealt out anew, and {before.told_from(now)}")
         return before.after(now, self.index, consumed, now.world * now.batch)
 
     def _consumed(self) -> int:
         stretch = self._stretch
         return stretch.start + (self.index - stretch.since) * stretch.batch * stretch.world
 
-    def _warn(self, before: Stretch, now: Stretch, why: str) -> None:
+    def _warn(self, why: str) -> None:
         """Once, and not by every rank."""
         if self._rank == 0:
             warnings.warn(
-                f"in this epoch samples may repeat or be left out: {why}, and it was drawn from by "
-                f"{_ranks(before)} before and by {_ranks(now)} now",
+                f"samples of this epoch may be drawn again or be left out: {why}",
                 stacklevel=6,  # where Session is made
             )
 
@@ -247,12 +246,10 @@ class LoaderPosition(DataPosition):
         return self._sampler.fresh()
 
     def _resume(self, before: Stretch, consumed: int) -> Stretch:
-        now = self._fresh()
-        stretch, exact = self._sampler.resume(before, self.index, consumed)
-        if not exact:
-            names = " around ".join(type(sampler).__name__ for sampler in self._sampler.chain)
-            why = f"the order of {names} can't be dealt out anew (DistributedSampler's can)"
-            self._warn(before, now, why)
+        self._enter()
+        stretch, why = self._sampler.resume(before, self.index, consumed)
+        if why:
+            self._warn(why)
         return stretch
 
     def _consumed(self) -> int:
@@ -291,7 +288,7 @@ class StatefulPosition(DataPosition):
         now = self._fresh()
         if not before.same_layout(now):
             name = type(self.data).__name__
-            self._warn(before, now, f"{name} keeps its own state, which is that of one rank")
+            self._warn(f"{name} keeps one rank's state, and {before.told_from(now)}")
         return now
 
 
@@ -317,8 +314,3 @@ def open_data(
 def _batch_size(data: Any) -> int:
     """Samples per batch where ``data`` is a loader; otherwise a batch is what is counted."""
     return (data.batch_size or 1) if isinstance(data, DataLoader) else 1
-
-
-def _ranks(stretch: Stretch) -> str:
-    ranks = f"{stretch.world} rank{'s' if stretch.world > 1 else ''}"
-    return ranks if stretch.batch == 1 else f"{ranks} in batches of {stretch.batch}"

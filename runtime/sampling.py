@@ -94,6 +94,14 @@ class Stretch:
         what does not fill a whole ``unit``, because to repeat samples is better than to skip."""
         return replace(fresh, since=index, start=consumed // unit * unit)
 
+    def told_from(self, now: Stretch) -> str:
+        """The two layouts in words."""
+        return f"it was drawn from by {self._drawers()} before and by {now._drawers()} now"
+
+    def _drawers(self) -> str:
+        ranks = f"{self.world} rank{'s' if self.world > 1 else ''}"
+        return ranks if self.batch == 1 else f"{ranks} in batches of {self.batch}"
+
 
 def share(samples: int, world: int, drop_last: bool) -> int:
     """How many of ``samples`` each rank gets."""
@@ -131,10 +139,7 @@ class ResumableSampler:
         # Whether what is left can be batched anew, instead of only skipping whole batches.
         self._splittable = self._batcher is not None or not batched
         self._seat = _seat(self._source) if self._splittable else None
-        self._layout = Stretch(
-            world=self._seat.world if self._seat else _world(self.chain, world_size),
-            batch=_batch_size(inner),
-        )
+        self._layout = Stretch(_world(self.chain, world_size), _batch_size(inner))
         self._epoch = 0
         self._index = 0
         self._stretch = self._layout
@@ -146,20 +151,32 @@ class ResumableSampler:
         """A whole epoch as the user's loader has it; its samplers were told the epoch before."""
         return replace(self._layout, order=_order(self._source) if self._seat else None)
 
-    def resume(self, before: Stretch, index: int, consumed: int) -> tuple[Stretch, bool]:
-        """Where an epoch stands that came to ``index`` batches under the layout of ``before``,
-        and whether every sample of it is drawn exactly once."""
+    def resume(self, before: Stretch, index: int, consumed: int) -> tuple[Stretch, str]:
+        """Where an epoch stands that came to ``index`` batches under the layout of ``before``, and
+        why not every sample of it is drawn exactly once ("": they are)."""
         own = self.fresh()
         same = before.same_layout(own)
-        if own.order and before.order and own.order.length == before.order.length:
-            if same:
-                return before, True
-            return replace(own, since=index, start=consumed, order=before.order), True
+        if before.order and own.order and before.order.length <= own.order.length:
+            resumed = replace(own, since=index, start=consumed, order=before.order)
+            return before if same else resumed, ""
         if same:
-            return replace(before, order=own.order), True
-        same_order = before.world == own.world and before.order is own.order is None
-        unit = own.world if self._splittable else own.world * own.batch
-        return before.after(own, index, consumed, unit), same_order and self._splittable
+            resumed = replace(before, order=own.order)
+        else:
+            unit = own.world if self._splittable else own.world * own.batch
+            resumed = before.after(own, index, consumed, unit)
+        return resumed, self._inexact(before, own)
+
+    def _inexact(self, before: Stretch, own: Stretch) -> str:
+        names = " around ".join(type(sampler).__name__ for sampler in self.chain)
+        if before.order and own.order:
+            had, has = before.order.length, own.order.length
+            return f"the dataset had {had} samples before and has {has} now"
+        if before.order or own.order:
+            return f"they were drawn by another sampler before than by {names} now"
+        if before.same_layout(own) or (before.world == own.world and self._splittable):
+            return ""
+        known = "can't be dealt out anew (DistributedSampler's can)"
+        return f"the order of {names} {known}, and {before.told_from(own)}"
 
     def consumed(self, stretch: Stretch, index: int) -> int:
         """How many samples of the epoch all ranks together have consumed at ``index``."""
@@ -244,7 +261,7 @@ def _order(sampler: Any) -> Order:
 
 
 def _world(samplers: list[Any], world_size: int) -> int:
-    """Number of ranks that samplers without a known order deal out to."""
+    """Number of ranks that the samplers deal out to."""
     for sampler in samplers:
         if isinstance(ranks := getattr(sampler, "num_replicas", None), int):
             return ranks

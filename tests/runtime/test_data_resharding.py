@@ -351,9 +351,9 @@ def test_an_unknown_order_goes_on_at_about_the_same_place_and_says_so_once() -> 
     before = Ranks(own_loaders(3, 3))
     seen = before.step()
     said = (
-        "in this epoch samples may repeat or be left out: the order of BatchSampler around Own "
-        "can't be dealt out anew (DistributedSampler's can), and it was drawn from by 3 ranks in "
-        "batches of 3 before and by 2 ranks in batches of 5 now"
+        "samples of this epoch may be drawn again or be left out: the order of BatchSampler around "
+        "Own can't be dealt out anew (DistributedSampler's can), and it was drawn from by 3 ranks "
+        "in batches of 3 before and by 2 ranks in batches of 5 now"
     )
     with pytest.warns(UserWarning, match="^" + re.escape(said) + "$") as told:
         after = Ranks(own_loaders(2, 5), before.state())
@@ -365,6 +365,11 @@ def test_an_unknown_order_goes_on_at_about_the_same_place_and_says_so_once() -> 
     assert sorted(set(seen + rest)) == list(range(60))
     assert len(seen + rest) == 61
     assert following == Ranks(own_loaders(2, 5)).rest()[1]
+    again = Ranks(own_loaders(2, 5), state)
+    seen += again.step()
+    with pytest.warns(UserWarning, match="by 1 rank in batches of 4 now"):
+        alone = Ranks(own_loaders(1, 4), again.state())
+    assert sorted(set(seen + alone.rest()[0])) == list(range(60))
 
 
 class OwnBatches(Sampler[list[int]]):
@@ -391,16 +396,42 @@ def test_a_batch_sampler_of_the_users_repeats_rather_than_skips() -> None:
     seen = [sample for _ in range(5) for sample in ranks.step()]  # 20: two steps of 3 ranks less 4
     with pytest.warns(UserWarning, match="the order of OwnBatches can't be dealt out anew"):
         after = Ranks(loaders(3), ranks.state())
-    rest = after.rest()[0]
-    assert rest[:1] == [12]
-    assert sorted(set(seen + rest)) == list(range(60))
+    seen += after.step()
+    assert seen[20] == 12
+    with pytest.warns(UserWarning, match="the order of OwnBatches can't be dealt out anew"):
+        alone = Ranks(loaders(1), after.state())
+    rest = alone.rest()[0]
+    assert rest == list(range(24, 60))
 
 
-def test_another_length_of_the_dataset_can_not_be_dealt_anew() -> None:
+def test_samples_that_a_dataset_gained_are_drawn_from_the_next_epoch_on() -> None:
+    ranks = make(Job(40), 2, 4)
+    seen = ranks.step()
+    for world in (2, 3):  # 32 left: one more to divide by 3
+        rest, _ = make(Job(44), world, 4, ranks.state()).rest()
+        assert is_beginning(seen + rest, Job(40).order(2))
+        assert len(seen + rest) == {2: 40, 3: 41}[world]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_dataset_that_lost_samples_has_another_order(world: int) -> None:
     ranks = make(Job(40), 2, 4)
     ranks.step()
-    with pytest.warns(UserWarning, match="BatchSampler around DistributedSampler"):
-        make(Job(44), 4, 4, ranks.state())
+    with pytest.warns(UserWarning, match="the dataset had 40 samples before and has 36 now"):
+        after = make(Job(36), world, 4, ranks.state())
+    assert len(after.rest()[0]) == {2: 28, 3: 30}[world]
+
+
+def test_another_sampler_has_another_order() -> None:
+    ranks = make(Job(60), 2, 4)
+    ranks.step()
+    with pytest.warns(UserWarning, match="another sampler before than by BatchSampler around Own"):
+        after = Ranks(own_loaders(2, 4), ranks.state())
+    state = after.state()
+    assert after.step() == [
+        sample for loader in own_loaders(2, 4) for sample in list(loader.sampler)[4:8]
+    ]
+    assert len(Ranks(own_loaders(2, 4), state).rest()[0]) == 52  # nothing to say any more
 
 
 class Stream(IterableDataset[int]):
@@ -448,7 +479,7 @@ class Keeper:
 def test_data_with_its_own_state_is_given_it_and_it_is_said_whose_it_is() -> None:
     ranks = Ranks([Keeper(), Keeper()])
     ranks.step()
-    with pytest.warns(UserWarning, match="Keeper keeps its own state, which is that of one rank"):
+    with pytest.warns(UserWarning, match="Keeper keeps one rank's state, and"):
         after = Ranks([Keeper(), Keeper(), Keeper()], ranks.state())
     assert after.step() == [2, 2, 2]
     assert Ranks([Keeper()] * 3, after.state()).step() == [3, 4, 5]
