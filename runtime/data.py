@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import xxhash
 from torch.utils.data import DataLoader, IterableDataset
 
 from ftrain.comms.process import die_with_parent
 from ftrain.runtime.random_state import mix, random_state, seed_everything, set_random_state
+from ftrain.runtime.sampling import BatchIndices, ResumableSampler, Stretch
 
 
 @runtime_checkable
@@ -27,12 +27,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-class BatchIndices(list[Any]):
-    """The sample indices of one batch, with the seed its worker shall draw from."""
-
-    seed: int = 0
 
 
 class _SeededDataset(torch.utils.data.Dataset[Any]):
@@ -73,50 +67,27 @@ class _WorkerInit:
             self.user(worker)
 
 
-class _Resumable:
-    """A (batch) sampler that can start in the middle of an epoch and knows what it yielded."""
-
-    def __init__(self, inner: Any, seed: int, batched: bool) -> None:
-        self.inner = inner
-        self.seed = seed
-        self.batched = batched
-        self.epoch = 0
-        self.skip = 0
-        self.digests: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __iter__(self) -> Iterator[Any]:
-        # Started here and not at the first next(): a sampler that draws its permutation from the
-        # global generators must do so while DataPosition holds them at the epoch's beginning.
-        self.digests.clear()
-        entries = islice(iter(self.inner), self.skip, None)
-        first = list(islice(entries, 1))
-        return self._entries(chain(first, entries), self.epoch, self.skip)
-
-    def _entries(self, entries: Iterator[Any], epoch: int, skip: int) -> Iterator[Any]:
-        for index, entry in enumerate(entries, start=skip):
-            self.digests[index] = xxhash.xxh3_64_hexdigest(repr(entry).encode())
-            if not self.batched:
-                yield entry
-                continue
-            batch = BatchIndices(entry)
-            batch.seed = mix(self.seed, epoch, index)
-            yield batch
-
-
 class DataPosition:
     """Base: iterate any iterable, epoch after epoch, and count what was consumed.
 
     On resume the batches before the position are drawn again and thrown away.
+
+    Args:
+        data: the iterable; None: steps without batches.
+        seed: what an epoch's order and its workers' random numbers follow from.
+        rank, world_size: this rank's place.
     """
 
-    def __init__(self, data: Iterable[Any] | None, seed: int) -> None:
+    def __init__(
+        self, data: Iterable[Any] | None, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.data = data
         self.seed = seed
         self.epoch = 0
         self.index = 0  # batches consumed in this epoch
+        self._rank = rank
+        self._world_size = world_size
+        self._stretch = Stretch(world_size, 1)
         self._iterator: Iterator[Any] | None = None
         self._epoch_random: dict[str, Any] | None = None
 
@@ -127,13 +98,24 @@ class DataPosition:
             "index": self.index,
             "seed": self.seed,
             "random": self._epoch_random if self._iterator is not None else None,
+            "dealt": {**self._stretch.record(), "consumed": self._consumed()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go to a position; the next batch is the one that followed it."""
+        """Go to a position; the next batch is the one that followed it.
+
+        When it is of another number of ranks or another batch size, what is left of its epoch is
+        dealt out anew.
+        """
         self.epoch, self.index, self.seed = state["epoch"], state["index"], state["seed"]
         self._epoch_random = state["random"]
         self._iterator = None
+        dealt = state.get("dealt")
+        # A state without it does not tell its layout, which is taken to be today's.
+        if dealt is None or self.index == 0 or self.data is None:
+            self._stretch = self._fresh()
+        else:
+            self._stretch = self._resume(Stretch.of(dealt), dealt["consumed"])
 
     def next(self) -> Any:
         """The next batch, across epochs.
@@ -171,6 +153,8 @@ class DataPosition:
         else:
             self._epoch_random = now
         resumed = self.index > 0
+        if not resumed:
+            self._stretch = self._fresh()
         iterator = self._start()
         if resumed:
             set_random_state(now)
@@ -179,20 +163,52 @@ class DataPosition:
     def _start(self) -> Iterator[Any]:
         assert self.data is not None
         iterator = iter(self.data)
-        for _ in range(self.index):
-            next(iterator)
+        stretch = self._stretch
+        skipped = stretch.start // (stretch.world * stretch.batch) + self.index - stretch.since
+        next(islice(iterator, skipped, skipped), None)
         return iterator
+
+    def _fresh(self) -> Stretch:
+        """A whole epoch under today's layout."""
+        return Stretch(self._world_size, _batch_size(self.data))
+
+    def _resume(self, before: Stretch, consumed: int) -> Stretch:
+        """Where the epoch stands today that all ranks drew ``consumed`` samples of."""
+        now = self._fresh()
+        if before.same_layout(now):
+            return before
+        self._warn(f"what an iterable yields can't be dealt out anew, and {before.told_from(now)}")
+        return before.after(now, self.index, consumed, now.world * now.batch)
+
+    def _consumed(self) -> int:
+        stretch = self._stretch
+        return stretch.start + (self.index - stretch.since) * stretch.batch * stretch.world
+
+    def _warn(self, why: str) -> None:
+        """Once, and not by every rank."""
+        if self._rank == 0:
+            warnings.warn(
+                f"samples of this epoch may be drawn again or be left out: {why}",
+                stacklevel=6,  # where Session is made
+            )
 
 
 class LoaderPosition(DataPosition):
     """Position in a map-style :class:`torch.utils.data.DataLoader`, as users have it."""
 
-    def __init__(self, loader: DataLoader[Any], seed: int, rank_pid: int) -> None:
-        super().__init__(loader, seed)
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        rank_pid: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(loader, seed, rank, world_size)
         self.loader = loader
         batched = loader.batch_sampler is not None
-        self._sampler = _Resumable(
-            loader.batch_sampler if batched else loader.sampler, seed, batched
+        self._sampler = ResumableSampler(
+            loader.batch_sampler if batched else loader.sampler, seed, batched, world_size
         )
         # DataLoader refuses to have these exchanged after construction; it reads them only when
         # an iterator is made, and none was made yet.
@@ -203,12 +219,6 @@ class LoaderPosition(DataPosition):
         self._user_seed = (
             loader.generator.initial_seed() if isinstance(loader.generator, torch.Generator) else 0
         )
-        self._user_samplers = self._samplers()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go to a position."""
-        super().load(state)
-        self._sampler.seed = self.seed
 
     def ledger(self) -> dict[str, Any]:
         """Epoch, batch index and a digest of the sample indices of the newest batch."""
@@ -216,24 +226,34 @@ class LoaderPosition(DataPosition):
         found["digest"] = self._sampler.digests.pop(self.index - 1, "")
         return found
 
-    def _samplers(self) -> list[Any]:
-        """The user's sampler objects, outermost first."""
-        found: list[Any] = []
-        sampler: Any = self._sampler.inner
-        while sampler is not None and all(sampler is not known for known in found):
-            found.append(sampler)
-            sampler = getattr(sampler, "sampler", None)
-        return found
-
     def _start(self) -> Iterator[Any]:
-        self._sampler.epoch, self._sampler.skip = self.epoch, self.index
-        for sampler in self._user_samplers:
+        self._enter()
+        self._sampler.seek(self.epoch, self._stretch, self.index)
+        self.loader.generator = self._generator(2)
+        return iter(self.loader)
+
+    def _enter(self) -> None:
+        """Tell the samplers the epoch."""
+        self._sampler.seed = self.seed
+        for sampler in self._sampler.chain:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)
             if hasattr(sampler, "generator"):  # RandomSampler and its kin
                 sampler.generator = self._generator(1)
-        self.loader.generator = self._generator(2)
-        return iter(self.loader)
+
+    def _fresh(self) -> Stretch:
+        self._enter()
+        return self._sampler.fresh()
+
+    def _resume(self, before: Stretch, consumed: int) -> Stretch:
+        self._enter()
+        stretch, why = self._sampler.resume(before, self.index, consumed)
+        if why:
+            self._warn(why)
+        return stretch
+
+    def _consumed(self) -> int:
+        return self._sampler.consumed(self._stretch, self.index)
 
     def _generator(self, use: int) -> torch.Generator:
         generator = torch.Generator()
@@ -244,8 +264,8 @@ class LoaderPosition(DataPosition):
 class StatefulPosition(DataPosition):
     """Data that keeps its own position (torchdata's StatefulDataLoader and the like)."""
 
-    def __init__(self, data: Any, seed: int) -> None:
-        super().__init__(data, seed)
+    def __init__(self, data: Any, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(data, seed, rank, world_size)
         self._stateful: Stateful = data
 
     def state(self) -> dict[str, Any]:
@@ -261,12 +281,24 @@ class StatefulPosition(DataPosition):
         assert self.data is not None
         return iter(self.data)
 
+    def _fresh(self) -> Stretch:
+        return Stretch(self._world_size, 1)  # batches are its own affair
 
-def open_data(data: Any, seed: int, rank_pid: int) -> DataPosition:
+    def _resume(self, before: Stretch, consumed: int) -> Stretch:
+        now = self._fresh()
+        if not before.same_layout(now):
+            name = type(self.data).__name__
+            self._warn(f"{name} keeps one rank's state, and {before.told_from(now)}")
+        return now
+
+
+def open_data(
+    data: Any, seed: int, rank_pid: int, *, rank: int = 0, world_size: int = 1
+) -> DataPosition:
     """The position keeper that fits ``data``: a loader, anything with its own state, or an
     iterable (or None: steps without batches)."""
     if isinstance(data, Stateful):
-        return StatefulPosition(data, seed)
+        return StatefulPosition(data, seed, rank, world_size)
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
             warnings.warn(
@@ -274,6 +306,11 @@ def open_data(data: Any, seed: int, rank_pid: int) -> DataPosition:
                 "batch before the position; give it state_dict()/load_state_dict() to skip at once",
                 stacklevel=3,
             )
-            return DataPosition(data, seed)
-        return LoaderPosition(data, seed, rank_pid)
-    return DataPosition(data, seed)
+            return DataPosition(data, seed, rank, world_size)
+        return LoaderPosition(data, seed, rank_pid, rank, world_size)
+    return DataPosition(data, seed, rank, world_size)
+
+
+def _batch_size(data: Any) -> int:
+    """Samples per batch where ``data`` is a loader; otherwise a batch is what is counted."""
+    return (data.batch_size or 1) if isinstance(data, DataLoader) else 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 
 def random_state() -> dict[str, Any]:
@@ -15,16 +16,37 @@ def random_state() -> dict[str, Any]:
     CUDA generators are read only when CUDA was already initialised, so that asking never is what
     initialises it.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": (version, np.array(words, dtype=np.uint32), gauss),
-        "numpy": (str(name), np.asarray(keys), int(position), int(has_gauss), float(cached)),
+        "python": _plain_python(random.getstate()),
+        "numpy": _plain_numpy(np.random.get_state(legacy=True)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def newcomer_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The random state of a rank that was not there when another rank captured ``state``.
+
+    It follows from the two alone and is unlike that of every other rank, so that no two ranks draw
+    the same numbers.
+    """
+    seed = mix(_digest(state), rank)
+    # Of their own each: Python's and NumPy's generators draw the same from the same seed.
+    for_numpy = mix(seed, 1)
+    generator = np.random.RandomState([for_numpy % 2**32, for_numpy >> 32])
+    derived: dict[str, Any] = {
+        "python": _plain_python(random.Random(mix(seed, 2)).getstate()),
+        "numpy": _plain_numpy(generator.get_state(legacy=True)),
+        "torch": torch.Generator().manual_seed(mix(seed, 3)).get_state(),
+    }
+    if "cuda" in state and torch.cuda.is_available():
+        derived["cuda"] = [
+            torch.Generator(f"cuda:{device}").manual_seed(mix(seed, 4, device)).get_state()
+            for device in range(torch.cuda.device_count())
+        ]
+    return derived
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -53,3 +75,26 @@ def mix(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
     return state >> 1
+
+
+def _plain_python(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    version, words, gauss = state
+    return version, np.array(words, dtype=np.uint32), gauss
+
+
+def _plain_numpy(state: Any) -> tuple[Any, ...]:
+    name, keys, position, has_gauss, cached = state
+    return str(name), np.asarray(keys), int(position), int(has_gauss), float(cached)
+
+
+def _digest(state: dict[str, Any]) -> int:
+    """A number for what the generators would draw next."""
+    hasher = xxhash.xxh3_64()
+    _, words, gauss = state["python"]
+    _, keys, position, *cached = state["numpy"]
+    hasher.update(np.asarray(words, dtype=np.uint32).tobytes())
+    hasher.update(np.asarray(keys, dtype=np.uint32).tobytes())
+    hasher.update(repr((gauss, position, cached)).encode())
+    for tensor in (state["torch"], *state.get("cuda", ())):
+        hasher.update(tensor.numpy().tobytes())
+    return hasher.intdigest()

@@ -103,7 +103,11 @@ class Session:
             self._environment.world_size,
         )
         self._data = open_data(
-            data, torch.initial_seed() % 2**63 if seed is None else seed, os.getpid()
+            data,
+            torch.initial_seed() % 2**63 if seed is None else seed,
+            os.getpid(),
+            rank=self._environment.rank,
+            world_size=self._environment.world_size,
         )
         self._total_steps = total_steps
         self._step = 0
