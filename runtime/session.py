@@ -24,7 +24,11 @@ from ftrain.runtime import ddp
 from ftrain.runtime.data import open_data
 from ftrain.runtime.heartbeat import Heartbeat, collectives_enqueued
 from ftrain.runtime.keeper import Keeper, open_keeper
-from ftrain.runtime.random_state import random_state, set_random_state
+from ftrain.runtime.random_state import (
+    newcomer_random_state,
+    random_state,
+    set_random_state,
+)
 from ftrain.runtime.records import StepRecords, plain
 from ftrain.runtime.state import TrainingState
 
