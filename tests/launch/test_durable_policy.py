@@ -95,3 +95,35 @@ def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     assert "10.json is in format 1" in again.shown
     assert "use the ftrain that wrote it" in again.shown
     assert "Traceback" not in again.shown
+
+
+SAMPLES = """
+import os, torch, ftrain
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+numbers = torch.arange(50.0)[:, None]
+data = DataLoader(numbers, batch_size=2, sampler=DistributedSampler(numbers))
+session = ftrain.Session(model=model, optimizer=optimizer, data=data, total_steps=TOTAL)
+with open(f"samples-{dist.get_world_size()}-{dist.get_rank()}", "a") as seen:
+    for step, batch in session.steps():
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(*(int(x) for x in batch), file=seen)
+dist.destroy_process_group()
+"""
+
+
+def test_no_sample_is_repeated_or_left_out_when_ranks_join_in_the_middle(tmp_path: Path) -> None:
+    """50 samples: 5 steps of two ranks take 20, 5 steps of three ranks the other 30."""
+    for ranks, total in ((2, 5), (3, 10)):
+        source = SAMPLES.replace("TOTAL", str(total))
+        with launched(tmp_path, source, "--nproc-per-node", str(ranks)) as launch:
+            assert launch.wait() == 0, launch.shown
+    seen = [int(n) for path in tmp_path.glob("samples-*") for n in path.read_text().split()]
+    assert sorted(seen) == list(range(50))

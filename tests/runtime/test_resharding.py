@@ -68,9 +68,8 @@ def go_through(folder: Path, stations: list[tuple[str, int]], steps_each: int = 
 
 @pytest.mark.slow
 def test_a_run_goes_through_layouts_and_numbers_of_ranks(tmp_path: Path) -> None:
-    go_through(
-        tmp_path, [("ddp", 2), ("fsdp", 3), ("tp", 4), ("plain", 1), ("ddp", 3), ("fsdp", 2)]
-    )
+    stations = [("ddp", 2), ("fsdp", 3), ("tp", 4), ("plain", 1), ("ddp", 3), ("fsdp", 2)]
+    go_through(tmp_path, stations)
 
 
 @pytest.mark.soak
