@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import xxhash
 
@@ -99,7 +98,7 @@ class SegmentReader:
         """Size of the file."""
         return self._file.nbytes
 
-    @cached_property
+    @property
     def small(self) -> bytes:
         """The rank's small state, verified; ``CorruptionError``."""
         scratch = Scratch()

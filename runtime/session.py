@@ -342,9 +342,9 @@ class Session:
         small = self._keeper.restore(self._state)
         if small is not None:
             self._step = small["step"]
-            self._random = small["random"]
-            if self._environment.rank >= small["world"][1]:
-                self._random = newcomer_random_state(self._random, self._environment.rank)
+            random, rank = small["random"], self._environment.rank
+            joined = rank >= small["world"][1]
+            self._random = newcomer_random_state(random, rank) if joined else random
             self._data.load(small["data"])
             orders = small["buckets"]
             modules = self._ddp_modules()
