@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +26,9 @@ from ftrain.checkpoint.directory import (
     remove_matching,
 )
 from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
-from ftrain.checkpoint.header import ImageState
+from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity, ImageState
 from ftrain.checkpoint.image import ImageReader
+from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.checkpoint.manifest import (
     DurableVersion,
     FenceFile,
@@ -42,8 +43,8 @@ from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.protocol.lineage import Fence, newest, next_fence
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.checkpoint.segment_writer import plan_file, write_file
-from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
+from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError, UsageError
 from ftrain.comms.protocol.messages import VersionId
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ _SEGMENT = re.compile(r"rank\d{1,10}\.seg(\.\d+\.new)?")
 _NEW_SEGMENT = re.compile(r"rank\d{1,10}\.seg\.\d+\.new")
 _NEW_RECORD = re.compile(r"(\d{1,19}|fence)\.json\.\d+\.new")
 _FENCE = "fence.json"
+_PIN = ".pin"
 _STEP_MAX = 2**63 - 1
+_NAMED_MAX = 20  # steps in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,25 +124,33 @@ class DurableStore:
         reader.require(rank=rank, state=ImageState.SEALED)
         if reader.identity.version != version:
             raise StateError(f"{reader.where} is of {reader.identity.version}")
-        folder = self._folder(fence, version.step)
         planned = plan_file(reader)
-        pool = nullcontext(workers) if workers else ThreadPoolExecutor(_WRITERS, "ftrain-write")
-        with explained(folder, planned.nbytes), pool as executor:
-            _refuse_published(folder)
-            make_folders(folder)
-            path = folder / file_name(rank)
-            fresh = fresh_name(path)
-            try:
-                fresh.unlink(missing_ok=True)
-                with NewFile(fresh, planned.nbytes) as file:
-                    write_file(planned, file, executor, self._pace)
-                    file.sync()
-                _refuse_published(folder)  # in the meantime
-                fresh.replace(path)
-            finally:
-                fresh.unlink(missing_ok=True)
-            sync_folder(folder)
+        with self._fresh_segment(fence, version.step, rank, planned.nbytes) as file:
+            pool = nullcontext(workers) if workers else ThreadPoolExecutor(_WRITERS, "ftrain-write")
+            with pool as executor:
+                write_file(planned, file, executor, self._pace)
         return FileRecord(rank, planned.nbytes, planned.tail.digest)
+
+    def write_tensors(
+        self,
+        fence: int,
+        identity: ImageIdentity,
+        plan: ImagePlan,
+        parts: Iterable[Buffer],
+        small: bytes,
+    ) -> FileRecord:
+        """Write a rank's file of tensors that are given one by one; returns when it is on the disk.
+
+        ``parts``: the bytes of each of the plan's segments, in order; each is asked for when the
+        one before is in the file or in a chunk that is being filled.
+
+        Raises as :meth:`write_image`, and what ``parts`` raises but for OSError.
+        """
+        version, rank = identity.version, identity.rank
+        nbytes = PAGE_BYTES + plan.layout.data_bytes  # without the end, which is not known yet
+        with self._fresh_segment(fence, version.step, rank, nbytes) as file:
+            digest, nbytes = write_parts(file, identity, plan, parts, small)
+        return FileRecord(rank, nbytes, digest)
 
     def file_record(self, fence: int, version: VersionId, rank: int) -> FileRecord:
         """Record of a rank's file, from its footer; ``CorruptionError`` if it is not that."""
@@ -242,6 +253,24 @@ class DurableStore:
         """The versions of :meth:`survey`, newest first."""
         return self.survey().versions
 
+    def find(self, step: int | None = None) -> DurableVersion:
+        """The newest version, or that of ``step``.
+
+        Raises:
+            RunDirectoryError: there is none, or the directory can't be read.
+            UsageError: there are others only.
+            StateError: as :meth:`survey`.
+        """
+        survey = self.survey()
+        if not survey.versions:
+            why = f": {survey.problems[0]}" if survey.problems else ""
+            raise RunDirectoryError(f"there is no complete version in {self.directory}{why}")
+        for version in survey.versions:
+            if step is None or version.step == step:
+                return version
+        there = ", ".join(str(version.step) for version in survey.versions[:_NAMED_MAX])
+        raise UsageError(f"there is no version of step {step} in {self.directory}: it has {there}")
+
     # ---- tidying
 
     def sweep(
@@ -266,7 +295,7 @@ class DurableStore:
         """
         survey = self.survey()
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
-        keep = policy.kept(mine) | frozenset(active) | self._pinned()
+        keep = policy.kept(mine) | frozenset(active) | self.pinned()
         if not policy.satisfied(mine):
             keep |= {version.key for version in survey.hidden}
         removed: list[Path] = []
@@ -288,7 +317,58 @@ class DurableStore:
                     removed += remove_matching(folder, re.compile(re.escape(_FENCE)))
         return tuple(removed)
 
+    def remove(self, version: DurableVersion) -> None:
+        """Delete a published version: the manifest first, so that nobody can find it.
+
+        Raises:
+            RunDirectoryError: something can't be removed.
+        """
+        folder = version.path.with_suffix("")
+        with explained(self.directory, 0):
+            version.path.unlink(missing_ok=True)
+            sync_folder(version.path.parent)
+            if folder.is_dir():
+                remove_matching(folder, _SEGMENT)
+
+    def pin(self, version: DurableVersion, *, pinned: bool = True) -> None:
+        """Never delete this version, or do again as the policy says; ``RunDirectoryError``."""
+        path = version.path.with_suffix(_PIN)
+        with explained(path, 0):
+            if pinned:
+                put_once(path, b"")
+            else:
+                path.unlink(missing_ok=True)
+                sync_folder(path.parent)
+
+    def pinned(self) -> frozenset[VersionKey]:
+        """(fence, step) of the versions that are never deleted."""
+        return frozenset(
+            (fence, step)
+            for fence, folder in numbered(self.directory, "")
+            for step, _ in numbered(folder, _PIN)
+        )
+
     # ---- helpers
+
+    @contextmanager
+    def _fresh_segment(self, fence: int, step: int, rank: int, nbytes: int) -> Iterator[NewFile]:
+        """A file that gets its name, synced, when all went well; otherwise nothing stays."""
+        folder = self._folder(fence, step)
+        with explained(folder, nbytes):
+            _refuse_published(folder)
+            make_folders(folder)
+            path = folder / file_name(rank)
+            fresh = fresh_name(path)
+            try:
+                fresh.unlink(missing_ok=True)
+                with NewFile(fresh, nbytes) as file:
+                    yield file
+                    file.sync()
+                _refuse_published(folder)  # in the meantime
+                fresh.replace(path)
+            finally:
+                fresh.unlink(missing_ok=True)
+            sync_folder(folder)
 
     def _fences(self) -> tuple[dict[int, Fence], list[str]]:
         """The fences that were granted, and what is wrong with their records."""
@@ -307,13 +387,6 @@ class DurableStore:
                 parent = VersionId(before.fence, _STEP_MAX) if before else None
                 fences[fence] = next_fence(fence, parent, before)
         return fences, problems
-
-    def _pinned(self) -> frozenset[VersionKey]:
-        return frozenset(
-            (fence, step)
-            for fence, folder in numbered(self.directory, "")
-            for step, _ in numbered(folder, ".pin")
-        )
 
     def _written(self, fence: int, version: VersionId, rank: int) -> SegmentReader:
         """A rank's file, not verified beyond its footer; closed, so that only that can be read."""

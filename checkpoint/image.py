@@ -308,13 +308,6 @@ class ImageReader:
         at, _ = _entry(self.header.layout, chunk)
         return bytes(self._view[at : at + DIGEST_BYTES])
 
-    def chunks_of(self, segment: Segment) -> range:
-        """Numbers of the chunks that hold bytes of ``segment``."""
-        size = self.header.layout.chunk_bytes
-        if not segment.nbytes:
-            return range(0)
-        return range(segment.offset // size, (segment.offset + segment.nbytes - 1) // size + 1)
-
     def segment_bytes(self, segment: Segment) -> memoryview:
         """The segment's bytes in place, read-only, not verified by itself."""
         layout = self.header.layout

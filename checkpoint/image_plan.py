@@ -123,6 +123,13 @@ class ImagePlan:
     def _offsets(self) -> list[int]:
         return [segment.offset for segment in self.segments]
 
+    def chunks_of(self, segment: Segment) -> range:
+        """Numbers of the chunks that hold bytes of ``segment``."""
+        if not segment.nbytes:
+            return range(0)
+        last = (segment.offset + segment.nbytes - 1) // self.chunk_bytes
+        return range(segment.offset // self.chunk_bytes, last + 1)
+
     def pieces(self, chunk: int) -> list[Piece]:
         """What has to be copied into chunk number ``chunk``, in order; padding is left out."""
         start, stop = self.layout.chunk_range(chunk)

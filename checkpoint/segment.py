@@ -128,7 +128,8 @@ class Footer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             for name, tensor in self.tensors.items()
             for row in tensor.slices
         ]
-        segments.sort(key=lambda segment: segment.offset)
+        # One without bytes may lie where the next one begins.
+        segments.sort(key=lambda segment: (segment.offset, segment.nbytes))
         shares = tuple(Share(*share) for share in self.shares)
         return ImagePlan(tuple(segments), shares, 0, self.chunk_bytes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import xxhash
 
@@ -131,20 +131,31 @@ class SegmentReader:
         return data
 
     def verify(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Compare every byte of the file; ``CorruptionError`` says what differs.
+        """Compare every byte of the file; ``CorruptionError`` says what differs first.
 
         ``progress`` is told how many bytes more were read.
         """
+        for error in self.damage(progress):
+            raise error
+
+    def damage(self, progress: Callable[[int], None]) -> Iterator[CorruptionError]:
+        """Everything in the file that differs from what its footer says."""
         scratch = Scratch()
         header = scratch.stored(PAGE_BYTES)
-        self._file.read_into(0, header)
-        if header != HEADER:
-            raise CorruptionError(f"{self.where} has a damaged header: take another copy")
+        try:
+            self._file.read_into(0, header)
+            if header != HEADER:
+                yield CorruptionError(f"{self.where} has a damaged header: take another copy")
+        except CorruptionError as error:
+            yield error
         for number, row in enumerate(self.footer.chunks):
-            self.read(number, scratch)
-            pad = scratch.stored(padded(row.stored))[row.stored :]
-            if pad != bytes(len(pad)):
-                raise CorruptionError(f"{self._chunk(number)} is followed by stray bytes")
+            try:
+                self.read(number, scratch)
+                pad = scratch.stored(padded(row.stored))[row.stored :]
+                if pad != bytes(len(pad)):
+                    yield CorruptionError(f"{self._chunk(number)} is followed by stray bytes")
+            except CorruptionError as error:
+                yield error
             progress(padded(row.stored))
 
     def close(self) -> None:

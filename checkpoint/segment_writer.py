@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftrain.checkpoint.codecs import RAW, PlaneCodec
 from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.dtypes import item_bytes
-from ftrain.checkpoint.files import NewFile
+from ftrain.checkpoint.files import NewFile, page_buffer
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity
 from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment import HEADER, ChunkRow, Tail, cut, footer_of, padded, tail_of
 from ftrain.checkpoint.segment_reader import Scratch, SegmentReader
+from ftrain.comms.errors import StateError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,59 @@ class SegmentStream:
         if len(data):
             self._write(data)
             self._at += len(data)
+
+
+def write_parts(
+    file: NewFile,
+    identity: ImageIdentity,
+    plan: ImagePlan,
+    parts: Iterable[Buffer],
+    small: bytes,
+) -> tuple[str, int]:
+    """Write a file from the bytes of each of the plan's segments, in order; returns its digest and
+    size. No more than a chunk is kept; the file is not synced.
+
+    Raises:
+        StateError: a part has another size than its segment.
+        OSError: as the file raises.
+    """
+    end = 0
+
+    def append(data: memoryview | bytes) -> None:
+        nonlocal end
+        file.write_at(end, data)
+        end += len(data)
+
+    stream = SegmentStream(append, identity, plan)
+    chunk = page_buffer(plan.chunk_bytes)[: plan.chunk_bytes]
+    filled = 0
+    for data in _data(plan, parts):
+        while len(data):
+            room = chunk[filled : filled + len(data)]
+            room[:] = data[: len(room)]
+            data = data[len(room) :]
+            filled += len(room)
+            if filled == len(chunk):
+                stream.add(chunk)
+                filled = 0
+    if filled:
+        stream.add(chunk[:filled])
+    return stream.finish(small)
+
+
+def _data(plan: ImagePlan, parts: Iterable[Buffer]) -> Iterator[memoryview]:
+    """The parts, and the zeros between and behind them."""
+    end = 0
+    for segment, part in zip(plan.segments, parts, strict=True):
+        data = memoryview(part).cast("B")
+        if len(data) != segment.nbytes:
+            raise StateError(
+                f"{segment.name} has {len(data)} bytes, {segment.nbytes} were planned for it"
+            )
+        yield memoryview(bytes(segment.offset - end))
+        yield data
+        end = segment.offset + segment.nbytes
+    yield memoryview(bytes(plan.layout.data_bytes - end))
 
 
 def copy_segment(

@@ -62,6 +62,14 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def tensor_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements in order: in place on the CPU, else of a copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    if not plain.numel():
+        return memoryview(b"")
+    return plain.view(torch.uint8).numpy().data.cast("B")
+
+
 def plan_image(
     tensors: Sequence[StateTensor],
     share_of: Callable[[str], Share],
@@ -99,7 +107,9 @@ def _segments_of(members: Sequence[StateTensor], share: Share) -> Iterator[Segme
         size, item = tensor_bytes(member.tensor), item_bytes(member.dtype)
         # No element is cut in two, wherever the bound lies.
         start, stop = (min(max(bound - at, 0), size) // item * item for bound in (first, last))
-        if start < stop:
+        # One without elements has no bytes to restore, and is there for those who read it by name.
+        empty = 0 in member.place.shape and share.part == 0
+        if start < stop or empty:
             shape = tuple(member.tensor.shape)
             nbytes, place = stop - start, member.place
             yield Segment(member.name, member.dtype, shape, share.key, start, nbytes, place)

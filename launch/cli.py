@@ -22,6 +22,8 @@ Fault-tolerant training of PyTorch scripts.
   inject RUN_DIR kind=sigkill rank=1
                          break something in a running job, on purpose
   report RUN_DIR         what happened in a run
+  checkpoints list|show|verify|export|import|prune RUN
+                         durable versions (ftrain checkpoints --help)
   doctor [train.py]      whether this machine and a script have what ftrain needs
 
 ftrain --version         print the version
@@ -106,6 +108,12 @@ def _report(tokens: Sequence[str]) -> int:
     return show_report(found.run_dir)
 
 
+def _checkpoints(tokens: Sequence[str]) -> int:
+    from ftrain.launch.checkpoints import checkpoints
+
+    return checkpoints(tokens)
+
+
 def _doctor(tokens: Sequence[str]) -> int:
     parser = Parser(
         prog="ftrain doctor",
@@ -123,6 +131,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": _status,
     "inject": _inject,
     "report": _report,
+    "checkpoints": _checkpoints,
     "doctor": _doctor,
 }
 

@@ -21,6 +21,7 @@ from ftrain.comms.job import read_job
 from ftrain.comms.process import start_ticks
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.run_directory import RunRecord, read_run_record
+from ftrain.launch.words import print_table
 from ftrain.recovery.node_file import NodeFile, NodeRank, read_node_files
 
 _COLUMNS = ("node", "rank", "pid", "doing", "for", "step", "loss", "step time", "snapshot")
@@ -221,11 +222,7 @@ def _print_status(status: RunStatus) -> None:
         for rank in node.ranks:
             rows.append((name, *_cells(rank)))
             name = ""
-    # Plain columns: a table that is fitted to 80 characters would be cut or wrapped.
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print_table(rows)
 
 
 def _cells(rank: RankStatus) -> tuple[str, str, str, str, str, str, str, str]:

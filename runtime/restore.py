@@ -26,6 +26,7 @@ from ftrain.checkpoint.segment_reader import Scratch
 from ftrain.checkpoint.tensors import StateTensor, tensor_bytes
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
 from ftrain.comms.protocol.messages import Share
+from ftrain.runtime.imported import IMPORTED, take_model
 from ftrain.runtime.placing import Span, Target
 from ftrain.runtime.state import TrainingState
 
@@ -101,6 +102,11 @@ class Restoration:
     def world_size(self) -> int:
         """Number of ranks that the version is of; 0: nothing is known."""
         return max((image.identity.world_size for image in self._images), default=0)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tensors that the images hold something of, as far as they are known."""
+        return frozenset(s.name for image in self._images for s in image.plan.segments)
 
     def small(self, rank: int) -> dict[str, Any]:
         """The small state of ``rank``, from the first good copy; of the rank in its place, if the
@@ -179,7 +185,13 @@ class Restoration:
             return
         if self._topology and image.identity.topology != self._topology:
             _refuse_model(image, known)
-        work = [found for chunk in range(image.chunks) if (found := self._wanted(image, chunk))]
+        chunks = {
+            chunk
+            for segment in image.plan.segments
+            if (segment.name, segment.place.owner) in self._targets
+            for chunk in image.plan.chunks_of(segment)
+        }
+        work = [found for chunk in sorted(chunks) if (found := self._wanted(image, chunk))]
         if self._readers > 1 and len(work) > 1:
             scratches = local()
             with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
@@ -332,6 +344,14 @@ def restore(
     and :meth:`Restoration.fill`.
     """
     small = restoration.small(rank)
+    if IMPORTED in small:
+        take_model(state, restoration, small[IMPORTED])
+        return small
+    if "state" not in small:
+        raise StateError(
+            "this version was saved through torch's DCP, not by a Session: load it with "
+            "ftrain.runtime.dcp.FtrainReader, or use another run directory"
+        )
     state.load_small(small["state"])
     restoration.fill(state.layout().tensors, topology)
     return small

@@ -23,6 +23,7 @@ from ftrain.recovery.faults import poll_fault
 from ftrain.runtime import ddp
 from ftrain.runtime.data import open_data
 from ftrain.runtime.heartbeat import Heartbeat, collectives_enqueued
+from ftrain.runtime.imported import IMPORTED, telling
 from ftrain.runtime.keeper import Keeper, open_keeper
 from ftrain.runtime.random_state import (
     newcomer_random_state,
@@ -340,7 +341,10 @@ class Session:
     def _restore(self) -> None:
         self._fault(Phase.RESTORING)
         small = self._keeper.restore(self._state)
-        if small is not None:
+        if small is not None and IMPORTED in small:
+            if self._environment.rank == 0:
+                self._note(telling(small[IMPORTED]))
+        elif small is not None:
             self._step = small["step"]
             random, rank = small["random"], self._environment.rank
             joined = rank >= small["world"][1]

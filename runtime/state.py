@@ -326,7 +326,7 @@ def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if not isinstance(value, torch.Tensor)}
 
 
-def _buffers(
+def buffers_of(
     modules: Iterable[tuple[str, torch.nn.Module]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The persistent buffers of modules, under plain names."""
@@ -353,7 +353,7 @@ class _Buffers:
             self._modules = [module for _, module in named]
             self._shape = self._tree()
             self._holders = [(path, module) for path, module in named if module._buffers]
-        return dict(_buffers(self._holders))
+        return dict(buffers_of(self._holders))
 
     def _tree(self) -> list[int]:
         """What changes when a module or a buffer is added, exchanged or taken away."""
@@ -362,7 +362,7 @@ class _Buffers:
 
 
 def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    mine = dict(_buffers(model.named_modules()))
+    mine = dict(buffers_of(model.named_modules()))
     if set(mine) != set(saved):
         odd = sorted(set(mine) ^ set(saved))[0]
         raise StateError(f"{name}'s buffer {odd!r} is only on one side of this script and the run")

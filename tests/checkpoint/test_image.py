@@ -117,7 +117,7 @@ def test_the_pieces_of_all_chunks_are_every_byte_once() -> None:
 
 def test_chunks_of_a_segment_hold_it() -> None:
     reader = ImageReader(make_image(plan=make_plan((4096, 0, 4097, 64, 9000))))
-    found = [list(reader.chunks_of(segment)) for segment in reader.segments]
+    found = [list(reader.plan.chunks_of(segment)) for segment in reader.segments]
     assert found == [[0], [], [1, 2], [2], [2, 3, 4]]
 
 

@@ -1,0 +1,111 @@
+"""``ftrain checkpoints export | import``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ftrain.checkpoint.dtypes import item_bytes
+from ftrain.comms.errors import RunDirectoryError, UsageError
+from ftrain.launch.place import new_place, open_place
+from ftrain.launch.words import parse_size, progress_bar, size_text
+
+
+def export_version(
+    place: str,
+    out: str,
+    kind: str,
+    *,
+    step: int | None,
+    everything: bool,
+    model: str,
+    shard_size: str,
+) -> dict[str, Any]:
+    """Write a version as ``kind`` to ``out``; returns what was done, and ``text`` for people.
+
+    Raises:
+        RunDirectoryError: ``out`` is there already or can't be written, or there is no version.
+        CorruptionError: a part is damaged, and there is no other copy of it.
+        UsageError, StateError: it can't be exported so.
+    """
+    shard_bytes = parse_size("--shard-size", shard_size)
+    target = Path(out)
+    if target.exists():  # before a version is looked for in a large directory
+        raise RunDirectoryError(f"{out} exists already: choose a new name, nothing is overwritten")
+    version = open_place(place).store.find(step)
+    from ftrain.runtime.interop.outline import all_items, model_items
+    from ftrain.runtime.interop.whole import opened
+
+    with opened(version) as whole:
+        items = all_items(whole) if everything else model_items(whole, model)
+        tensors = [item for item in items if item.is_tensor]
+        total = sum(item.nbytes for item in tensors)
+        with progress_bar(f"exporting step {version.step}", total) as progress:
+            if kind == "safetensors":
+                from ftrain.runtime.interop.safetensors_files import write_safetensors
+
+                write_safetensors(whole, items, target, shard_bytes, progress)
+            elif kind == "torch":
+                from ftrain.runtime.interop.torch_file import write_torch
+
+                write_torch(whole, items, target, progress)
+            else:
+                from ftrain.runtime.interop.dcp_directory import write_dcp
+
+                write_dcp(whole, items, target, progress)
+        repaired = list(whole.repaired)
+    text = [f"{text}: taken from another copy" for text in repaired]
+    text.append(
+        f"step {version.step}: {len(tensors)} tensors, {size_text(total)}, written to {out}"
+    )
+    return {
+        "step": version.step,
+        "out": out,
+        "format": kind,
+        "tensors": len(tensors),
+        "bytes": total,
+        "repaired": repaired,
+        "text": text,
+    }
+
+
+def import_version(path: str, place: str, kind: str, *, model: str, dtype: str) -> dict[str, Any]:
+    """Make the first version of a new run from ``path``; returns what was done.
+
+    Raises:
+        RunDirectoryError: the run has versions already, or can't be written.
+        UsageError, CorruptionError, StateError: ``path`` is not what it is said to be.
+    """
+    if dtype:
+        item_bytes(dtype)  # refuses what is none
+        if "float" not in dtype:
+            raise UsageError(f"--dtype {dtype} is no floating-point type: float32, bfloat16, …")
+    store = new_place(place).store
+    from ftrain.runtime.interop.importing import import_model
+
+    if kind == "safetensors":
+        from ftrain.runtime.interop.safetensors_files import read_safetensors as read
+    elif kind == "torch":
+        from ftrain.runtime.interop.torch_file import read_torch as read
+    else:
+        from ftrain.runtime.interop.dcp_directory import read_dcp as read
+    origin = read(Path(path))
+    with progress_bar("importing", origin.nbytes) as progress:
+        version = import_model(
+            kind, path, store, origin, model=model, dtype=dtype, progress=progress
+        )
+    text = [
+        f"{len(origin.tensors)} tensors of {model}, {size_text(version.nbytes)}, are step 0 in "
+        f"{store.directory}",
+        "The model only: optimizer, scheduler, data and random numbers begin anew.",
+        f"Begin with: ftrain launch --run-dir {shlex.quote(place)} train.py",
+    ]
+    return {
+        "step": 0,
+        "directory": str(store.directory),
+        "format": kind,
+        "tensors": len(origin.tensors),
+        "bytes": version.nbytes,
+        "text": text,
+    }

@@ -1,0 +1,1 @@
+"""Versions to and from the formats of others: safetensors, torch.save, torch's DCP."""

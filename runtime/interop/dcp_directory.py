@@ -1,0 +1,216 @@
+"""A directory of torch's Distributed Checkpoint (DCP), read and written without our code in it.
+
+Torch keeps the list of contents (``.metadata``) as a pickle.  Of a directory from elsewhere it is
+read by an unpickler that knows the classes of this list and no others; the tensors are read by
+``torch.load(weights_only=True)``, as torch itself does it.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ftrain.checkpoint.boxes import Box, disjoint
+from ftrain.comms.errors import CorruptionError, FtrainError, RunDirectoryError, UsageError
+from ftrain.runtime.interop.outline import Item, each, tree_of
+from ftrain.runtime.interop.source import Origin
+from ftrain.runtime.interop.target import Progress, appearing
+from ftrain.runtime.interop.whole import WholeVersion
+
+_METADATA_BYTES_MAX = 1 << 30
+
+
+def write_dcp(version: WholeVersion, items: Sequence[Item], out: Path, progress: Progress) -> None:
+    """Make the directory ``out``, which ``torch.distributed.checkpoint.load`` reads.
+
+    Raises:
+        RunDirectoryError: ``out`` is there already, or can't be written.
+        CorruptionError: as :meth:`WholeVersion.read`.
+    """
+    tensors = [item for item in items if item.is_tensor]
+    values = {
+        item.path: torch.empty(item.shape, dtype=getattr(torch, item.dtype), device="meta")
+        if item.is_tensor
+        else item.value
+        for item in items
+    }
+    with appearing(out, sum(item.nbytes for item in tensors)) as folder:
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        planner = _OneByOne(each(version, tensors), progress)
+        with _plainly(f"{out} can't be written"):
+            save(tree_of(items, values), storage_writer=writer, planner=planner, no_dist=True)
+
+
+def read_dcp(path: Path) -> Origin:
+    """The tensors under "model" in such a directory, or all if there is nothing of that name.
+
+    Raises:
+        UsageError: there is no such directory.
+        CorruptionError: it is damaged, incomplete, or asks for other classes than DCP's own.
+    """
+    if not (path / ".metadata").is_file():
+        raise UsageError(f"{path} is no directory of torch's DCP: it has no .metadata")
+    found = _metadata(path / ".metadata")
+    names = _model_names(found)
+    reader = FileSystemReader(path)
+    reader.set_up_storage_reader(found, True)
+
+    def read(name: str) -> torch.Tensor:
+        key = names[name]
+        told = found.state_dict_metadata[key]
+        assert isinstance(told, TensorStorageMetadata)
+        tensor = torch.empty(told.size, dtype=told.properties.dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({key: tensor}, found, True)
+        with _plainly(f"{path} can't be read"):
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        return tensor
+
+    shapes = {}
+    for name, key in names.items():
+        told = found.state_dict_metadata[key]
+        assert isinstance(told, TensorStorageMetadata)
+        dtype = str(told.properties.dtype).removeprefix("torch.")
+        shapes[name] = (dtype, tuple(told.size))
+    return Origin(shapes, read)
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Gives tensors as they come; the state that is saved has none with memory."""
+
+    def __init__(self, tensors: Iterator[tuple[Item, torch.Tensor]], progress: Progress) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self._progress = progress
+        self._ready: dict[str, torch.Tensor] = {}
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The tensor that is wanted; all before it in the version are read on the way."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        name = write_item.index.fqn
+        while name not in self._ready:
+            item, tensor = next(self._tensors)
+            self._ready[item.name] = tensor
+            self._progress(item.nbytes)
+        return self._ready.pop(name)
+
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        (metadata.__name__, name): getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda name: torch.strided,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes values of :data:`_CLASSES`, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of that name, if it is one of DCP's list of contents."""
+        found = _CLASSES.get((module, name))
+        if found is None:
+            raise ValueError(f"it asks for {module}.{name}")
+        return found
+
+
+def _metadata(path: Path) -> Metadata:
+    if path.stat().st_size > _METADATA_BYTES_MAX:
+        raise CorruptionError(f"{path} is too large to be a list of contents")
+    try:
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        _check(found)
+    except Exception as error:  # whatever a damaged or hostile file makes of the unpickler
+        raise CorruptionError(f"{path} is no list of contents of torch's DCP ({error})") from None
+    checked: Metadata = found
+    return checked
+
+
+def _check(found: Any) -> None:
+    """ValueError unless all tensors are there, in files of this directory."""
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, Mapping):
+        raise ValueError("it is something else")
+    for name, told in found.state_dict_metadata.items():
+        if not isinstance(told, TensorStorageMetadata):
+            continue
+        boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in told.chunks]
+        boxes = [box for box in boxes if box.volume]
+        if sum(box.volume for box in boxes) != prod(told.size) or not disjoint(boxes):
+            raise ValueError(f"it does not tell where all of {name} is")
+    for index, info in found.storage_data.items():
+        name = info.relative_path
+        if pathlib.PurePosixPath(name).name != name:
+            raise ValueError(f"{index.fqn} is said to be in {name!r}, outside the directory")
+
+
+def _model_names(found: Metadata) -> dict[str, str]:
+    """The model's tensors: name in the model -> key in the directory."""
+    keys = [
+        key
+        for key, told in found.state_dict_metadata.items()
+        if isinstance(told, TensorStorageMetadata)
+    ]
+    paths = found.planner_data or {}
+    inner = {
+        ".".join(map(str, paths[key][1:])): key
+        for key in keys
+        if len(paths.get(key, ())) > 1 and paths[key][0] == "model"
+    }
+    return inner or {key: key for key in keys}
+
+
+@contextmanager
+def _plainly(what: str) -> Iterator[None]:
+    """Turn what DCP raises into one sentence; its own exception is not even an Exception."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group
+            yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, FtrainError):
+            raise cause from None
+        raise RunDirectoryError(f"{what} ({cause})") from error
+    except (RuntimeError, OSError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, FtrainError):
+            raise
+        raise CorruptionError(f"{what} ({str(error).splitlines()[0]})") from error

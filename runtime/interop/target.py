@@ -1,0 +1,57 @@
+"""Where an export goes: a file or directory that appears complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ftrain.checkpoint.files import sync_folder
+from ftrain.comms.errors import FtrainError, RunDirectoryError
+
+Progress = Callable[[int], None]  # told how many bytes more are done
+
+
+@contextmanager
+def appearing(out: Path, nbytes: int) -> Iterator[Path]:
+    """A name to write to, a file or a folder, that becomes ``out`` when all went well.
+
+    ``nbytes``: about how much it will take, for the error that says there is no room.
+
+    Raises:
+        RunDirectoryError: there is something at ``out``, or it can't be written.
+    """
+    if os.path.lexists(out):
+        raise RunDirectoryError(f"{out} exists already: choose a new name, nothing is overwritten")
+    if not out.absolute().parent.is_dir():
+        raise RunDirectoryError(
+            f"there is no directory {out.absolute().parent} to put {out.name} in"
+        )
+    fresh = out.with_name(f"{out.name}.{os.getpid()}.new")
+    if shutil.disk_usage(out.absolute().parent).free < nbytes:
+        raise _no_room(out, nbytes, "No space left on device")
+    try:
+        yield fresh
+        if fresh.is_dir():
+            sync_folder(fresh)
+        fresh.rename(out)
+        sync_folder(out.absolute().parent)
+    except FtrainError:
+        raise
+    except OSError as error:
+        raise _no_room(out, nbytes, error.strerror or str(error)) from error
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            fresh.unlink(missing_ok=True)
+
+
+def _no_room(out: Path, nbytes: int, why: str) -> RunDirectoryError:
+    free = shutil.disk_usage(out.absolute().parent).free
+    return RunDirectoryError(
+        f"{out} can't be written ({why}): about {nbytes} bytes are needed, {free} are free; make "
+        "room, or choose another place"
+    )
