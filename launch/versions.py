@@ -112,7 +112,7 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
     if step is not None:
         rows = [row for row in rows if row.version.step == step]
         problems = [row.damage for row in rows if row.damage]
-    if not rows and not problems:
+    if not rows:
         opened.store.find(step)  # says what there is
     whole = [row for row in rows if not row.damage]
     total = sum(row.version.nbytes for row in whole)
@@ -195,7 +195,7 @@ def layout_text(tensor: SavedTensor) -> str:
     if tensor.owner:
         return f"ranks {tensor.owner}'s own"
     if len(boxes) < 2:
-        files = len({(s.share, s.start) for s in tensor.segments})
+        files = len({(s.share, s.start) for s in tensor.segments if s.nbytes})
         return "whole" if files < 2 else f"whole, in {files} pieces"
     cut = [d for d in range(len(tensor.shape)) if len({box.origin[d] for box in boxes}) > 1]
     dims = ", ".join(str(d) for d in cut)

@@ -363,7 +363,10 @@ def _values(plan: SavePlan, planner: SavePlanner) -> dict[str, Any]:
             f"{names[0].fqn} is no tensor, and a {type(planner).__name__} does not tell its value: "
             "use a planner that is derived from DefaultSavePlanner"
         )
-    return {index.fqn: look_up(index) for index in names} if look_up else {}
+    values = {index.fqn: look_up(index) for index in names} if look_up else {}
+    for name, value in values.items():
+        encode_tree(value, name)  # refuses by this name
+    return values
 
 
 def _give(planner: LoadPlanner, item: ReadItem, value: Any) -> None:

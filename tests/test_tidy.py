@@ -46,8 +46,7 @@ LET_OFF: dict[tuple[str, str], str] = {
     (
         "unpickling",
         "runtime/interop/dcp_directory.py",
-    ): "torch's DCP keeps its list of contents as a "
-    "pickle; of an import it is read by an unpickler that knows the list's own classes and no others",
+    ): "torch keeps DCP's list of contents as a pickle; an import reads it with these classes only",
 }
 
 

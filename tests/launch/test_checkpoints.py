@@ -1,0 +1,278 @@
+"""``ftrain checkpoints``: what it shows, does and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import small_disk
+from small_versions import flip, save, weights
+
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.launch.cli import main
+from ftrain.launch.words import age_text, parse_size, size_text
+
+
+class Shown:
+    """Runs a command line; its exit code and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *tokens: str | Path) -> tuple[int, str]:
+        code = main(["checkpoints", *map(str, tokens)])
+        shown = self._capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return code, shown.out
+
+    def refused(self, *tokens: str | Path, code: int = 2) -> str:
+        """One sentence on standard error, and nothing else."""
+        assert main(["checkpoints", *map(str, tokens)]) == code
+        shown = self._capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("ftrain: ")
+        assert shown.err.count("\n") == 1, shown.err
+        return shown.err
+
+    def told(self, *tokens: str | Path, code: int = 0) -> Any:
+        """The JSON that it printed."""
+        found, text = self(*tokens, "--json")
+        assert found == code
+        return json.loads(text)
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
+    return Shown(capsys)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with the versions of steps 10 to 60."""
+    store = DurableStore(tmp_path / "run" / "checkpoints")
+    for step in range(10, 61, 10):
+        save(store, 1, step)
+    return tmp_path / "run"
+
+
+def steps(run: Path) -> list[int]:
+    return [version.step for version in DurableStore(run / "checkpoints").versions()]
+
+
+def test_list_is_a_table_of_the_versions(shown: Shown, run: Path) -> None:
+    code, text = shown("list", run)
+    lines = text.splitlines()
+    assert code == 0
+    assert lines[0].split() == ["step", "age", "level", "ranks", "size", "complete", "verified"]
+    assert [line.split()[0] for line in lines[1:]] == ["60", "50", "40", "30", "20", "10"]
+    assert lines[1].split()[3:5] == ["L3", "2"]
+    told = shown.told("list", run / "checkpoints", "--verify")
+    assert [v["step"] for v in told["versions"]] == [60, 50, 40, 30, 20, 10]
+    assert all(v["verified"] and v["complete"] and v["counts"] for v in told["versions"])
+    assert told["problems"] == []
+
+
+def test_what_is_incomplete_or_hidden_is_listed_as_such(shown: Shown, run: Path) -> None:
+    store = DurableStore(run / "checkpoints")
+    (run / "checkpoints/1/30/rank1.seg").unlink()
+    store.begin_fence(2, "run", store.versions()[0].version)
+    save(store, 1, 70)  # by a process whose epoch is over
+    code, text = shown("list", run)
+    assert code == 1
+    rows = {line.split()[0]: line for line in text.splitlines()[1:8]}
+    assert "not of the run's history" in rows["70"]
+    assert rows["30"].split()[-1] == "no"
+    assert "rank1.seg is missing" in text.splitlines()[-1]
+
+
+def test_verify_names_every_damage_and_fails(shown: Shown, run: Path) -> None:
+    code, text = shown("verify", run)
+    assert (code, text.split(" are sound")[0]) == (0, "6 of 6 versions")
+    folder = run / "checkpoints/1"
+    flip(folder / "20/rank0.seg", 4096)
+    flip(folder / "20/rank0.seg", 8192 + 17)
+    flip(folder / "40/rank1.seg", 9)
+    flip(folder / "50/rank0.seg", (folder / "50/rank0.seg").stat().st_size - 100)
+    code, text = shown("verify", run)
+    lines = text.splitlines()
+    assert code == 1
+    assert len(lines) == 5
+    assert "50/rank0.seg has a damaged footer" in lines[0]
+    assert "40/rank1.seg has a damaged header" in lines[1]
+    assert "20/rank0.seg: chunk 0 does not match its digest" in lines[2]
+    assert "20/rank0.seg: chunk 1 does not match its digest" in lines[3]
+    assert lines[4].startswith("3 of 6 versions are sound")
+    told = shown.told("verify", run, "--step", "20", code=1)
+    assert len(told["damage"]) == 2
+    assert shown.told("verify", run, "--step", "30")["damage"] == []
+
+
+def test_verify_finds_a_tensor_that_lacks_a_part(shown: Shown, run: Path) -> None:
+    """Two versions' files are sound each, and do not make up one version."""
+    store = DurableStore(run / "checkpoints")
+    save(store, 1, 70, world_size=3)
+    folder = run / "checkpoints/1"
+    for rank in range(2):
+        source = folder / f"70/rank{rank}.seg"
+        source.rename(folder / f"60/rank{rank}.seg")
+    code, text = shown("verify", run, "--step", "60")
+    assert code == 1
+    assert "rank0.seg" in text
+
+
+def test_show_tells_tensors_and_layout(shown: Shown, run: Path) -> None:
+    code, text = shown("show", run, "--step", "40")
+    assert code == 0
+    assert "step 40 of run run" in text
+    assert "2 shards along dimension 0" in text
+    told = shown.told("show", run)
+    assert told["step"] == 60
+    tensors = {t["name"]: t for t in told["tensors"]}
+    assert tensors["model/layer.weight"]["shape"] == [400, 8]
+    assert tensors["model/layer.bias"]["dtype"] == "bfloat16"
+    assert tensors["model/layer.weight"]["boxes"] == [[[0, 0], [200, 8]], [[200, 0], [200, 8]]]
+    assert [file["rank"] for file in told["files"]] == [0, 1]
+
+
+def test_prune_keeps_what_it_is_told_and_the_newest(shown: Shown, run: Path) -> None:
+    code, text = shown("prune", run, "--keep-last", "2", "--keep-every", "30", "--dry-run")
+    assert code == 0
+    assert "would be deleted" in text
+    assert steps(run) == [60, 50, 40, 30, 20, 10]
+    shown("prune", run, "--pin", "20")
+    told = shown.told("prune", run, "--keep-last", "1", "--keep-every", "30")
+    assert told["kept"] == [60, 30, 20, 10]
+    assert [v["step"] for v in told["removed"]] == [50, 40]
+    assert steps(run) == [60, 30, 20, 10]
+    assert not (run / "checkpoints/1/40").exists()
+    assert [v["pinned"] for v in shown.told("list", run)["versions"]] == [False, False, True, False]
+    shown("prune", run, "--unpin", "20", "--keep-last", "1")
+    assert steps(run) == [60]
+    assert "at least the newest" in shown.refused("prune", run, "--keep-last", "0")
+    assert "say how many" in shown.refused("prune", run)
+    assert "no version of step 5" in shown.refused("prune", run, "--pin", "5")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "dcp"])
+def test_export_and_import_say_what_they_did(
+    shown: Shown, run: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    told = shown.told("export", "--to", kind, "--step", "30", run, out)
+    assert (told["step"], told["tensors"]) == (30, 4)
+    code, text = shown("import", "--from", kind, out, tmp_path / "new")
+    assert code == 0
+    assert "The model only" in text
+    shown("export", "--to", "torch", tmp_path / "new", tmp_path / "again.pt")
+    found = torch.load(tmp_path / "again.pt", weights_only=True)
+    expected = {**weights(30), "seen": torch.tensor(30)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "holds versions already" in shown.refused("import", "--from", kind, out, run)
+    assert "exists already" in shown.refused("export", "--to", kind, run, out)
+
+
+def test_what_is_not_there_is_said_in_a_sentence(shown: Shown, run: Path, tmp_path: Path) -> None:
+    for command in (("list",), ("verify",), ("show",), ("export", "--to", "torch")):
+        more = ("x",) if command[0] == "export" else ()
+        assert "does not exist" in shown.refused(*command, tmp_path / "gone", *more)
+    (tmp_path / "other").mkdir()
+    assert "neither a run directory" in shown.refused("list", tmp_path / "other")
+    assert "is an address" in shown.refused("list", "s3://bucket/run")
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    assert "there is no complete version" in shown.refused("show", tmp_path / "empty")
+    assert "there is no complete version" in shown.refused("verify", tmp_path / "empty")
+    sentence = shown.refused("show", run, "--step", "11")
+    assert "no version of step 11" in sentence
+    assert "60, 50" in sentence
+    assert "invalid int value" in shown.refused("show", run, "--step", "last")
+    assert "no model 'ema'" in shown.refused(
+        "export", "--to", "torch", "--model", "ema", run, tmp_path / "x"
+    )
+    assert "is a size such as 5GB" in shown.refused(
+        "export", "--to", "safetensors", "--shard-size", "big", run, tmp_path / "x"
+    )
+    assert "there is no directory" in shown.refused(
+        "export", "--to", "torch", run, tmp_path / "no/x"
+    )
+    assert "there is no file" in shown.refused("import", "--from", "torch", "gone", tmp_path / "n")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_version_is_not_exported(shown: Shown, run: Path, tmp_path: Path) -> None:
+    flip(run / "checkpoints/1/60/rank1.seg", 4097)
+    for kind in ("safetensors", "torch", "dcp"):
+        sentence = shown.refused("export", "--to", kind, run, tmp_path / "out", code=1)
+        assert "does not match its digest" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_newer_format_is_refused_by_name(shown: Shown, run: Path) -> None:
+    path = run / "checkpoints/1/60.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    for command in ("list", "verify", "show"):
+        assert "is in format 3" in shown.refused(command, run)
+
+
+def test_a_full_disk_leaves_nothing_behind(shown: Shown, run: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as fill:
+        save(DurableStore(run / "checkpoints"), 1, 70, rows=4000)
+        for kind in ("safetensors", "torch", "dcp"):
+            sentence = shown.refused("export", "--to", kind, run, tmp_path / "disk/out")
+            assert "No space left on device" in sentence
+        shown("export", "--to", "torch", run, tmp_path / "model.pt")
+        sentence = shown.refused(
+            "import", "--from", "torch", tmp_path / "model.pt", tmp_path / "disk/new"
+        )
+        assert "No space left on device" in sentence
+        assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+        fill(True)
+
+
+def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for tokens, example in (
+        ((), "ftrain checkpoints prune RUN --keep-last 3"),
+        (("export",), "--to safetensors RUN weights/"),
+        (("import",), "ftrain launch --run-dir ftrain-runs/finetune train.py"),
+        (("prune",), "--keep-last 3 --dry-run"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["checkpoints", *tokens, "--help"])
+        assert example in capsys.readouterr().out
+
+
+def test_looking_at_versions_needs_no_torch(run: Path) -> None:
+    for command in ("list", "verify", "show"):
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; from ftrain.launch.cli import main; "
+                f"main(['checkpoints', '{command}', '{run}']); assert 'torch' not in sys.modules",
+            ],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+
+def test_sizes_and_ages_are_written_for_people() -> None:
+    assert [size_text(n) for n in (0, 999, 1_300_000_000)] == ["0 B", "999 B", "1.3 GB"]
+    assert [age_text(s) for s in (-1, 59, 90, 7200, 200_000)] == [
+        "0 s",
+        "59 s",
+        "1.5 min",
+        "2.0 h",
+        "2.3 d",
+    ]
+    assert [parse_size("", t) for t in ("5GB", "500 MB", "2GiB", "4096")] == [
+        5_000_000_000,
+        500_000_000,
+        2 << 30,
+        4096,
+    ]
