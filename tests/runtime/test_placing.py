@@ -65,13 +65,19 @@ def layout(
     return found
 
 
-def image_of(tensors: list[StateTensor], world: int, rank: int) -> bytearray:
-    group = GroupView(rank, world, 0, tuple(range(world)))
-    plan: ImagePlan = plan_image(tensors, group.share, 100, CHUNK)
+def image_of(
+    tensors: list[StateTensor],
+    world: int,
+    rank: int,
+    small: bytes = b"",
+    group: GroupView | None = None,
+) -> bytearray:
+    group = group or GroupView(rank, world, 0, tuple(range(world)))
+    plan: ImagePlan = plan_image(tensors, group.share, 1000, CHUNK)
     identity = ImageIdentity("run", TOPOLOGY, VersionId(1, 5), rank, world, 0, 1)
     buffer = bytearray(plan.total_bytes)
     writer = ImageWriter(buffer, plan, identity)
-    writer.begin(b"")
+    writer.begin(small)
     for segment in plan.segments:
         source = next(t.tensor for t in tensors if t.name == segment.name)
         flat = bytes(source.reshape(-1).view(torch.uint8).numpy())
