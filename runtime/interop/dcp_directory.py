@@ -14,6 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ftrain.checkpoint.boxes import Box, disjoint
@@ -53,7 +54,7 @@ def write_dcp(version: WholeVersion, items: Sequence[Item], out: Path, progress:
     }
     with appearing(out, sum(item.nbytes for item in tensors)) as folder:
         writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        planner = _OneByOne(each(version, tensors), progress)
+        planner = _OneByOne(tensors, each(version, tensors), progress)
         with _plainly(f"{out} can't be written"):
             save(tree_of(items, values), storage_writer=writer, planner=planner, no_dist=True)
 
@@ -95,11 +96,24 @@ def read_dcp(path: Path) -> Origin:
 class _OneByOne(DefaultSavePlanner):
     """Gives tensors as they come; the state that is saved has none with memory."""
 
-    def __init__(self, tensors: Iterator[tuple[Item, torch.Tensor]], progress: Progress) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        tensors: Iterator[tuple[Item, torch.Tensor]],
+        progress: Progress,
+    ) -> None:
         super().__init__()
+        self._places = {item.name: number for number, item in enumerate(items)}
         self._tensors = tensors
         self._progress = progress
         self._ready: dict[str, torch.Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """In the order in which the tensors come, so that none has to be kept for later."""
+        plan = super().create_local_plan()
+        places = self._places
+        items = sorted(plan.items, key=lambda item: places.get(item.index.fqn, len(places)))
+        return replace(plan, items=items)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The tensor that is wanted; all before it in the version are read on the way."""

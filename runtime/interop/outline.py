@@ -144,12 +144,12 @@ def _lengthen(place: list[Any], to: int) -> None:
 
 
 def each(version: WholeVersion, items: Sequence[Item]) -> Iterator[tuple[Item, torch.Tensor]]:
-    """The tensors of these items, one after the other."""
-    stored = {item.tensor.label: item for item in items if item.tensor is not None}
-    for whole, tensor in version.read(item.tensor for item in stored.values() if item.tensor):
-        yield stored[whole.label], tensor
+    """The tensors of these items, one after the other, in their order."""
+    stored = version.read(item.tensor for item in items if item.tensor is not None)
     for item in items:
-        if item.tensor is None and item.is_tensor:
+        if item.tensor is not None:
+            yield item, next(stored)[1]
+        elif item.is_tensor:
             yield item, item.value
 
 
