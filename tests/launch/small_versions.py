@@ -32,9 +32,14 @@ def weights(step: int, rows: int = 400) -> dict[str, torch.Tensor]:
 
 
 def save(
-    store: DurableStore, fence: int, step: int, world_size: int = 2, rows: int = 400
+    store: DurableStore,
+    fence: int,
+    step: int,
+    world_size: int = 2,
+    rows: int = 400,
+    left_out: str = "",
 ) -> DurableVersion:
-    """Publish the version of a step."""
+    """Publish the version of a step; rank 0 alone writes its part of ``left_out``."""
     tensors = weights(step, rows)
     buffers = {"model": {"seen": torch.tensor(step)}}
     layout = encode_tree({})
@@ -50,7 +55,7 @@ def save(
                 each = -(-shape[0] // world_size)
                 part = tensor[rank * each : (rank + 1) * each]
                 origin = (rank * each, *origin[1:])
-            elif rank:
+            if rank and (not shape or name == left_out):
                 continue
             parts[f"model/{name}"] = part
             dtype, own = str(tensor.dtype).removeprefix("torch."), tuple(part.shape)

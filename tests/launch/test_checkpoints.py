@@ -112,17 +112,14 @@ def test_verify_names_every_damage_and_fails(shown: Shown, run: Path) -> None:
     assert shown.told("verify", run, "--step", "30")["damage"] == []
 
 
-def test_verify_finds_a_tensor_that_lacks_a_part(shown: Shown, run: Path) -> None:
-    """Two versions' files are sound each, and do not make up one version."""
-    store = DurableStore(run / "checkpoints")
-    save(store, 1, 70, world_size=3)
-    folder = run / "checkpoints/1"
-    for rank in range(2):
-        source = folder / f"70/rank{rank}.seg"
-        source.rename(folder / f"60/rank{rank}.seg")
-    code, text = shown("verify", run, "--step", "60")
+def test_verify_finds_a_tensor_that_lacks_a_part(shown: Shown, run: Path, tmp_path: Path) -> None:
+    """Every file is as it was written, and yet they do not make up the model."""
+    save(DurableStore(run / "checkpoints"), 1, 70, left_out="layer.bias")
+    code, text = shown("verify", run, "--step", "70")
     assert code == 1
-    assert "rank0.seg" in text
+    assert "70.json: 400 bytes of model/layer.bias are in no file" in text
+    shown.refused("export", "--to", "torch", run, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
 
 
 def test_show_tells_tensors_and_layout(shown: Shown, run: Path) -> None:

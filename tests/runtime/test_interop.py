@@ -125,6 +125,7 @@ def without_twins(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name != "last.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sessions_model_goes_out_and_comes_back(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
@@ -139,9 +140,11 @@ def test_a_sessions_model_goes_out_and_comes_back(
     assert again["begun"] == (0, 0)
     assert "begins as imported from" in again["said"]
     assert "optimizer" in again["said"]
-    assert train(tmp_path, 9, 1)["begun"][0] == 1  # from now on it is a run like any other
+    if kind == "torch":
+        assert train(tmp_path, 9, 1)["begun"][0] == 1  # from now on it is a run like any other
 
 
+@pytest.mark.slow
 def test_everything_goes_out_as_torch_names_it(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -211,7 +214,7 @@ def test_shards_have_the_index_that_loaders_read(tmp_path: Path) -> None:
     done: list[int] = []
     with opened(version) as whole:
         items = model_items(whole)
-        safetensors_files.write_safetensors(whole, items, tmp_path / "out", 4000, done.append)
+        safetensors_files.write_safetensors(whole, items, tmp_path / "out", 4200, done.append)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"] == {"total_size": total}
