@@ -13,7 +13,6 @@ import pathlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -29,10 +28,10 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ftrain.checkpoint.boxes import Box, disjoint
-from ftrain.comms.errors import CorruptionError, FtrainError, RunDirectoryError, UsageError
+from ftrain.comms.errors import CorruptionError, FtrainError, UsageError
 from ftrain.runtime.interop.outline import Item, each, tree_of
 from ftrain.runtime.interop.source import Origin
-from ftrain.runtime.interop.target import Progress, appearing
+from ftrain.runtime.interop.target import Progress, appearing, failed_in_torch
 from ftrain.runtime.interop.whole import WholeVersion
 
 _METADATA_BYTES_MAX = 1 << 30
@@ -55,8 +54,15 @@ def write_dcp(version: WholeVersion, items: Sequence[Item], out: Path, progress:
     with appearing(out, sum(item.nbytes for item in tensors)) as folder:
         writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         planner = _OneByOne(tensors, each(version, tensors), progress)
-        with _plainly(f"{out} can't be written"):
-            save(tree_of(items, values), storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is no process group
+                save(tree_of(items, values), storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # not even an Exception
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, FtrainError | OSError):
+                raise cause from None
+            raise failed_in_torch(cause) from error
 
 
 def read_dcp(path: Path) -> Origin:
@@ -80,8 +86,11 @@ def read_dcp(path: Path) -> Origin:
         tensor = torch.empty(told.size, dtype=told.properties.dtype)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: tensor}, found, True)
-        with _plainly(f"{path} can't be read"):
+        try:
             reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # whatever a damaged file makes of torch's reader
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CorruptionError(f"{path}: {name} can't be read ({first})") from error
         return tensor
 
     shapes = {}
@@ -210,21 +219,3 @@ def _model_names(found: Metadata) -> dict[str, str]:
         if len(paths.get(key, ())) > 1 and paths[key][0] == "model"
     }
     return inner or {key: key for key in keys}
-
-
-@contextmanager
-def _plainly(what: str) -> Iterator[None]:
-    """Turn what DCP raises into one sentence; its own exception is not even an Exception."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no process group
-            yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, FtrainError):
-            raise cause from None
-        raise RunDirectoryError(f"{what} ({cause})") from error
-    except (RuntimeError, OSError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, FtrainError):
-            raise
-        raise CorruptionError(f"{what} ({str(error).splitlines()[0]})") from error

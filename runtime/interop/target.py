@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -47,6 +48,12 @@ def appearing(out: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
         else:
             fresh.unlink(missing_ok=True)
+
+
+def failed_in_torch(error: BaseException) -> OSError:
+    """What torch's writer, which says no more than that something failed, says of a full disk."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return OSError(errno.EIO, f"torch's writer failed: {first}")
 
 
 def _no_room(out: Path, nbytes: int, why: str) -> RunDirectoryError:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftrain.comms.errors import CorruptionError, RunDirectoryError, UsageError
+from ftrain.comms.errors import CorruptionError, UsageError
 from ftrain.runtime.interop.outline import Item, each, tree_of
 from ftrain.runtime.interop.source import Origin
-from ftrain.runtime.interop.target import Progress, appearing
+from ftrain.runtime.interop.target import Progress, appearing, failed_in_torch
 from ftrain.runtime.interop.whole import WholeVersion
 
 _ALIGNMENT = 64
@@ -37,8 +37,8 @@ def write_torch(
     tensors = [item for item in items if item.is_tensor]
     total = sum(item.nbytes for item in tensors)
     with appearing(out, total) as path:
-        contents, keys, others = _contents(items, path)
         try:
+            contents, keys, others = _contents(items, path)
             file: Any = torch._C.PyTorchFileWriter(str(path), True, _ALIGNMENT)
             for name, content in (
                 ("data.pkl", contents),
@@ -58,7 +58,7 @@ def write_torch(
                 file.write_record(f"data/{number}", plain.untyped_storage(), nbytes)
             file.write_end_of_file()
         except RuntimeError as error:
-            raise RunDirectoryError(f"{out} can't be written ({error})") from error
+            raise failed_in_torch(error) from error
         with path.open("rb") as written:
             os.fsync(written.fileno())
 

@@ -231,6 +231,30 @@ def test_a_full_disk_leaves_nothing_behind(shown: Shown, run: Path, tmp_path: Pa
         fill(True)
 
 
+LIMITED = """
+import resource, signal, sys
+from ftrain.launch.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "dcp"])
+def test_a_write_that_fails_in_the_middle_is_a_sentence(
+    run: Path, tmp_path: Path, kind: str
+) -> None:
+    save(DurableStore(run / "checkpoints"), 1, 70, rows=4000)
+    command = ["checkpoints", "export", "--to", kind, str(run), str(tmp_path / "out")]
+    program = [sys.executable, "-c", LIMITED, *command]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ftrain: {tmp_path / 'out'} can't be written (")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
     for tokens, example in (
         ((), "ftrain checkpoints prune RUN --keep-last 3"),

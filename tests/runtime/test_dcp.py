@@ -184,18 +184,20 @@ def test_types_are_converted_as_dcp_does(tmp_path: Path) -> None:
     assert_same(found, {"w": state_of(1)["w"].double(), "b": state_of(1)["b"].float()})
 
 
-class _Renames(DefaultLoadPlanner):
-    """Wants the bytes that a planner of one's own is given."""
+class _Looks(DefaultLoadPlanner):
+    """Looks at the bytes that a planner of one's own is given."""
+
+    seen: Any = None
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        self.original_state_dict["seen"] = torch.load(value, weights_only=True)
+        self.seen = torch.load(value, weights_only=True)
 
 
 def test_a_planner_of_ones_own_gets_its_bytes(tmp_path: Path) -> None:
     dcp.save({"n": 5}, storage_writer=FtrainWriter(tmp_path, 1))
-    found: dict[str, Any] = {"n": 0}
-    dcp.load(found, storage_reader=FtrainReader(tmp_path), planner=_Renames())
-    assert found["seen"] == 5
+    planner = _Looks()
+    dcp.load({"n": 0}, storage_reader=FtrainReader(tmp_path), planner=planner)
+    assert planner.seen == 5
 
 
 @pytest.mark.parametrize(("dim", "world"), [(None, 3), (0, 2)])

@@ -264,6 +264,7 @@ def test_what_is_each_ranks_own_keeps_the_ranks_in_its_name(tmp_path: Path) -> N
     assert {name: tensor[0].item() for name, tensor in found.items()} == {"w@0": 10, "w@1": 11}
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
     """192 MB in tensors of 16 MB are exported by a process that may have 64 MB beside a chunk."""
     store = DurableStore(tmp_path / "run/checkpoints")
