@@ -6,8 +6,8 @@ layout they are here; optimizer, scheduler, data and random numbers begin anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.errors import StateError
 from ftrain.runtime.group import key_of, local_part
 from ftrain.runtime.state import TrainingState, buffers_of, plain_name
-
-if TYPE_CHECKING:
-    from ftrain.runtime.restore import Restoration
 
 IMPORTED = "imported"  # the key of the small state that tells such a version
 
@@ -27,14 +24,25 @@ def imported_state(model: str, kind: str, source: str) -> dict[str, Any]:
     return {IMPORTED: {"model": model, "kind": kind, "source": source}}
 
 
-def take_model(state: TrainingState, restoration: Restoration, told: Mapping[str, Any]) -> None:
+def take_model(
+    state: TrainingState,
+    fill: Callable[[Sequence[StateTensor]], None],
+    saved: frozenset[str],
+    told: Mapping[str, Any],
+) -> None:
     """Fill one model's parameters and buffers.
 
     A parameter that the model has under several names is taken from any of them.
 
+    Args:
+        state: has the model.
+        fill: fills tensors from the version.
+        saved: names of the tensors in it.
+        told: what the small state says of it.
+
     Raises:
         StateError: the script has no such model, or it has other tensors.
-        CorruptionError, RestoreError: as :meth:`Restoration.fill`.
+        CorruptionError, RestoreError: as ``fill`` raises.
     """
     name = told["model"]
     module = state.models.get(name)
@@ -46,7 +54,6 @@ def take_model(state: TrainingState, restoration: Restoration, told: Mapping[str
     aliases: dict[int, list[str]] = {}
     for inner, parameter in module.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(f"{name}/{plain_name(inner)}")
-    saved = restoration.names
     wanted = _parameters(state, aliases, saved)
     everyone = key_of(range(state.world_size))
     for inner, buffer in buffers_of(module.named_modules()):
@@ -55,7 +62,7 @@ def take_model(state: TrainingState, restoration: Restoration, told: Mapping[str
         {t.name for t in wanted}, {alias for names in aliases.values() for alias in names}, saved
     )
     with torch.no_grad():
-        restoration.fill(wanted)
+        fill(wanted)
 
 
 def telling(told: Mapping[str, Any]) -> str:

@@ -345,7 +345,7 @@ def restore(
     """
     small = restoration.small(rank)
     if IMPORTED in small:
-        take_model(state, restoration, small[IMPORTED])
+        take_model(state, restoration.fill, restoration.names, small[IMPORTED])
         return small
     if "state" not in small:
         raise StateError(

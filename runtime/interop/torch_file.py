@@ -7,7 +7,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -140,7 +140,7 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _is_state(found: Any) -> bool:
+def _is_state(found: Any) -> TypeGuard[Mapping[str, torch.Tensor]]:
     return (
         isinstance(found, Mapping)
         and bool(found)
