@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ftrain.checkpoint.files import NewFile, sync_folder
 from ftrain.comms.errors import FtrainError, RunDirectoryError
 
-_NUMBER = re.compile(r"0|[1-9]\d{0,18}")
+_NUMBER = re.compile(r"0|[1-9]\d{0,17}")  # and the next one fits into 64 bits as well
 
 
 @contextmanager
@@ -54,29 +55,29 @@ def numbered(folder: Path, suffix: str) -> list[tuple[int, Path]]:
 
 
 def fresh_name(path: Path) -> Path:
-    """The name under which this process writes what will be ``path``."""
-    return path.with_name(f"{path.name}.{os.getpid()}.new")
+    """A name, never used before, under which to write what will be ``path``."""
+    return path.with_name(f"{path.name}.{secrets.randbits(60)}.new")
 
 
 def put_once(path: Path, content: bytes) -> bool:
-    """Make a small file appear, complete and synced; False if there is one already.
+    """Make a small file appear, complete and synced; False if there is one already, synced too.
 
     Raises OSError.
     """
     fresh = fresh_name(path)
+    made = True
     try:
-        fresh.unlink(missing_ok=True)
         with NewFile(fresh, direct=False) as file:
             file.write_at(0, content)
             file.sync()
         try:
             os.link(fresh, path)  # unlike a rename, never over another one
         except FileExistsError:
-            return False
+            made = False
     finally:
         fresh.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
+    sync_folder(path.parent)  # also for the other one: who made it may have died before doing so
+    return made
 
 
 def make_folders(folder: Path) -> None:
@@ -88,14 +89,18 @@ def make_folders(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def remove_matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Remove the files whose names match, then the folder if nothing else is in it."""
-    removed = [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+def remove_matching(folder: Path, matches: Callable[[str], object]) -> list[Path]:
+    """Remove the files with such names; returns them."""
+    removed = [path for path in sorted(folder.iterdir()) if matches(path.name)]
     for path in removed:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the folder if nothing is in it."""
     if not any(folder.iterdir()):
         folder.rmdir()
-    return removed
 
 
 def _free_bytes(folder: Path) -> str:

@@ -23,6 +23,7 @@ from ftrain.checkpoint.directory import (
     make_folders,
     numbered,
     put_once,
+    remove_empty,
     remove_matching,
 )
 from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
@@ -68,6 +69,7 @@ class Survey:
     hidden: tuple[DurableVersion, ...]  # complete, published by what was over, or never granted
     problems: tuple[str, ...]  # one sentence for each manifest that does not count
     fence: int  # highest that anything is filed under; 0: nothing is
+    granted: int = 0  # newest that was begun; 0: none was
 
 
 class DurableStore:
@@ -100,6 +102,7 @@ class DurableStore:
         with explained(folder, len(content)):
             make_folders(folder)
             put_once(folder / _FENCE, content)
+            sync_folder(self.directory)  # who made the folder may have died before doing so
         return record
 
     def write_image(
@@ -198,7 +201,9 @@ class DurableStore:
         DurableVersion(path, manifest).check()
         content = manifest.encode()
         with explained(folder, len(content)):
-            make_folders(folder.parent)
+            # Every name on the way to a file: who made it may have died before it was synced.
+            for place in (folder, folder.parent, self.directory):
+                sync_folder(place)
             if not put_once(path, content) and not _says_the_same(path, manifest):
                 raise StateError(f"{path} exists already and differs: nothing is published twice")
         return path
@@ -247,7 +252,8 @@ class DurableStore:
         for versions in (seen, hidden):
             versions.sort(key=lambda version: version.key, reverse=True)
         highest = max((fence for fence, _ in folders), default=0)
-        return Survey(tuple(seen), tuple(hidden), tuple(problems), highest)
+        granted = latest.fence if latest is not None else 0
+        return Survey(tuple(seen), tuple(hidden), tuple(problems), highest, granted)
 
     def versions(self) -> tuple[DurableVersion, ...]:
         """The versions of :meth:`survey`, newest first."""
@@ -280,12 +286,13 @@ class DurableStore:
 
         Manifests that can't be read or are of another run stay, with their files, and so does every
         file of a foreign name.  Versions that are not of the history go once the policy has enough
-        of those that are.
+        of those that are.  What is newer than all that was published and begun may be being written
+        by somebody else right now, and stays.
 
         Args:
             policy: which of the complete versions to keep.
             run_id: whose versions may be removed.
-            active: (fence, step) of versions that are being written now.
+            active: (fence, step) of older versions that are being written now.
 
         Returns:
             The manifests and files that were removed.
@@ -293,28 +300,29 @@ class DurableStore:
         Raises:
             RunDirectoryError: something can't be removed.
         """
+        listed = [  # before the survey: what is published after it is not known to it, and stays
+            ((fence, step), manifest)
+            for fence, folder in numbered(self.directory, "")
+            for step, manifest in numbered(folder, ".json")
+        ]
         survey = self.survey()
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
         keep = policy.kept(mine) | frozenset(active) | self.pinned()
         if not policy.satisfied(mine):
             keep |= {version.key for version in survey.hidden}
+        doomed = [path for key, path in listed if key not in keep and _run_of(path) == run_id]
         removed: list[Path] = []
         with explained(self.directory, 0):
+            # What stays has to be safe first: who published it may have died before it was.
+            kept = {v.path.parent for v in survey.versions if doomed and v.key in keep}
+            for folder in sorted(kept):
+                sync_folder(folder)
+            for manifest in doomed:
+                manifest.unlink(missing_ok=True)
+                sync_folder(manifest.parent)  # first nobody can find it, then it goes
+                removed.append(manifest)
             for fence, folder in numbered(self.directory, ""):
-                for step, manifest in numbered(folder, ".json"):
-                    if (fence, step) not in keep and _run_of(manifest) == run_id:
-                        manifest.unlink()
-                        sync_folder(folder)  # first nobody can find it, then it goes
-                        removed.append(manifest)
-                for step, files in numbered(folder, ""):
-                    published = _manifest_path(files).exists()
-                    if not published and (fence, step) not in keep:
-                        removed += remove_matching(files, _SEGMENT)
-                    elif published:
-                        removed += remove_matching(files, _NEW_SEGMENT)
-                removed += remove_matching(folder, _NEW_RECORD)
-                if fence < survey.fence and [entry.name for entry in folder.iterdir()] == [_FENCE]:
-                    removed += remove_matching(folder, re.compile(re.escape(_FENCE)))
+                removed += self._sweep_leftovers(fence, folder, survey, keep)
         return tuple(removed)
 
     def remove(self, version: DurableVersion) -> None:
@@ -328,7 +336,8 @@ class DurableStore:
             version.path.unlink(missing_ok=True)
             sync_folder(version.path.parent)
             if folder.is_dir():
-                remove_matching(folder, _SEGMENT)
+                remove_matching(folder, _SEGMENT.fullmatch)
+                remove_empty(folder)
 
     def pin(self, version: DurableVersion, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says; ``RunDirectoryError``."""
@@ -360,7 +369,6 @@ class DurableStore:
             path = folder / file_name(rank)
             fresh = fresh_name(path)
             try:
-                fresh.unlink(missing_ok=True)
                 with NewFile(fresh, nbytes) as file:
                     yield file
                     file.sync()
@@ -370,16 +378,41 @@ class DurableStore:
                 fresh.unlink(missing_ok=True)
             sync_folder(folder)
 
+    def _sweep_leftovers(
+        self, fence: int, folder: Path, survey: Survey, keep: Collection[VersionKey]
+    ) -> list[Path]:
+        """Remove what belongs to no version, and nobody can still want to publish."""
+        removed: list[Path] = []
+        newest = max([(survey.granted, 0), *(version.key for version in survey.versions)])
+        for step, files in numbered(folder, ""):
+            if _manifest_path(files).exists():
+                removed += remove_matching(files, _NEW_SEGMENT.fullmatch)
+            elif (fence, step) < newest and (fence, step) not in keep:
+                removed += remove_matching(files, _SEGMENT.fullmatch)
+                remove_empty(files)
+
+        def is_leftover(name: str) -> bool:
+            found = _NEW_RECORD.fullmatch(name)
+            step = 0 if found is None or found[1] == "fence" else int(found[1])
+            return found is not None and (fence, step) <= newest
+
+        removed += remove_matching(folder, is_leftover)
+        if fence < survey.granted:
+            if [entry.name for entry in folder.iterdir()] == [_FENCE]:
+                removed += remove_matching(folder, _FENCE.__eq__)
+            remove_empty(folder)
+        return removed
+
     def _fences(self) -> tuple[dict[int, Fence], list[str]]:
         """The fences that were granted, and what is wrong with their records."""
         fences: dict[int, Fence] = {}
         problems: list[str] = []
         for fence, folder in reversed(numbered(self.directory, "")):
             path = folder / _FENCE
-            if not path.exists():
-                continue
             try:
                 fences[fence] = decode_fence(path).record
+            except FileNotFoundError:
+                continue
             except CorruptionError as error:
                 problems.append(str(error))
                 # Better to see too much of the epoch before than nothing of this one.
@@ -430,5 +463,5 @@ def _refuse_published(folder: Path) -> None:
 def _run_of(manifest: Path) -> str | None:
     try:
         return decode_manifest(manifest).run_id
-    except (CorruptionError, StateError):
+    except (FileNotFoundError, CorruptionError, StateError):
         return None

@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, Self
 
 from ftrain.checkpoint.header import PAGE_BYTES
@@ -65,9 +66,9 @@ class LocalFile:
         self.where = str(path)
         self._direct = -1
         self._refused = False
-        self._lock = threading.Lock()
+        self._opening = Lock()
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._fd = open_plain(path)
             self.nbytes = os.fstat(self._fd).st_size
         except OSError as error:
             raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
@@ -112,11 +113,9 @@ class LocalFile:
         if self._refused or offset % PAGE_BYTES or len(buffer) % PAGE_BYTES:
             return False
         try:
-            with self._lock:
+            with self._opening:
                 if self._direct < 0:
-                    # Through the descriptor: the file may have lost its name since.
-                    again = f"/proc/self/fd/{self._fd}"
-                    self._direct = os.open(again, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                    self._direct = _open_directly(self._fd, os.O_RDONLY)
             _read_all(self._direct, offset, buffer)
         except OSError as error:
             if error.errno not in _REFUSALS:
@@ -146,7 +145,7 @@ class NewFile:
             if nbytes:
                 _reserve(self._fd, nbytes)
             if direct:
-                self._direct = _open_direct(path)
+                self._direct = _try_directly(self._fd)
         except BaseException:  # whatever it was: the descriptors go with it
             self.close()
             raise
@@ -211,9 +210,23 @@ def takes_direct_io(folder: Path) -> bool:
             path.unlink()
 
 
-def _open_direct(path: Path) -> int:
+def open_plain(path: Path) -> int:
+    """Open a plain file for reading: no link, and nothing that one would wait for; ``OSError``."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "no plain file")
+    return fd
+
+
+def _open_directly(fd: int, mode: int) -> int:
+    """The same file once more, whatever its name stands for by now."""
+    return os.open(f"/proc/self/fd/{fd}", mode | os.O_CLOEXEC | os.O_DIRECT)
+
+
+def _try_directly(fd: int) -> int:
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return _open_directly(fd, os.O_WRONLY)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise

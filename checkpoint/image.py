@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ftrain.checkpoint.digest import DIGEST_BYTES, digest_of
 from ftrain.checkpoint.header import (
     PAGE_BYTES,
@@ -28,6 +26,7 @@ from ftrain.checkpoint.header import (
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, decode_index
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import Held, Share
+from ftrain.comms.wire import BAD_INPUT
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -370,7 +369,7 @@ class ImageReader:
         try:
             plan = decode_index(index, layout.small_bytes_max, layout.chunk_bytes)
             contradicts = plan.layout != layout
-        except (msgspec.DecodeError, StateError) as error:
+        except BAD_INPUT as error:  # StateError is a ValueError
             raise CorruptionError(f"{self.where} has an impossible index: {error}") from None
         if contradicts:
             raise CorruptionError(f"{self.where} has an index that contradicts its header")

@@ -7,7 +7,9 @@ epoch goes on from (protocol/lineage.py).
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,15 +19,28 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 
 from ftrain.checkpoint.digest import digest_of
-from ftrain.checkpoint.files import LocalFile
+from ftrain.checkpoint.files import LocalFile, open_plain
 from ftrain.checkpoint.protocol.lineage import Fence
 from ftrain.checkpoint.retention import VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.wire import BAD_INPUT
 
 FORMAT: Final = 2
-MANIFEST_BYTES_MAX = 64 * 1024 * 1024
+# Of one file, which the next older version may do without; anything else is wrong with them all.
+_DAMAGE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EIO,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.EUCLEAN,
+        errno.EBADMSG,
+    }
+)
+MANIFEST_BYTES_MAX = 16 * 1024 * 1024
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _T = TypeVar("_T", bound="Manifest | FenceFile")
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -105,7 +120,7 @@ class DurableVersion:
     def check(self) -> None:
         """Look whether every rank's file has the stated size; ``CorruptionError`` if not."""
         ranks = [record.rank for record in self.manifest.files]
-        if not ranks or ranks != list(range(self.manifest.world_size)):
+        if len(ranks) != self.manifest.world_size or ranks != list(range(len(ranks))):
             raise CorruptionError(f"{self.path} does not name one file for each of its ranks")
         for record in self.manifest.files:
             path = self.file(record.rank)
@@ -198,8 +213,10 @@ def decode_manifest(path: Path) -> Manifest:
     """What a manifest says, without a look at the files.
 
     Raises:
+        FileNotFoundError: there is none.
         CorruptionError: it can't be read, or is none.
         StateError: it is in another format.
+        RunDirectoryError: this user may not read it.
     """
     return _decode(path, _content(path), Manifest)
 
@@ -212,10 +229,6 @@ def decode_fence(path: Path) -> FenceFile:
     return found
 
 
-class _AnyFormat(msgspec.Struct):
-    format: int
-
-
 def _encode(content: Manifest | FenceFile) -> bytes:
     """With its digest; the only encoding that is accepted."""
     plain = replace(content, xxh3="")
@@ -225,26 +238,53 @@ def _encode(content: Manifest | FenceFile) -> bytes:
 
 def _content(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(MANIFEST_BYTES_MAX)
+        with open(open_plain(path), "rb") as file:
+            content = file.read(MANIFEST_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
+        raise _unreadable(path, error) from None
+    if len(content) > MANIFEST_BYTES_MAX:
+        raise CorruptionError(f"{path} is longer than any manifest: it is damaged")
+    return content
 
 
 def _decode(path: Path, content: bytes, kind: type[_T]) -> _T:
     try:
-        number = msgspec.json.decode(content, type=_AnyFormat).format
-        if number != FORMAT:
-            raise StateError(
-                f"{path} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
-                "that wrote it, or another directory"
-            )
         found = msgspec.json.decode(content, type=kind)
-        if _encode(found) != content:
-            raise CorruptionError(f"{path} does not match its digest: it is damaged")
-        return found
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CorruptionError(f"{path} is damaged: {error}") from None
+    except BAD_INPUT as error:
+        number = _other_format(content)
+        if number is None:
+            raise CorruptionError(f"{path} is damaged: {error}") from None
+        raise StateError(
+            f"{path} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
+            "that wrote it, or another directory"
+        ) from None
+    if _encode(found) != content:
+        raise CorruptionError(f"{path} does not match its digest: it is damaged")
+    return found
+
+
+def _other_format(content: bytes) -> int | None:
+    """In which other format a sound record is; None: it is damaged."""
+    try:
+        fields = msgspec.json.decode(content)
+    except BAD_INPUT:
+        return None
+    number = fields.get("format") if isinstance(fields, dict) else None
+    if type(number) is not int or number == FORMAT:
+        return None
+    if number < FORMAT and "xxh3" not in fields:
+        return number  # had no digest
+    digest = digest_of(msgspec.json.encode(fields | {"xxh3": ""})).hex()
+    return number if fields.get("xxh3") == digest else None
+
+
+def _unreadable(path: Path, error: OSError) -> CorruptionError | RunDirectoryError:
+    """What it means that a file can't be opened or read."""
+    if error.errno in _DAMAGE:
+        return CorruptionError(f"{path} can't be read ({error.strerror})")
+    return RunDirectoryError(f"{path} can't be read ({error.strerror}): give rights to it")
 
 
 def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
@@ -255,7 +295,10 @@ def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
         StateError: a manifest in another format.
     """
     path = Path(path)
-    manifest = decode_manifest(path)
+    try:
+        manifest = decode_manifest(path)
+    except FileNotFoundError as error:
+        raise _unreadable(path, error) from None
     if (path.parent.name, path.name) != (str(manifest.fence), f"{manifest.step}.json"):
         raise CorruptionError(
             f"{path} is the manifest of step {manifest.step} under fence {manifest.fence}, "
@@ -267,9 +310,12 @@ def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
 
 
 def _size(path: Path) -> int | None:
+    """Size of a plain file in a plain folder; None: there is none."""
     try:
-        return path.stat().st_size
-    except FileNotFoundError:
+        folder, file = path.parent.lstat(), path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise RunDirectoryError(f"{path} can't be looked at: {error.strerror}") from None
+        raise _unreadable(path, error) from None
+    plain = stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(file.st_mode)
+    return file.st_size if plain else None

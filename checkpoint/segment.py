@@ -28,6 +28,7 @@ from ftrain.checkpoint.header import DATA_BYTES_MAX, PAGE_BYTES, SMALL_BYTES_MAX
 from ftrain.checkpoint.image_plan import ImagePlan, Segment
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import Share, VersionId
+from ftrain.comms.wire import BAD_INPUT
 
 FORMAT: Final = 2
 MAGIC = b"FTSEGMT\x02"
@@ -219,7 +220,7 @@ def decode_footer(body: bytes, at: int, where: str) -> Footer:
     try:
         footer = msgspec.json.decode(body, type=Footer)
         _check_chunks(footer, at)
-    except (msgspec.DecodeError, RecursionError, StateError) as error:
+    except BAD_INPUT as error:  # StateError is a ValueError
         raise CorruptionError(f"{where} has an impossible footer: {error}") from None
     return footer
 

@@ -61,14 +61,19 @@ class SegmentReader:
     def __init__(self, file: ReadableFile, digest: str | None = None) -> None:
         self.where = file.where
         self._file = file
-        self.footer, self.digest = _read_footer(file)
+        try:
+            self.footer, self.digest = _read_footer(file)
+        except StateError as error:
+            if digest is None:
+                raise
+            raise CorruptionError(f"not the file that its manifest names: {error}") from None
         if digest is not None and digest != self.digest:
             raise CorruptionError(f"{self.where} is not the file that its manifest names")
         try:
             self.plan: ImagePlan = self.footer.plan()
             self.identity: ImageIdentity = self.footer.identity
-            if self.plan.layout.data_bytes > self.footer.data_bytes:
-                raise StateError("its tensors reach beyond its data")
+            if self.plan.layout.data_bytes != self.footer.data_bytes:
+                raise StateError("its tensors do not end where its data do")
             self._codecs = [codec_of(chunk.codec) for chunk in self.footer.chunks]
         except StateError as error:
             raise CorruptionError(f"{self.where} has an impossible footer: {error}") from None

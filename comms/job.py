@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ftrain.comms.errors import RunDirectoryError
+from ftrain.comms.wire import BAD_INPUT
 from ftrain.configs.schema import FtrainConfig
 
 
@@ -59,5 +60,5 @@ def read_job(path: str | os.PathLike[str]) -> JobSpec:
         raise RunDirectoryError(
             f"{path} does not exist: no job was launched in this run directory"
         ) from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *BAD_INPUT) as error:
         raise RunDirectoryError(f"{path} can't be read as a job file: {error}") from None

@@ -24,7 +24,7 @@ _plain = msgspec.msgpack.Decoder()
 _SCALARS = (str, int, float, bytes, Enum)
 # What msgspec raises on hostile input, found by fuzzing: bad UTF-8 is a UnicodeDecodeError, a map
 # as a map's key a TypeError, a deep nest a RecursionError.
-_BAD_INPUT = (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError)
+BAD_INPUT = (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 def register(*types: type) -> None:
@@ -63,7 +63,7 @@ def decode(data: bytes | memoryview) -> Any:
         message = _decoder(name).decode(fields)
         if not _same_shape(_plain.decode(fields), message):
             raise RemoteProtocolError(f"a {name} with missing or unknown fields")
-    except _BAD_INPUT as error:
+    except BAD_INPUT as error:
         raise RemoteProtocolError(f"bytes that are no message: {str(error)[:200]}") from None
     return message
 

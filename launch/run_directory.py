@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ftrain.comms.errors import RunDirectoryError
+from ftrain.comms.wire import BAD_INPUT
 from ftrain.launch.script import Script
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
@@ -139,7 +140,7 @@ def _read(path: Path) -> RunRecord | None:
         return msgspec.json.decode((path / "run.json").read_bytes(), type=RunRecord)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except msgspec.DecodeError as error:
+    except BAD_INPUT as error:
         raise RunDirectoryError(
             f"{path / 'run.json'} is not readable as a run's record ({error}): choose another"
             " directory with --run-dir"

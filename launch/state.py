@@ -21,6 +21,7 @@ import msgspec
 
 from ftrain.comms.errors import RunDirectoryError
 from ftrain.comms.protocol.membership import MembershipHard
+from ftrain.comms.wire import BAD_INPUT
 
 _DIGITS = 20
 
@@ -49,7 +50,7 @@ class HardStore:
             hard = msgspec.json.decode(self._path.read_bytes(), type=MembershipHard)
         except FileNotFoundError:
             return MembershipHard(epoch=self._epoch) if self._epoch else None
-        except msgspec.DecodeError:
+        except BAD_INPUT:
             # Only the epoch is synced; the rest may be lost with the host, and with its agents.
             return MembershipHard(epoch=self._epoch) if self._epoch else None
         except OSError as error:

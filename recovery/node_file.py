@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from ftrain.comms.process import start_ticks
+from ftrain.comms.wire import BAD_INPUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def read_node_file(path: str | os.PathLike[str]) -> NodeFile | None:
     """The node's file, or None when there is none."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=NodeFile)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *BAD_INPUT):
         return None
 
 

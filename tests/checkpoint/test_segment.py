@@ -198,6 +198,7 @@ HOSTILE: dict[str, Callable[[dict], object]] = {
     "a slice beyond its tensor": lambda f: first_slice(f).__setitem__(0, [1 << 50]),
     "a run beyond its box": lambda f: first_slice(f).__setitem__(3, 1 << 30),
     "other dimensions": lambda f: first_slice(f).__setitem__(1, [2, 2, 2]),
+    "data that no tensor is in": lambda f: f["tensors"].clear(),
     "overlapping tensors": lambda f: [
         t["slices"][0].__setitem__(4, 0) for t in f["tensors"].values()
     ],
