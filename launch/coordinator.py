@@ -43,6 +43,7 @@ from ftrain.comms.protocol.messages import (
     VersionId,
 )
 from ftrain.comms.protocol.roster import ranks_to_nodes
+from ftrain.launch.advice import History, advise
 from ftrain.launch.incidents import (
     Account,
     FailedStarts,
@@ -63,7 +64,7 @@ _DISK_RETRY_S = 1.0
 _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
-_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn")  # for the event log only
+_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn", "written")  # for the event log only
 
 
 def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard:
@@ -109,6 +110,7 @@ class Coordinator:
         )
         events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
+        self._history = History.read(read_events(events))
         self._events = EventLog(events, config.events.bytes_max)
         self._bad = BadVersions()  # what can't be put back a new process finds out again
         for event in read_events(events):
@@ -272,6 +274,8 @@ class Coordinator:
         if effect.restarts == 0:
             text = f"ftrain: run directory {self._job.run_dir}; {begins(restore)}"
             self._announce(Notice("info", text, {}))
+            if advice := advise(self._job.config.checkpoint, self._history):
+                self._announce(Notice("info", advice, {}))
         self._input(self._machine.formed, effect.epoch, formation)
 
     async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:
@@ -398,12 +402,21 @@ class Coordinator:
             text = f"a version is not restored from any more: {causes[0]}"
             self._announce(Notice("warning", text, {"epoch": report.epoch}))
 
+    def _learn_cost(self, data: Mapping[str, object]) -> None:
+        """What writing cost becomes advice: at once if nothing was known when the launch began."""
+        first, cost_s = not self._history.cost_s, data.get("cost_s")
+        self._history = replace(self._history, cost_s=cost_s if isinstance(cost_s, float) else 0.0)
+        if first and (advice := advise(self._job.config.checkpoint, self._history)):
+            self._announce(Notice("info", advice, {}))
+
     def _hear_notice(self, notice: Notice) -> None:
         if notice.kind == "total_steps":
             total = notice.data.get("total_steps")
             self._total_steps = total if isinstance(total, int) else 0
         elif notice.kind == "withdrawn":
             self._withdraw(notice.data)
+        elif notice.kind == "written":
+            self._learn_cost(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(self._machine.request_flush)
         self._announce(notice)

@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 
 import ftrain
+from ftrain.checkpoint.files import takes_direct_io
 from ftrain.comms.process import available_memory_bytes, become_subreaper
 from ftrain.launch.reproducibility import NEVER_EXACT, find_obstacles
 from ftrain.launch.script import check_script
 
-_PACKAGES = ("torch", "numpy", "msgspec", "xxhash", "hydra-core", "rich")
+_PACKAGES = ("torch", "numpy", "msgspec", "xxhash", "hydra-core", "rich", "zstandard")
 _FILES_MIN = 1024
 _SHM_BYTES_MIN = 64 << 20
 _GIB = 1 << 30
@@ -137,6 +138,15 @@ def _resources() -> Iterator[Finding]:
     low = files < _FILES_MIN
     yield Finding("note" if low else "ok", "open files", f"{files}" + (" (few)" if low else ""))
     yield _shared_memory(Path("/dev/shm"))
+    yield _direct_io(Path.cwd())
+
+
+def _direct_io(path: Path) -> Finding:
+    """Run directories are made below the present directory, unless --run-dir says otherwise."""
+    if takes_direct_io(path):
+        return Finding("ok", "direct I/O", f"files in {path} are written around the page cache")
+    words = f"refused in {path}: durable versions go through the page cache, and take memory"
+    return Finding("note", "direct I/O", words)
 
 
 def _shared_memory(path: Path) -> Finding:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import file_name
@@ -19,6 +23,16 @@ from ftrain.snapshot.store import Image, SlotStore, places_of
 _NICE = 10  # of the writing threads: training goes first
 _WRITERS = 2  # one compares a chunk with its digest while the other one writes
 _REMEMBERED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What writing this node's part of a version took."""
+
+    version: VersionId
+    nbytes: int
+    seconds: float
+    cost_s: float  # of training on all cores: the writers' CPU time over the number of cores
 
 
 class Flusher:
@@ -35,18 +49,21 @@ class Flusher:
         bytes_per_s_max: float,
         answer: Callable[[Flushed | FlushRefused], None],
         on_trouble: Callable[[str], None],
+        on_written: Callable[[Written], None] = lambda written: None,
     ) -> None:
         self._store = store
         self._durable = DurableStore(directory, Pace(bytes_per_s_max)) if directory else None
         self._answer = answer
         self._trouble = on_trouble
+        self._on_written = on_written
+        self._threads: list[int] = []  # that write
         self._waiting: Flush | None = None  # for a version to be committed
         self._writing: Flush | None = None
         self._next: Flush | None = None  # came while another was written
         self._withdrawn: deque[VersionId] = deque(maxlen=_REMEMBERED)
         self._recent: deque[VersionId] = deque(maxlen=_REMEMBERED)  # committed
-        self._thread = ThreadPoolExecutor(1, "ftrain-flush", _lower_priority)
-        self._writers = ThreadPoolExecutor(_WRITERS, "ftrain-write", _lower_priority)
+        self._thread = ThreadPoolExecutor(1, "ftrain-flush", self._begin_thread)
+        self._writers = ThreadPoolExecutor(_WRITERS, "ftrain-write", self._begin_thread)
         self._task: asyncio.Task[None] | None = None
 
     def request(self, flush: Flush) -> None:
@@ -142,6 +159,7 @@ class Flusher:
         loop = asyncio.get_running_loop()
         answer: Flushed | FlushRefused
         files = []
+        began_s, cpu_s = time.monotonic(), self._cpu_s()
         try:
             for image in images:
                 record = await loop.run_in_executor(
@@ -156,6 +174,9 @@ class Flusher:
                 path = f"{flush.fence}/{version.step}/{file_name(image.rank)}"
                 files.append(FlushedFile(record.rank, path, record.nbytes, record.digest))
             answer = Flushed(flush.version, version, flush.fence, tuple(files))
+            nbytes = sum(file.nbytes for file in files)
+            seconds, cpu_s = time.monotonic() - began_s, self._cpu_s() - cpu_s
+            self._on_written(Written(version, nbytes, seconds, cpu_s / (os.cpu_count() or 1)))
             if version in self._withdrawn:
                 why = f"step {version.step} was withdrawn"
                 answer = FlushRefused(flush.version, flush.fence, why)
@@ -175,9 +196,13 @@ class Flusher:
         if following is not None:
             self._consider(following)
 
+    def _begin_thread(self) -> None:
+        lower_priority(_NICE)
+        self._threads.append(threading.get_ident())
+
+    def _cpu_s(self) -> float:
+        clocks = [time.pthread_getcpuclockid(thread) for thread in self._threads]
+        return sum(time.clock_gettime(clock) for clock in clocks)
+
     def _refuse(self, flush: Flush, reason: str) -> None:
         self._answer(FlushRefused(flush.version, flush.fence, reason))
-
-
-def _lower_priority() -> None:
-    lower_priority(_NICE)

@@ -22,7 +22,7 @@ from ftrain.comms.process import allow_many_descriptors, die_with_parent, set_oo
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
 from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
-from ftrain.snapshot.flush import Flusher
+from ftrain.snapshot.flush import Flusher, Written
 from ftrain.snapshot.gossip import Gossip
 from ftrain.snapshot.links import LocalLink
 from ftrain.snapshot.protocol.messages import (
@@ -104,6 +104,7 @@ class Manager:
             setup.bytes_per_s_max,
             self._link.post,
             self._trouble,
+            self._written,
         )
         self._identity = identity
         self._secret = secret
@@ -234,6 +235,11 @@ class Manager:
         }
         remedy = f"repaired from {sources}" if sources else "what was in it was not needed"
         self._link.post(Notice("repair", f"{what}; {remedy}", data))
+
+    def _written(self, written: Written) -> None:
+        version, mib = written.version, -(-written.nbytes >> 20)
+        text = f"node {self._setup.node}: step {version.step}, {mib} MiB in {written.seconds:.2f} s"
+        self._link.post(Notice("written", text, {"node": self._setup.node, **asdict(written)}))
 
     def _trouble(self, text: str) -> None:
         self._link.post(Notice("warning", text, {"node": self._setup.node}))

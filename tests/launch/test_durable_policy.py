@@ -127,3 +127,16 @@ def test_no_sample_is_repeated_or_left_out_when_ranks_join_in_the_middle(tmp_pat
             assert launch.wait() == 0, launch.shown
     seen = [int(n) for path in tmp_path.glob("samples-*") for n in path.read_text().split()]
     assert sorted(seen) == list(range(50))
+
+
+def test_an_interval_is_proposed_once_the_cost_is_known_and_at_the_next_start(
+    tmp_path: Path,
+) -> None:
+    options = ("checkpoint.durable_every_s=0.5", "checkpoint.mtbf_s=1e7")
+    with launched(tmp_path, script("60"), *TWO, *options) as launch:
+        assert launch.wait() == 0, launch.shown
+        assert launch.shown.count("a durable version costs") == 1
+    with launched(tmp_path, script("80"), *TWO, *options) as again:
+        assert again.wait() == 0, again.shown
+        start, _, _ = again.shown.partition("trained to step 80")
+        assert start.count("checkpoint.durable_every_s=") == 1
