@@ -12,8 +12,8 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ from ftrain.checkpoint.manifest import (
     read_manifest,
 )
 from ftrain.checkpoint.pace import Pace
-from ftrain.checkpoint.protocol.lineage import Fence, newest, next_fence
+from ftrain.checkpoint.protocol.lineage import Fence, completed, newest, next_fence
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
@@ -52,12 +52,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _WRITERS = 2  # one compares a chunk with its digest while the other one writes
-_SEGMENT = re.compile(r"rank\d{1,10}\.seg(\.\d+\.new)?")
-_NEW_SEGMENT = re.compile(r"rank\d{1,10}\.seg\.\d+\.new")
+SEGMENT_NAMES = re.compile(r"rank\d{1,10}\.seg(\.\d+\.new)?")
+NEW_SEGMENT_NAMES = re.compile(r"rank\d{1,10}\.seg\.\d+\.new")
 _NEW_RECORD = re.compile(r"(\d{1,19}|fence)\.json\.\d+\.new")
 _FENCE = "fence.json"
 _PIN = ".pin"
-_STEP_MAX = 2**63 - 1
 _NAMED_MAX = 20  # steps in an error
 
 
@@ -277,6 +276,18 @@ class DurableStore:
         there = ", ".join(str(version.step) for version in survey.versions[:_NAMED_MAX])
         raise UsageError(f"there is no version of step {step} in {self.directory}: it has {there}")
 
+    def fence_files(self) -> tuple[FenceFile, ...]:
+        """The records of the fences that were granted, but for damaged ones; oldest first.
+
+        Raises:
+            RunDirectoryError: the directory can't be read.
+        """
+        found = []
+        for _, folder in reversed(numbered(self.directory, "")):
+            with suppress(CorruptionError, FileNotFoundError):
+                found.append(decode_fence(folder / _FENCE))
+        return tuple(found)
+
     # ---- tidying
 
     def sweep(
@@ -307,9 +318,8 @@ class DurableStore:
         ]
         survey = self.survey()
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
-        keep = policy.kept(mine) | frozenset(active) | self.pinned()
-        if not policy.satisfied(mine):
-            keep |= {version.key for version in survey.hidden}
+        keep = policy.remaining(mine, (version.key for version in survey.hidden))
+        keep |= frozenset(active) | self.pinned()
         doomed = [path for key, path in listed if key not in keep and _run_of(path) == run_id]
         removed: list[Path] = []
         with explained(self.directory, 0):
@@ -336,7 +346,7 @@ class DurableStore:
             version.path.unlink(missing_ok=True)
             sync_folder(version.path.parent)
             if folder.is_dir():
-                remove_matching(folder, _SEGMENT.fullmatch)
+                remove_matching(folder, SEGMENT_NAMES.fullmatch)
                 remove_empty(folder)
 
     def pin(self, version: DurableVersion, *, pinned: bool = True) -> None:
@@ -386,9 +396,9 @@ class DurableStore:
         newest = max([(survey.granted, 0), *(version.key for version in survey.versions)])
         for step, files in numbered(folder, ""):
             if _manifest_path(files).exists():
-                removed += remove_matching(files, _NEW_SEGMENT.fullmatch)
+                removed += remove_matching(files, NEW_SEGMENT_NAMES.fullmatch)
             elif (fence, step) < newest and (fence, step) not in keep:
-                removed += remove_matching(files, _SEGMENT.fullmatch)
+                removed += remove_matching(files, SEGMENT_NAMES.fullmatch)
                 remove_empty(files)
 
         def is_leftover(name: str) -> bool:
@@ -405,21 +415,18 @@ class DurableStore:
 
     def _fences(self) -> tuple[dict[int, Fence], list[str]]:
         """The fences that were granted, and what is wrong with their records."""
-        fences: dict[int, Fence] = {}
+        found: dict[int, Fence | None] = {}
         problems: list[str] = []
         for fence, folder in reversed(numbered(self.directory, "")):
             path = folder / _FENCE
             try:
-                fences[fence] = decode_fence(path).record
+                found[fence] = decode_fence(path).record
             except FileNotFoundError:
                 continue
             except CorruptionError as error:
                 problems.append(str(error))
-                # Better to see too much of the epoch before than nothing of this one.
-                before = newest(fences.values())
-                parent = VersionId(before.fence, _STEP_MAX) if before else None
-                fences[fence] = next_fence(fence, parent, before)
-        return fences, problems
+                found[fence] = None
+        return completed(found), problems
 
     def _written(self, fence: int, version: VersionId, rank: int) -> SegmentReader:
         """A rank's file, not verified beyond its footer; closed, so that only that can be read."""
@@ -448,10 +455,7 @@ def _manifest_path(folder: Path) -> Path:
 
 def _says_the_same(path: Path, manifest: Manifest) -> bool:
     """Whether the manifest that is there names the same files."""
-    there = decode_manifest(path)
-    return replace(there, written_s=0.0, extra={}, xxh3="") == replace(
-        manifest, written_s=0.0, extra={}
-    )
+    return decode_manifest(path).same_files(manifest)
 
 
 def _refuse_published(folder: Path) -> None:

@@ -28,7 +28,7 @@ _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 Seen = Callable[[memoryview], object]
 
 
-def _unseen(part: memoryview) -> None:
+def unseen(part: memoryview) -> None:
     """Nobody wants to see it."""
 
 
@@ -38,12 +38,13 @@ class ReadableFile(Protocol):
     where: str
     nbytes: int
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = _unseen) -> None:
+    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
         """Fill ``buffer`` from ``offset`` on; ``seen`` gets each part of it, in order, as soon as
         it is there.
 
         Raises:
             CorruptionError: the bytes can't be read, or there are not so many.
+            ObjectStoreError: they lie in an object store that does not give them now.
         """
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class LocalFile:
         except OSError as error:
             raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = _unseen) -> None:
+    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
         """See :class:`ReadableFile`."""
         try:
             done = self._read_cached(offset, buffer, seen)

@@ -20,6 +20,7 @@ import msgspec
 
 from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.files import LocalFile, open_plain
+from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.protocol.lineage import Fence
 from ftrain.checkpoint.retention import VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
@@ -75,12 +76,22 @@ class Manifest:
         """As JSON for people and programs."""
         return _encode(self)
 
+    def same_files(self, other: Manifest) -> bool:
+        """Whether both publish the same: when it was written and what else is known may differ."""
+        plain = [replace(m, written_s=0.0, extra={}, xxh3="") for m in (self, other)]
+        return plain[0] == plain[1]
 
-@dataclass(frozen=True, slots=True)
-class DurableVersion:
-    """A published version whose files are there."""
+    def require_all_ranks(self, where: str) -> None:
+        """Raise ``CorruptionError`` unless there is one file for each of the ranks."""
+        ranks = [record.rank for record in self.files]
+        if len(ranks) != self.world_size or ranks != list(range(len(ranks))):
+            raise CorruptionError(f"{where} does not name one file for each of its ranks")
 
-    path: Path  # of the manifest
+
+class PublishedVersion:
+    """What a manifest says about its version, wherever the files lie."""
+
+    __slots__ = ()
     manifest: Manifest
 
     @property
@@ -113,15 +124,31 @@ class DurableVersion:
         """Size of all files."""
         return sum(record.nbytes for record in self.manifest.files)
 
+    def require(self, identity: ImageIdentity, rank: int, where: str) -> None:
+        """Raise ``CorruptionError`` unless the file at ``where`` is this version's of ``rank``."""
+        manifest = self.manifest
+        if (
+            (identity.run_id, identity.topology) != (manifest.run_id, manifest.topology)
+            or (identity.version, identity.rank) != (self.version, rank)
+            or identity.world_size != manifest.world_size
+        ):
+            raise CorruptionError(f"{where} is of another run, version or rank than its manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class DurableVersion(PublishedVersion):
+    """A published version whose files are there."""
+
+    path: Path  # of the manifest
+    manifest: Manifest
+
     def file(self, rank: int) -> Path:
         """Path of a rank's file."""
         return self.path.with_suffix("") / file_name(rank)
 
     def check(self) -> None:
         """Look whether every rank's file has the stated size; ``CorruptionError`` if not."""
-        ranks = [record.rank for record in self.manifest.files]
-        if len(ranks) != self.manifest.world_size or ranks != list(range(len(ranks))):
-            raise CorruptionError(f"{self.path} does not name one file for each of its ranks")
+        self.manifest.require_all_ranks(str(self.path))
         for record in self.manifest.files:
             path = self.file(record.rank)
             nbytes = _size(path)
@@ -148,22 +175,11 @@ class DurableVersion:
                     f"{path} has {file.nbytes} of {record.nbytes} bytes: take another copy"
                 )
             reader = SegmentReader(file, record.digest)
-            self._require(reader, rank)
+            self.require(reader.identity, rank, reader.where)
         except BaseException:  # whatever it was: the descriptor goes with it
             file.close()
             raise
         return reader
-
-    def _require(self, reader: SegmentReader, rank: int) -> None:
-        manifest, identity = self.manifest, reader.identity
-        if (
-            (identity.run_id, identity.topology) != (manifest.run_id, manifest.topology)
-            or (identity.version, identity.rank) != (self.version, rank)
-            or identity.world_size != manifest.world_size
-        ):
-            raise CorruptionError(
-                f"{reader.where} is of another run, version or rank than {self.path}"
-            )
 
 
 @contextmanager
@@ -218,14 +234,24 @@ def decode_manifest(path: Path) -> Manifest:
         StateError: it is in another format.
         RunDirectoryError: this user may not read it.
     """
-    return _decode(path, _content(path), Manifest)
+    return parse_manifest(_content(path), str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """What the manifest at ``where`` says; raises as :func:`decode_manifest`."""
+    return _decode(where, content, Manifest)
 
 
 def decode_fence(path: Path) -> FenceFile:
     """What a ``fence.json`` says; raises as :func:`decode_manifest`."""
-    found = _decode(path, _content(path), FenceFile)
-    if path.parent.name != str(found.fence):
-        raise CorruptionError(f"{path} is of fence {found.fence}, moved from its place")
+    return parse_fence(_content(path), str(path), path.parent.name)
+
+
+def parse_fence(content: bytes, where: str, folder: str) -> FenceFile:
+    """What the ``fence.json`` at ``where``, in a folder of that name, says."""
+    found = _decode(where, content, FenceFile)
+    if folder != str(found.fence):
+        raise CorruptionError(f"{where} is of fence {found.fence}, moved from its place")
     return found
 
 
@@ -249,19 +275,19 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _decode(path: Path, content: bytes, kind: type[_T]) -> _T:
+def _decode(where: str, content: bytes, kind: type[_T]) -> _T:
     try:
         found = msgspec.json.decode(content, type=kind)
     except BAD_INPUT as error:
         number = _other_format(content)
         if number is None:
-            raise CorruptionError(f"{path} is damaged: {error}") from None
+            raise CorruptionError(f"{where} is damaged: {error}") from None
         raise StateError(
-            f"{path} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
+            f"{where} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
             "that wrote it, or another directory"
         ) from None
     if _encode(found) != content:
-        raise CorruptionError(f"{path} does not match its digest: it is damaged")
+        raise CorruptionError(f"{where} does not match its digest: it is damaged")
     return found
 
 
@@ -299,14 +325,19 @@ def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
         manifest = decode_manifest(path)
     except FileNotFoundError as error:
         raise _unreadable(path, error) from None
-    if (path.parent.name, path.name) != (str(manifest.fence), f"{manifest.step}.json"):
-        raise CorruptionError(
-            f"{path} is the manifest of step {manifest.step} under fence {manifest.fence}, "
-            "moved from its place"
-        )
+    require_place(manifest, path.parent.name, path.name, str(path))
     version = DurableVersion(path, manifest)
     version.check()
     return version
+
+
+def require_place(manifest: Manifest, folder: str, name: str, where: str) -> None:
+    """Raise ``CorruptionError`` unless it lies where a manifest of its fence and step does."""
+    if (folder, name) != (str(manifest.fence), f"{manifest.step}.json"):
+        raise CorruptionError(
+            f"{where} is the manifest of step {manifest.step} under fence {manifest.fence}, "
+            "moved from its place"
+        )
 
 
 def _size(path: Path) -> int | None:

@@ -47,3 +47,12 @@ class Retention:
     def satisfied(self, versions: Iterable[VersionKey]) -> bool:
         """Whether there are as many as are to be kept."""
         return len(set(versions)) >= self.last
+
+    def remaining(
+        self, history: Iterable[VersionKey], hidden: Iterable[VersionKey]
+    ) -> frozenset[VersionKey]:
+        """What stays of all that is there: what is not of the history (``hidden``) goes once there
+        are enough of those that are."""
+        history = frozenset(history)
+        kept = self.kept(history)
+        return kept if self.satisfied(history) else kept | frozenset(hidden)

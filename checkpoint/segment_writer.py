@@ -67,6 +67,31 @@ def plan_file(reader: ImageReader) -> RawFile:
     return RawFile(reader, small, tuple(rows), tail_of(footer, at))
 
 
+@dataclass(frozen=True, slots=True)
+class RawCopy:
+    """The file that has the content of another one, its chunks as they are in memory."""
+
+    rows: tuple[ChunkRow, ...]
+    tail: Tail
+    tail_at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.tail_at + len(self.tail.content)
+
+
+def plan_copy(source: SegmentReader) -> RawCopy:
+    """What ``copy_segment(source, …, compress=False)`` writes, but for the chunks themselves."""
+    rows, at = [], PAGE_BYTES
+    for chunk in source.footer.chunks:
+        rows.append(ChunkRow(at, chunk.raw, chunk.raw, RAW, chunk.xxh3))
+        at += padded(chunk.raw)
+    footer = source.footer
+    copy = footer_of(source.identity, source.plan, footer.collectives, footer.small_bytes, rows)
+    return RawCopy(tuple(rows), tail_of(copy, at), at)
+
+
 def write_file(planned: RawFile, file: NewFile, workers: Executor, pace: Pace) -> None:
     """Write all of it, from the image's memory; the file is not synced.
 

@@ -15,7 +15,12 @@
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
      ├─ StateError (ValueError)    2   training state can't be captured or does not fit
      │   └─ RestoreError           1   one version can't be put back, another one may be
-     └─ CorruptionError (ValueError) 1 bytes do not match their digest
+     ├─ CorruptionError (ValueError) 1 bytes do not match their digest
+     └─ ObjectStoreError (OSError) 1   the object store did not do what it was asked
+         ├─ StoreUnreachableError  1   nobody answers there, or only that it can't now
+         ├─ StoreRefusedError      2   wrong credentials, or not allowed
+         ├─ StoreMissingError      2   there is no such bucket
+         └─ StoreFullError         1   no space, or the quota is used up
 
 A message says what is wrong, where, and what to do, in one sentence that a user can act on.
 """
@@ -91,3 +96,36 @@ class RestoreError(StateError):
 
 class CorruptionError(FtrainError, ValueError):
     """Bytes do not match their digest."""
+
+
+class ObjectStoreError(FtrainError, OSError):
+    """An object store, or whatever else checkpoints are uploaded to, did not do what it was asked.
+
+    ``transient``: whether trying again may help.
+    """
+
+    transient: bool = True
+
+
+class StoreUnreachableError(ObjectStoreError):
+    """Nobody answers at the store's address, not in time, or only that it can't serve now."""
+
+
+class StoreRefusedError(ObjectStoreError):
+    """The store does not know the credentials, or they do not allow what was asked."""
+
+    exit_code = 2
+    transient = False
+
+
+class StoreMissingError(ObjectStoreError):
+    """There is no such bucket."""
+
+    exit_code = 2
+    transient = False
+
+
+class StoreFullError(ObjectStoreError):
+    """The store has no space left, or the quota is used up."""
+
+    transient = False

@@ -6,12 +6,14 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import ftrain
 from ftrain.comms.errors import LocalProtocolError
 
 _PR_SET_PDEATHSIG = 1
@@ -147,6 +149,14 @@ def oom_kills(root: Path = Path("/")) -> OomKills:
             own = count if number == 0 and count else own
             host = max(host, count)
     return OomKills(own, host)
+
+
+def python_command() -> list[str]:
+    """The interpreter, keeping the user's directory off the module path (a ``queue.py`` there must
+    not shadow the standard library's), unless that is where ftrain itself is run from."""
+    root = Path(ftrain.__file__).resolve().parent.parent
+    first = Path(sys.path[0] or ".").resolve()
+    return [sys.executable] if first == root else [sys.executable, "-P"]
 
 
 def _prctl(option: int, argument: int) -> None:

@@ -62,12 +62,12 @@ class CheckpointConfig:
     bytes_per_s_max: float = 0.0  # of each node's writing; 0: no limit
     verify: str = "always"  # what is read: always | sampled | off
     mtbf_s: float = 0.0  # > 0: mean time between failures, for the interval that is proposed
-    remote: str = ""  # URI: s3://bucket/prefix, gs://, hdfs://, file://; "": no object store
+    remote: str = ""  # URI of an object store for copies: s3:// gs:// hdfs:// file://; "": none
     remote_every_s: float = 1800.0
     remote_keep_last: int = 2
-    remote_keep_every: int = 0
-    remote_compress: bool = True  # byte planes and zstandard
-    remote_bytes_per_s_max: float = 0.0
+    remote_keep_every: int = 0  # steps; 0: none but the last ones
+    remote_bytes_per_s_max: float = 0.0  # of the copying; 0: no limit
+    remote_end_s: float = 600.0  # for copying the last version once the run is over; 0: not done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import ftrain
 from ftrain.comms.environment import inherited_environment
-from ftrain.comms.process import become_subreaper, describe_returncode
+from ftrain.comms.process import become_subreaper, describe_returncode, python_command
 from ftrain.launch.pulse import Pulse
 
 
@@ -163,11 +161,3 @@ def ended_child() -> int | None:
     except ChildProcessError:
         return None
     return None if info is None else info.si_pid
-
-
-def python_command() -> list[str]:
-    """The interpreter, keeping the user's directory off the module path (a ``queue.py`` there must
-    not shadow the standard library's), unless that is where ftrain itself is run from."""
-    root = Path(ftrain.__file__).resolve().parent.parent
-    first = Path(sys.path[0] or ".").resolve()
-    return [sys.executable] if first == root else [sys.executable, "-P"]

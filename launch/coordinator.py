@@ -54,6 +54,7 @@ from ftrain.launch.incidents import (
 )
 from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
+from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
@@ -93,6 +94,7 @@ class Coordinator:
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
         self._unbegun: tuple[int, str, VersionId | None] | None = None  # fence not on disk yet
+        self._copies = self._make_copies() if config.checkpoint.remote else None
         self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
             nodes=job.nodes,
@@ -150,6 +152,8 @@ class Coordinator:
         for coroutine in (self._tick(), self._show_progress(), self._flush_now_and_then()):
             self._spawn(coroutine)
         self._spawn(self._persist_later())
+        if self._copies is not None:
+            self._spawn(self._copies.run())
         try:
             await self._failed
         finally:
@@ -290,6 +294,9 @@ class Coordinator:
         except FtrainError as error:
             self._unbegun = arguments
             self._events.write("warning", text=f"epoch {epoch} can't be recorded yet: {error}")
+            return
+        if self._copies is not None:
+            self._spawn(self._copies.begin_fences())
 
     def _durable_versions(self) -> list[DurableVersion]:
         if not self._job.config.checkpoint.enabled:
@@ -331,9 +338,25 @@ class Coordinator:
         try:
             config = self._job.config.checkpoint
             policy = Retention(config.keep_last, config.keep_every)
-            self._durable.sweep(policy, self._job.run_id)
+            active = self._copies.active if self._copies is not None else ()
+            self._durable.sweep(policy, self._job.run_id, active=active)
         except FtrainError as error:
             self._events.write("warning", text=f"old versions can't be deleted: {error}")
+
+    def _make_copies(self) -> RemoteCopies:
+        def failed(text: str, kind: str, again: bool) -> None:
+            self._events.write("copy_failed", text=text, reason=kind)
+            if not again:
+                self._show(Notice("warning", f"{text} (training goes on)", {}))
+
+        return RemoteCopies(
+            self._job.config.checkpoint,
+            self._durable,
+            self._job.run_id,
+            on_copied=lambda fields: self._events.write("copied", **fields),
+            on_failed=failed,
+            on_told=lambda text: self._events.write("warning", text=text),
+        )
 
     # ------------------------------------------------------------------ connections
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftrain.comms import local
+from ftrain.comms.links import LocalLink
 from ftrain.comms.process import describe_exit
 from ftrain.launch.reaper import Reaper
-from ftrain.snapshot.links import LocalLink
 
 _HEALTHY_S = 10.0  # having lived so long, its death is no crash loop
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.1, 5.0  # before the next start, in a crash loop

@@ -25,6 +25,10 @@ _OWN_KEYS = frozenset(
         *("launch.node_rank", "launch.rdzv_endpoint", "launch.bind", "launch.host"),
         *("launch.run_dir", "launch.log_dir", "launch.tee", "launch.redirects", "checkpoint.dir"),
         *("launch.preload", "launch.threads_per_rank", "launch.stop_grace_s"),
+        # Only the coordinator's host copies, and the URI may hold secrets.
+        *("checkpoint.remote", "checkpoint.remote_every_s", "checkpoint.remote_keep_last"),
+        *("checkpoint.remote_keep_every", "checkpoint.remote_bytes_per_s_max"),
+        "checkpoint.remote_end_s",
         *("launch.join_timeout_s", "launch.rejoin_timeout_s", "snapshot.memory_share_max"),
     )
 )

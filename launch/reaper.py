@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ftrain.comms.process import become_subreaper
-from ftrain.launch.children import children_of, ended_child, python_command
+from ftrain.comms.process import become_subreaper, python_command
+from ftrain.launch.children import children_of, ended_child
 
 OnEnd = Callable[[int], None]  # called with the wait status
 

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
+from ftrain.checkpoint.remote.filesystems import place_name
 from ftrain.comms.errors import ConfigError
 from ftrain.configs.schema import FaultConfig, FaultsConfig, FtrainConfig
 
@@ -259,6 +260,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.remote_keep_last": _at_least(1),
     "checkpoint.remote_keep_every": _at_least(0),
     "checkpoint.remote_bytes_per_s_max": _at_least(0),
+    "checkpoint.remote_end_s": _at_least(0),
     "detection.hang_s": (lambda v: v > 0, "more than 0"),
     "detection.hang_steps": _at_least(0),
     "detection.poll_s": (lambda v: v > 0, "more than 0"),
@@ -275,6 +277,10 @@ def _check_ranges(config: FtrainConfig) -> None:
         value = getattr(getattr(config, group), name)
         if not allowed(value):
             raise ConfigError(f"{key} must be {words}, not '{value}'")
+    if config.checkpoint.remote:
+        if not config.checkpoint.enabled:
+            raise ConfigError("checkpoint.remote copies durable versions: leave checkpoint=off out")
+        place_name(config.checkpoint.remote)
     launch = config.launch
     if launch.local_nodes and launch.nnodes not in (1, launch.local_nodes):
         raise ConfigError(

@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,17 @@ class RunDirectory:
         self.notes = notes  # what the user should know, one line each
         self._lock_fd = lock_fd
 
+    def adopt(self, run_id: str) -> None:
+        """Belong to the run whose versions were put here.
+
+        Raises RunDirectoryError.
+        """
+        self.record = replace(self.record, run_id=run_id)
+        try:
+            _write(self.path, self.record)
+        except OSError as error:
+            raise _unusable(self.path, error) from None
+
     def close(self) -> None:
         """Let another launch use the directory."""
         os.close(self._lock_fd)
@@ -66,16 +77,13 @@ def open_run_directory(
         found = None if node_rank else _read(path)
         record, notes = _settle(path, found, script, world_size, run_id)
         if record != found and not node_rank:
-            write_synced(path / "run.json", msgspec.json.format(msgspec.json.encode(record)))
+            _write(path, record)
     except OSError as error:
         if lock_fd >= 0:
             os.close(lock_fd)
         if isinstance(error, RunDirectoryError):
             raise
-        raise RunDirectoryError(
-            f"the run directory {path} can't be written ({error.strerror}): choose another with"
-            " --run-dir"
-        ) from None
+        raise _unusable(path, error) from None
     return RunDirectory(path, record, notes, lock_fd)
 
 
@@ -115,6 +123,17 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _write(path: Path, record: RunRecord) -> None:
+    write_synced(path / "run.json", msgspec.json.format(msgspec.json.encode(record)))
+
+
+def _unusable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"the run directory {path} can't be written ({error.strerror}): choose another with"
+        " --run-dir"
+    )
 
 
 def _lock(path: Path, node_rank: int) -> int:

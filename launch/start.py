@@ -8,9 +8,11 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from ftrain.checkpoint.durable import DurableStore
 from ftrain.comms.addresses import (
     bound_address,
     check_bind,
@@ -23,10 +25,12 @@ from ftrain.comms.addresses import (
 from ftrain.comms.environment import default_run_dir, secret_from_environment
 from ftrain.comms.errors import UsageError
 from ftrain.comms.job import JobSpec, write_job
-from ftrain.configs.schema import FtrainConfig, LaunchConfig
+from ftrain.comms.protocol.records import EXIT_FORCED
+from ftrain.configs.schema import EventsConfig, FtrainConfig, LaunchConfig
 from ftrain.launch.console import Console
 from ftrain.launch.options import LaunchRequest, parse_launch
 from ftrain.launch.own_process import in_own_process
+from ftrain.launch.remote_copies import copy_last, fetch_newest
 from ftrain.launch.resolve import resolve, to_yaml
 from ftrain.launch.run_directory import RunDirectory, check_log_directory, open_run_directory
 from ftrain.launch.script import Script, check_script
@@ -67,6 +71,8 @@ def launch(tokens: Sequence[str]) -> int:
             run_id=settings.run_id,
             node_rank=settings.node_rank,
         )
+        if config.checkpoint.remote and listener is not None:
+            asyncio.run(_fetch(config, directory))
         secret = secret or secrets.token_hex(32)
         job = _job(request, script, config, directory, secret, listener)
         check_log_directory(Path(job.config.launch.log_dir))
@@ -84,7 +90,7 @@ async def _run(
     listener: socket.socket | None,
     notes: Sequence[str],
 ) -> int:
-    from ftrain.launch.front import Front
+    from ftrain.launch.front import USAGE, Front
 
     events = job.config.events
     job = dataclasses.replace(job, front_pid=os.getpid())
@@ -94,7 +100,38 @@ async def _run(
     name = (
         "job.json" if not job.config.launch.node_rank else f"job-{job.config.launch.node_rank}.json"
     )
-    return await Front(job, write_job(job, name), directory, console, listener).run()
+    code = await Front(job, write_job(job, name), directory, console, listener).run()
+    durable = job.config.checkpoint
+    copies = durable.remote and durable.remote_end_s > 0 and listener is not None
+    if copies and code not in (USAGE, EXIT_FORCED):
+        with _said(events) as say:
+            await copy_last(durable, Path(durable.dir), job.run_id, say)
+    return code
+
+
+async def _fetch(config: FtrainConfig, directory: RunDirectory) -> None:
+    """A run directory without durable versions gets the newest that was copied away."""
+    folder = _durable_folder(config, directory)
+    if DurableStore(folder).versions():
+        return
+    with _said(config.events) as say:
+        run_id = await fetch_newest(config.checkpoint, folder, say)
+    if run_id and not config.launch.run_id:
+        directory.adopt(run_id)
+
+
+@contextmanager
+def _said(events: EventsConfig) -> Iterator[Callable[[str], None]]:
+    """Where to say something while no front does."""
+    console = Console(progress_piped_every_s=events.progress_piped_every_s)
+    try:
+        yield lambda text: console.line(f"ftrain: {text}")
+    finally:
+        console.close()
+
+
+def _durable_folder(config: FtrainConfig, directory: RunDirectory) -> Path:
+    return Path(config.checkpoint.dir or directory.path / "checkpoints").absolute()
 
 
 def _secret(settings: LaunchConfig) -> str | None:
@@ -191,9 +228,7 @@ def _job(
         bind=host if spread and settings.bind == _LOOPBACK else settings.bind,
     )
     durable = config.checkpoint
-    durable = dataclasses.replace(
-        durable, dir=str(Path(durable.dir or directory.path / "checkpoints").absolute())
-    )
+    durable = dataclasses.replace(durable, dir=str(_durable_folder(config, directory)))
     if spread:
         coordinator = settings.rdzv_endpoint
     else:

@@ -17,6 +17,7 @@ from typing import Any
 from ftrain.comms.addresses import bound_address, format_address, listen_tcp, parse_address
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
+from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, from_descriptor
 from ftrain.comms.process import allow_many_descriptors, die_with_parent, set_oom_score_adj
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
@@ -24,7 +25,6 @@ from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
 from ftrain.snapshot.flush import Flusher, Written
 from ftrain.snapshot.gossip import Gossip
-from ftrain.snapshot.links import LocalLink
 from ftrain.snapshot.protocol.messages import (
     AskInventory,
     CapturesFinished,

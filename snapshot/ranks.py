@@ -16,9 +16,9 @@ from ftrain.comms.errors import (
     MemoryShortError,
     StateError,
 )
+from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, accept_local, listen_local
 from ftrain.comms.protocol.messages import VersionId
-from ftrain.snapshot.links import LocalLink
 from ftrain.snapshot.protocol.custody import SlotState
 from ftrain.snapshot.protocol.messages import (
     Begin,

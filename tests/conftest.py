@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from s3_server import ENVIRONMENT, S3Server
 
 # Inherited by whatever a test starts, so that processes whose parent is gone are found as well.
 SESSION_VARIABLE = "PYTEST_OF_FTRAIN_SESSION"  # FTRAIN_… is not handed down
@@ -130,3 +131,20 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
                 pass
     if leaked:
         pytest.fail("left behind: " + "; ".join(sorted(leaked)), pytrace=False)
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that an S3 client of the test server needs."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def s3(tmp_path: Path, s3_credentials: None) -> Iterator[S3Server]:
+    """An S3 server with a bucket called ``bucket``, and its credentials in the environment."""
+    (tmp_path / "served" / "bucket").mkdir(parents=True)
+    server = S3Server(tmp_path / "served")
+    server.start()
+    yield server
+    server.kill()

@@ -9,12 +9,13 @@ and wherever it is put; no lock and no conditional write is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ftrain.comms.protocol.messages import VersionId
 
 _ANCESTORS_MAX = 1000
+_STEP_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +47,19 @@ def next_fence(fence: int, parent: VersionId | None, before: Fence | None) -> Fe
     older = before.ancestors if before is not None else ()
     kept = [last for last in older if last.epoch < parent.epoch]
     return Fence(fence, (*kept[1 - _ANCESTORS_MAX :], parent))
+
+
+def completed(found: Mapping[int, Fence | None]) -> dict[int, Fence]:
+    """The records that were found, with something in place of those that are damaged (None).
+
+    Better to see too much of the epoch before than nothing of the damaged one's own.
+    """
+    fences: dict[int, Fence] = {}
+    for number in sorted(found):
+        record = found[number]
+        if record is None:
+            before = newest(fences.values())
+            parent = VersionId(before.fence, _STEP_MAX) if before else None
+            record = next_fence(number, parent, before)
+        fences[number] = record
+    return fences

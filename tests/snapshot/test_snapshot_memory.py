@@ -10,9 +10,9 @@ import pytest
 
 from ftrain.comms import local
 from ftrain.comms.errors import MemoryShortError
+from ftrain.comms.links import LocalLink
 from ftrain.comms.process import available_memory_bytes
 from ftrain.comms.protocol.messages import VersionId
-from ftrain.snapshot.links import LocalLink
 from ftrain.snapshot.memory import Budget, Region, map_fd, populate
 from ftrain.snapshot.protocol.messages import Committed, Flush
 

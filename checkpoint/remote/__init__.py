@@ -1,0 +1,13 @@
+"""Durable copies in an object store (level L4): the layout of the directory, under a URI.
+
+pyarrow is imported only when a place is opened, and only worker.py's process does that: it has
+threads of its own, so a process that forks must not have it, and it may hang, so nobody whose
+answer is waited for should.
+"""
+
+from __future__ import annotations
+
+from ftrain.checkpoint.remote.protocol import messages
+from ftrain.comms import wire
+
+wire.register(*messages.MESSAGES)

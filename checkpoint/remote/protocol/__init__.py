@@ -1,0 +1,1 @@
+"""What the process that uses an object store is told, and what it answers."""

@@ -1,0 +1,323 @@
+"""The durable level in an object store: what :class:`~ftrain.checkpoint.durable.DurableStore` is
+on a file system.
+
+The layout is the same, under a URI.  Segments are compressed copies, so a manifest names other
+sizes and digests than the one on disk.  There is no conditional write: who may publish under a
+fence is settled by whoever grants it, and what others publish is not of the history
+(protocol/lineage.py).  An object counts only by a manifest that names it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ftrain.checkpoint.durable import NEW_SEGMENT_NAMES, SEGMENT_NAMES
+from ftrain.checkpoint.manifest import (
+    FenceFile,
+    FileRecord,
+    Manifest,
+    PublishedVersion,
+    parse_fence,
+    parse_manifest,
+    require_place,
+)
+from ftrain.checkpoint.protocol.lineage import Fence, completed, newest
+from ftrain.checkpoint.remote.place import Place
+from ftrain.checkpoint.remote.upload import Pace, object_name, require_object, upload
+from ftrain.checkpoint.retention import Retention, VersionKey
+from ftrain.checkpoint.segment_reader import SegmentReader
+from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.protocol.messages import VersionId
+
+_NUMBER = r"(0|[1-9]\d{0,18})"
+_FENCE = re.compile(rf"{_NUMBER}/fence\.json")
+_MANIFEST = re.compile(rf"{_NUMBER}/{_NUMBER}\.json")
+_PIN = re.compile(rf"{_NUMBER}/{_NUMBER}\.pin")
+_IN_VERSION = re.compile(rf"{_NUMBER}/{_NUMBER}/(.*)")
+_NEW_RECORD = re.compile(rf"{_NUMBER}/({_NUMBER}|fence)\.json\.\d+\.new")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteVersion(PublishedVersion):
+    """A published version whose objects are there."""
+
+    where: str  # the manifest's URI, without anything secret
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSurvey:
+    """What a place holds; as :class:`~ftrain.checkpoint.durable.Survey`."""
+
+    versions: tuple[RemoteVersion, ...]
+    hidden: tuple[RemoteVersion, ...]
+    problems: tuple[str, ...]
+    fence: int
+
+
+class RemoteStore:
+    """Durable versions under a URI.  All methods raise ObjectStoreError besides what they say."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._pace = Pace(place.limits.bytes_per_s)
+
+    # ---- writing
+
+    def begin_fences(self, records: Iterable[FenceFile]) -> None:
+        """Say here too what each epoch goes on from, by the records that are on disk.
+
+        One that is here already stays as it is; a damaged one is put anew.
+
+        Raises:
+            StateError: the place belongs to another run.
+        """
+        there = {file.fence: file for file in self.fence_files()}
+        for record in records:
+            found = there.get(record.fence)
+            if found is None:
+                self.place.put(f"{record.fence}/fence.json", record.encode())
+            elif (found.run_id, found.ancestors) != (record.run_id, record.ancestors):
+                raise StateError(
+                    f"{self.place.name} has another epoch {record.fence}, of run {found.run_id!r},"
+                    f" than run {record.run_id!r} has: give each run a place of its own"
+                )
+
+    def upload(
+        self,
+        fence: int,
+        source: SegmentReader,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> FileRecord:
+        """Make an object of a rank's durable file; returns what the manifest has to say about it.
+
+        An object with that content that is there already, from an upload that was cut off later, is
+        left as it is.  ``progress`` is told how many bytes more were written, those of failed
+        attempts included.
+
+        Raises:
+            CorruptionError: the source is damaged.
+            StateError: another content is published there.
+        """
+        return upload(self.place, self._pace, fence, source, progress)
+
+    def publish(
+        self,
+        fence: int,
+        version: VersionId,
+        run_id: str,
+        topology: str,
+        world_size: int,
+        files: Iterable[FileRecord],
+        extra: Mapping[str, str | int | float | bool | None] | None = None,
+    ) -> RemoteVersion:
+        """Make a version exist. Again with the same files is fine; as DurableStore.publish.
+
+        Raises:
+            StateError: something else is published there, or the fence was never begun.
+            CorruptionError: an object is not there as stated.
+        """
+        manifest = Manifest(
+            run_id=run_id,
+            topology=topology,
+            fence=fence,
+            epoch=version.epoch,
+            step=version.step,
+            world_size=world_size,
+            written_s=time.time(),
+            files=tuple(sorted(files, key=lambda record: record.rank)),
+            extra=dict(extra or {}),
+        )
+        name = f"{fence}/{version.step}.json"
+        where = self.place.where(name)
+        manifest.require_all_ranks(where)
+        if self._published(name) is None:
+            self._publish(name, manifest)
+        there = self._published(name)  # another one's, if somebody was there first or just now
+        if there is None or not there.same_files(manifest):
+            raise StateError(f"{where} exists already and differs: nothing is published twice")
+        return RemoteVersion(where, there)
+
+    def _publish(self, name: str, manifest: Manifest) -> None:
+        fence, step = manifest.fence, manifest.step
+        if not self._readable(f"{fence}/fence.json"):
+            raise StateError(f"fence {fence} was not begun in {self.place.name}")
+        self.place.side_by_side(
+            lambda record: require_object(
+                self.place, object_name(fence, step, record.rank), record
+            ),
+            manifest.files,
+        )
+        self.place.put(name, manifest.encode())
+
+    # ---- reading
+
+    def survey(self) -> RemoteSurvey:
+        """Published versions whose objects are there, and the manifests that do not count.
+
+        Raises:
+            StateError: it holds versions in another format.
+        """
+        return self._survey(self.place.sizes())
+
+    def versions(self) -> tuple[RemoteVersion, ...]:
+        """The versions of :meth:`survey`, newest first."""
+        return self.survey().versions
+
+    def fence_files(self) -> tuple[FenceFile, ...]:
+        """The records of the fences that were granted, but for damaged ones; oldest first."""
+        return tuple(self._fences(self.place.sizes())[1])
+
+    # ---- tidying
+
+    def sweep(
+        self, policy: Retention, run_id: str, *, active: Collection[VersionKey] = ()
+    ) -> tuple[str, ...]:
+        """Remove this run's versions that are not kept, and what uploads that were cut off left.
+
+        As DurableStore.sweep.  Parts of uploads that never became objects can't be seen from here:
+        the bucket needs a lifecycle rule for incomplete multipart uploads.
+
+        Returns:
+            The names of the objects that were removed.
+        """
+        sizes = self.place.sizes()
+        survey = self._survey(sizes)
+        mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
+        keep = policy.remaining(mine, (version.key for version in survey.hidden))
+        keep |= frozenset(active) | _keys(_PIN, sizes)
+        removed: list[str] = []
+        manifests = _keys(_MANIFEST, sizes)
+        for fence, step in sorted(manifests - keep):
+            name = f"{fence}/{step}.json"
+            if self._run_of(name) == run_id:
+                self.place.remove(name)  # first nobody can find it, then it goes
+                removed.append(name)
+                manifests -= {(fence, step)}
+        removed += self._sweep_segments(sizes, manifests, keep)
+        for name in filter(_NEW_RECORD.fullmatch, sizes):
+            self.place.remove(name)
+            removed.append(name)
+        left = sizes.keys() - set(removed)
+        for fence in sorted({int(m[1]) for m in map(_FENCE.fullmatch, left) if m}):
+            inside = [name for name in left if name.startswith(f"{fence}/")]
+            if fence < survey.fence and inside == [f"{fence}/fence.json"]:
+                self.place.remove_folder(str(fence))
+                removed += inside
+        return tuple(removed)
+
+    def _sweep_segments(
+        self, sizes: Collection[str], manifests: frozenset[VersionKey], keep: frozenset[VersionKey]
+    ) -> list[str]:
+        """Remove the segments of what is neither published nor kept, and those never finished."""
+        folders: dict[VersionKey, list[str]] = {}
+        for match in filter(None, map(_IN_VERSION.fullmatch, sizes)):
+            folders.setdefault((int(match[1]), int(match[2])), []).append(match[3])
+        removed = []
+        for (fence, step), names in sorted(folders.items()):
+            published = (fence, step) in manifests
+            if (fence, step) in keep and not published:
+                continue
+            folder = f"{fence}/{step}"
+            pattern = NEW_SEGMENT_NAMES if published else SEGMENT_NAMES
+            ours = [name for name in sorted(names) if pattern.fullmatch(name)]
+            if len(ours) == len(names):
+                self.place.remove_folder(folder)
+            else:  # somebody put something of his own there
+                for name in ours:
+                    self.place.remove(f"{folder}/{name}")
+            removed += [f"{folder}/{name}" for name in ours]
+        return removed
+
+    # ---- helpers
+
+    def _survey(self, sizes: Mapping[str, int]) -> RemoteSurvey:
+        fences, _, problems = self._fences(sizes)
+        latest = newest(fences.values())
+        names = [name for name in sizes if _MANIFEST.fullmatch(name)]
+        versions: list[RemoteVersion] = []
+        hidden: list[RemoteVersion] = []
+        for found in self.place.side_by_side(lambda name: self._version(name, sizes), names):
+            if isinstance(found, CorruptionError):
+                problems.append(str(found))
+                continue
+            shown = latest is not None and found.fence in fences and latest.shows(found.version)
+            (versions if shown else hidden).append(found)
+        for some in (versions, hidden):
+            some.sort(key=lambda version: version.key, reverse=True)
+        numbers = (name.partition("/")[0] for name in sizes)
+        highest = max((int(n) for n in numbers if re.fullmatch(_NUMBER, n)), default=0)
+        return RemoteSurvey(tuple(versions), tuple(hidden), tuple(sorted(problems)), highest)
+
+    def _fences(
+        self, sizes: Mapping[str, int]
+    ) -> tuple[dict[int, Fence], list[FenceFile], list[str]]:
+        """The fences that were granted, their records, and what is wrong with the others."""
+        numbers = sorted(int(m[1]) for m in map(_FENCE.fullmatch, sizes) if m)
+        found = self.place.side_by_side(self._fence, numbers)
+        files = [file for file in found if isinstance(file, FenceFile)]
+        problems = [str(file) for file in found if isinstance(file, CorruptionError)]
+        records: dict[int, Fence | None] = dict.fromkeys(numbers)
+        records |= {file.fence: file.record for file in files}
+        return completed(records), files, problems
+
+    def _fence(self, fence: int) -> FenceFile | CorruptionError:
+        name = f"{fence}/fence.json"
+        try:
+            return parse_fence(self._content(name), self.place.where(name), str(fence))
+        except CorruptionError as error:
+            return error
+
+    def _version(self, name: str, sizes: Mapping[str, int]) -> RemoteVersion | CorruptionError:
+        where = self.place.where(name)
+        try:
+            manifest = parse_manifest(self._content(name), where)
+            folder, _, last = name.partition("/")
+            require_place(manifest, folder, last, where)
+            manifest.require_all_ranks(where)
+            for record in manifest.files:
+                segment = object_name(manifest.fence, manifest.step, record.rank)
+                nbytes = sizes.get(segment)
+                if nbytes != record.nbytes:
+                    has = "is missing"
+                    if nbytes is not None:
+                        has = f"has {nbytes} of {record.nbytes} bytes"
+                    raise CorruptionError(
+                        f"{self.place.where(segment)} {has}: take the next older version"
+                    )
+        except CorruptionError as error:
+            return error
+        return RemoteVersion(where, manifest)
+
+    def _content(self, name: str) -> bytes:
+        content = self.place.get(name)
+        if content is None:
+            raise CorruptionError(f"{self.place.where(name)} is missing")
+        return content
+
+    def _published(self, name: str) -> Manifest | None:
+        """The manifest that is there; one that was cut off is none."""
+        content = self.place.get(name)
+        if content is None:
+            return None
+        try:
+            return parse_manifest(content, self.place.where(name))
+        except CorruptionError:
+            return None
+
+    def _readable(self, name: str) -> bool:
+        return isinstance(self._fence(int(name.partition("/")[0])), FenceFile)
+
+    def _run_of(self, name: str) -> str | None:
+        try:
+            manifest = self._published(name)
+        except StateError:  # in another format
+            return None
+        return manifest.run_id if manifest else None
+
+
+def _keys(pattern: re.Pattern[str], names: Iterable[str]) -> frozenset[VersionKey]:
+    return frozenset((int(m[1]), int(m[2])) for m in map(pattern.fullmatch, names) if m)
