@@ -276,6 +276,11 @@ class DurableStore:
         there = ", ".join(str(version.step) for version in survey.versions[:_NAMED_MAX])
         raise UsageError(f"there is no version of step {step} in {self.directory}: it has {there}")
 
+    def counts(self, version: VersionId) -> bool:
+        """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
+        latest = newest(self._fences()[0].values())
+        return latest is None or latest.shows(version)
+
     def fence_files(self) -> tuple[FenceFile, ...]:
         """The records of the fences that were granted, but for damaged ones; oldest first.
 

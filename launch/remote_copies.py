@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from ftrain.checkpoint.remote.protocol.messages import (
     StoreSweep,
     StoreUpload,
     StoreUploaded,
+    StoreVersion,
     StoreVersions,
 )
 from ftrain.checkpoint.retention import VersionKey
@@ -165,40 +166,64 @@ class RemoteCopies:
         return sum(file.nbytes for file in files)
 
 
-async def fetch_newest(config: CheckpointConfig, folder: Path, say: Say) -> str:
-    """Put the newest version of the store that is whole into ``folder``, which holds none.
+async def fetch_newest(config: CheckpointConfig, durable: DurableStore, say: Say) -> str:
+    """Put the newest version of the store that is whole into ``durable``, if it is newer than all
+    that is whole there and of the same history.
 
     Returns:
-        The run id of the run that it is of; empty when there is no version.
+        The run id of the run that it is of; empty when nothing was fetched.
 
     Raises:
-        CorruptionError: there are versions, and none is whole.
-        FtrainError: the store can't be used, or nothing can be put into the folder.
+        CorruptionError: neither here nor there is a whole version, although there are some.
+        FtrainError: the store can't be used, and nothing is here; or nothing can be put there.
     """
+    here = await asyncio.to_thread(durable.versions)
     client = _client(config, say)
     try:
-        held = await _ask(client, StoreAskVersions(), StoreVersions)
-        for problem in held.problems:
-            say(problem)
-        for version in held.versions:
-            step, size = version.version.step, -(-version.nbytes // _MIB)
-            say(f"no durable version here: step {step} comes from {client.name} ({size} MiB)")
-            fetch = StoreFetch(str(folder), version.fence, step)
-            try:
-                await _ask(client, fetch, StoreDone, moves=True)
-            except CorruptionError as error:
-                say(str(error))
-                continue
-            return version.run_id
-        if held.versions or held.problems:
-            raise CorruptionError(
-                f"no version in {client.name} is whole: mend it, or begin anew with"
-                " checkpoint.remote= at another place"
-            )
-        await _ask(client, StoreFetchFences(str(folder)), StoreDone)  # epochs go on from there
+        return await _fetch_newer(client, durable, here, say)
+    except ObjectStoreError as error:
+        if not here:
+            raise
+        say(f"{error}; goes on from what is here, step {here[0].step}")
         return ""
     finally:
         await client.close()
+
+
+async def _fetch_newer(
+    client: StoreClient, durable: DurableStore, here: Sequence[DurableVersion], say: Say
+) -> str:
+    held = await _ask(client, StoreAskVersions(), StoreVersions)
+    for problem in held.problems:
+        say(problem)
+    lacks = f"step {here[0].step} is the newest whole one here" if here else "none is here"
+    for version in held.versions:
+        step, size = version.version.step, -(-version.nbytes // _MIB)
+        if here and not _goes_beyond(version, here[0], durable):
+            continue
+        say(f"durable versions: {lacks}, step {step} comes from {client.name} ({size} MiB)")
+        fetch = StoreFetch(str(durable.directory), version.fence, step)
+        try:
+            await _ask(client, fetch, StoreDone, moves=True)
+        except CorruptionError as error:
+            say(str(error))
+            continue
+        return version.run_id
+    if not here and (held.versions or held.problems):
+        raise CorruptionError(
+            f"no version in {client.name} is whole: mend it, or begin anew with"
+            " checkpoint.remote= at another place"
+        )
+    if not here:  # epochs go on from those that were said there
+        await _ask(client, StoreFetchFences(str(durable.directory)), StoreDone)
+    return ""
+
+
+def _goes_beyond(copied: StoreVersion, here: DurableVersion, durable: DurableStore) -> bool:
+    """Whether a version in the store is a later one of the same history."""
+    key = (copied.fence, copied.version.step)
+    same = copied.run_id == here.manifest.run_id
+    return same and key > here.key and durable.counts(copied.version)
 
 
 async def copy_last(config: CheckpointConfig, folder: Path, run_id: str, say: Say) -> None:

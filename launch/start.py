@@ -110,12 +110,10 @@ async def _run(
 
 
 async def _fetch(config: FtrainConfig, directory: RunDirectory) -> None:
-    """A run directory without durable versions gets the newest that was copied away."""
+    """A run directory gets the newest version that was copied away, if it has no newer one."""
     folder = _durable_folder(config, directory)
-    if DurableStore(folder).versions():
-        return
     with _said(config.events) as say:
-        run_id = await fetch_newest(config.checkpoint, folder, say)
+        run_id = await fetch_newest(config.checkpoint, DurableStore(folder), say)
     if run_id and not config.launch.run_id:
         directory.adopt(run_id)
 

@@ -21,6 +21,7 @@ from ftrain.comms.job import read_job
 from ftrain.comms.process import start_ticks
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
 from ftrain.launch.run_directory import RunRecord, read_run_record
+from ftrain.launch.saved import SavedStatus, read_saved, saved_text
 from ftrain.launch.words import print_table
 from ftrain.recovery.node_file import NodeFile, NodeRank, read_node_files
 
@@ -41,6 +42,7 @@ class RankStatus:
     loss: float | None
     step_s: float  # median
     snapshot_step: int  # newest version in memory, -1 none
+    captures_skipped: int = 0  # versions that could not be captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class RunStatus:
     running: bool
     nodes: tuple[NodeStatus, ...] = field(default=())
     past: PastStatus | None = None  # when it does not run
+    saved: SavedStatus = field(default_factory=SavedStatus)  # while it runs
 
 
 def read_status(run_dir: str | os.PathLike[str]) -> RunStatus:
@@ -93,6 +96,7 @@ def read_status(run_dir: str | os.PathLike[str]) -> RunStatus:
         running=running,
         nodes=nodes,
         past=None if running else _past(path, record),
+        saved=read_saved(read_events(path / "events.jsonl")) if running else SavedStatus(),
     )
 
 
@@ -149,6 +153,7 @@ def _rank(agent_pid: int, rank: NodeRank, pid: int) -> RankStatus:
             loss=page.loss if page[Word.LOSS_BITS] else None,
             step_s=page[Word.STEP_MEDIAN_NS] / 1e9,
             snapshot_step=page[Word.CAPTURED_STEP] - 1,
+            captures_skipped=page[Word.CAPTURES_SKIPPED],
         )
     finally:
         page.close()
@@ -213,6 +218,8 @@ def _print_status(status: RunStatus) -> None:
     if status.past is not None:
         print(_past_text(status.past))
         return
+    if line := saved_text(status.saved):
+        print(line)
     rows: list[tuple[str, ...]] = [_COLUMNS]
     for node in status.nodes:
         name = str(node.node)

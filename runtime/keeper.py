@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Protocol
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
@@ -22,6 +23,7 @@ from ftrain.comms.errors import (
 from ftrain.comms.protocol.messages import RestorePlan, VersionId
 from ftrain.runtime.alone import AloneKeeper
 from ftrain.runtime.group import GroupView
+from ftrain.runtime.remote_images import RemoteImages
 from ftrain.runtime.restore import Found, Restoration, file_readers, restore
 from ftrain.runtime.state import TrainingState
 from ftrain.snapshot.client import OpenedImage, SnapshotClient
@@ -132,10 +134,11 @@ class SnapshotKeeper:
 
     def _restore_from_files(self, state: TrainingState, plan: RestorePlan) -> dict[str, Any]:
         version = read_manifest(plan.path)
-        with open_files(version) as files:
+        config = self._context.config.checkpoint
+        copies = RemoteImages(config.remote, version)
+        with open_files(version) as files, closing(copies):
             readers = file_readers(len(self._group.local_ranks))
-            verify = self._context.config.checkpoint.verify
-            restoration = Restoration(files, verify=verify, readers=readers)
+            restoration = Restoration(files, copies, verify=config.verify, readers=readers)
             small = restore(state, restoration, self._rank, self._topology)
         if restoration.damage:
             self._client.repaired(version.version, restoration.damage, restoration.sources)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from launching import Launch, launched, wait_for
 from s3_server import S3Server
 
+from ftrain.comms.errors import FtrainError
 from ftrain.comms.events import read_events
 from ftrain.comms.job import JobSpec
 from ftrain.configs.schema import CheckpointConfig, FtrainConfig
 from ftrain.launch.joining import join_request
+from ftrain.launch.status import RunStatus, read_status
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +84,7 @@ def test_everything_here_is_lost_and_training_goes_on(uri: str, tmp_path: Path) 
     (tmp_path / "wait").unlink()
     again = Launch(tmp_path, *tokens)
     assert again.wait() == 0, again.shown
-    came = re.search(r"no durable version here: step (\d+) comes from (\S+) \(", again.shown)
+    came = re.search(r"none is here, step (\d+) comes from (\S+) \(", again.shown)
     assert came, again.shown
     assert came[2] == name
     assert f"resumes at step {came[1]} from the durable version" in again.shown
@@ -107,6 +111,65 @@ def test_a_stop_copies_what_it_saved(s3: S3Server, tmp_path: Path) -> None:
         assert saved
         assert f"step {saved[1]} was copied to s3://bucket/run\n" in launch.shown
         assert launch.gone_after(0)
+
+
+def stopped_run(tmp_path: Path, *tokens: str) -> tuple[int, Path]:
+    """A run that was stopped, with its last version copied: the step and the file of rank 0."""
+    (tmp_path / "wait").touch()
+    with launched(tmp_path, TRAINING, *tokens) as launch:
+        wait_for(lambda: launch.steps)
+        launch.popen.send_signal(signal.SIGTERM)
+        assert launch.wait() == 75, launch.shown
+    assert "was copied to" in launch.shown
+    (tmp_path / "wait").unlink()
+    (file,) = launch.run_dir.glob("checkpoints/*/*/rank0.seg")
+    return int(file.parent.name), file
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_is_damaged_here_is_repaired_from_the_copy(uri: str, tmp_path: Path) -> None:
+    tokens = [f"checkpoint.remote={uri}"]
+    step, file = stopped_run(tmp_path, *tokens)
+    flip(file)
+    again = Launch(tmp_path, *tokens)
+    assert again.wait() == 0, again.shown
+    assert f"resumes at step {step} from the durable version" in again.shown
+    name = uri.partition("?")[0]
+    assert f"repaired from {name}/" in again.shown, again.shown
+    assert str(file) in again.shown
+    assert sorted(losses(again.run_dir)) == list(range(120))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_file_that_is_gone_or_cut_off_comes_from_the_copy(
+    s3: S3Server, tmp_path: Path, cut: bool
+) -> None:
+    tokens = [f"checkpoint.remote={s3.uri('bucket/run')}"]
+    step, file = stopped_run(tmp_path, *tokens)
+    whole = file.read_bytes()
+    file.unlink()
+    if cut:
+        file.write_bytes(whole[:-100])
+    again = Launch(tmp_path, *tokens, "checkpoint.keep_last=100")
+    assert again.wait() == 0, again.shown
+    assert f"none is here, step {step} comes from s3://bucket/run (" in again.shown
+    assert f"resumes at step {step} from the durable version" in again.shown
+    assert file.read_bytes() == whole
+
+
+def test_a_store_that_is_gone_hinders_nobody_who_has_versions(s3: S3Server, tmp_path: Path) -> None:
+    tokens = [f"checkpoint.remote={s3.uri('bucket/run')}"]
+    step, _ = stopped_run(tmp_path, *tokens)
+    s3.kill()
+    again = Launch(tmp_path, *tokens, "checkpoint.remote_end_s=0")
+    assert again.wait() == 0, again.shown
+    assert f"goes on from what is here, step {step}" in again.shown
+    assert f"resumes at step {step} from the durable version" in again.shown
 
 
 def test_a_store_that_goes_away_stops_nobody(s3: S3Server, tmp_path: Path) -> None:
@@ -168,3 +231,69 @@ def test_hosts_that_join_need_no_store_and_hear_no_secret(tmp_path: Path) -> Non
         front_pid=0,
     )
     assert "secret@" not in str(join_request(job))
+
+
+LARGE = """
+import torch, ftrain
+
+torch.set_num_threads(2)
+model = torch.nn.Sequential(*(torch.nn.Linear(3300, 3300) for _ in range(10)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+data = torch.utils.data.DataLoader(torch.randn(10_000, 3300), batch_size=64)
+session = ftrain.Session(model=model, optimizer=optimizer, data=data, total_steps=TOTAL)
+for step, batch in session.steps():
+    loss = model(batch).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    session.log(loss=loss)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_slow_upload_never_stops_capture(s3: S3Server, tmp_path: Path) -> None:
+    """1.3 GB of state at 20 MB/s, while every step is captured and every tenth made durable."""
+    rate = 20e6
+    tokens = [
+        f"checkpoint.remote={s3.uri('bucket/run')}",
+        f"checkpoint.remote_bytes_per_s_max={rate}",
+    ]
+    tokens += ["checkpoint.durable_every_steps=10", "checkpoint.remote_every_s=1"]
+    seen: list[RunStatus] = []
+    with launched(tmp_path, LARGE.replace("TOTAL", "100000"), *tokens) as launch:
+        deadline = time.monotonic() + 500
+
+        def copied_twice() -> bool:
+            assert time.monotonic() < deadline, launch.shown
+            with contextlib.suppress(FtrainError):
+                seen.append(read_status(launch.run_dir))
+            return len(events(launch, "copied")) >= 2
+
+        wait_for(copied_twice, timeout_s=500)
+        launch.popen.send_signal(signal.SIGTERM)
+        assert launch.wait(120) == 75, launch.shown
+        assert launch.gone_after(0)
+    first, second = events(launch, "copied")[:2]
+    nbytes, took_s = int(str(second["bytes"])), float(str(second["took_s"]))
+    published = [
+        event
+        for event in events(launch, "published")
+        if float(str(first["wall_s"])) < float(str(event["wall_s"])) < float(str(second["wall_s"]))
+    ]
+    ranks = [status.nodes[0].ranks[0] for status in seen if status.nodes and status.nodes[0].ranks]
+    during = [s for s in seen if s.saved.copied_step == first["step"]]
+    lag_s = max(status.saved.copied_age_s for status in during)
+    behind = max(s.saved.durable_step - s.saved.copied_step for s in during)
+    skipped, steps = max(rank.captures_skipped for rank in ranks), max(rank.step for rank in ranks)
+    print(
+        f"\n{nbytes / 1e9:.2f} GB in {took_s:.0f} s ({nbytes / took_s / 1e6:.1f} MB/s);"
+        f" {steps} steps, {skipped} captures skipped; {len(published)} versions became durable"
+        f" during the second copy; lag at most {lag_s:.0f} s and {behind} steps"
+    )
+    assert nbytes / took_s < rate * 1.05
+    assert took_s > 40
+    assert skipped == 0
+    assert len(published) >= 5
+    assert lag_s > took_s * 0.9
+    assert behind >= 50
