@@ -64,6 +64,7 @@ class CheckpointConfig:
     mtbf_s: float = 0.0  # > 0: mean time between failures, for the interval that is proposed
     remote: str = ""  # URI of an object store for copies: s3:// gs:// hdfs:// file://; "": none
     remote_every_s: float = 1800.0
+    remote_every_steps: int = 0  # > 0: instead, the first durable version in each so many steps
     remote_keep_last: int = 2
     remote_keep_every: int = 0  # steps; 0: none but the last ones
     remote_bytes_per_s_max: float = 0.0  # of the copying; 0: no limit

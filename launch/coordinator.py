@@ -328,6 +328,8 @@ class Coordinator:
             self._input(self._machine.publish_failed, str(error))
             return
         self._events.write("published", fence=effect.fence, version=effect.version, path=path)
+        if self._copies is not None:
+            self._copies.published(effect.version.step)
         await asyncio.to_thread(self._sweep)  # before the answer: nothing else is written meanwhile
         self._input(self._machine.published, effect.fence, effect.version)
         if every := self._job.config.checkpoint.durable_every_steps:

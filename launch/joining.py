@@ -28,7 +28,7 @@ _OWN_KEYS = frozenset(
         # Only the coordinator's host copies, and the URI may hold secrets.
         *("checkpoint.remote", "checkpoint.remote_every_s", "checkpoint.remote_keep_last"),
         *("checkpoint.remote_keep_every", "checkpoint.remote_bytes_per_s_max"),
-        "checkpoint.remote_end_s",
+        *("checkpoint.remote_every_steps", "checkpoint.remote_end_s"),
         *("launch.join_timeout_s", "launch.rejoin_timeout_s", "snapshot.memory_share_max"),
     )
 )

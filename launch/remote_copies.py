@@ -81,16 +81,29 @@ class RemoteCopies:
         self._on_failed = on_failed
         self._client = _client(config, on_told)
         self._copied: VersionKey | None = None
+        self._turn = 0  # of remote_every_steps: the newest that came
+        self._due = asyncio.Event()
         self._failing = ""  # kind of the newest failure; "": the newest copy went well
 
     async def run(self) -> None:
-        """Copy every ``checkpoint.remote_every_s``, until cancelled."""
+        """Copy every ``checkpoint.remote_every_steps`` or ``remote_every_s``, until cancelled."""
         try:
             while True:
-                await asyncio.sleep(self._config.remote_every_s)
+                if self._config.remote_every_steps:
+                    await self._due.wait()
+                    self._due.clear()
+                else:
+                    await asyncio.sleep(self._config.remote_every_s)
                 await self.copy_newest()
         finally:
             await self._client.close()
+
+    def published(self, step: int) -> None:
+        """There is a new durable version: perhaps it is the turn of this one."""
+        every = self._config.remote_every_steps
+        if every and step // every != self._turn:
+            self._turn = step // every
+            self._due.set()
 
     async def begin_fences(self) -> None:
         """Say in the store what the present epoch goes on from, so that what an earlier one may

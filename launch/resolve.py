@@ -257,6 +257,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "checkpoint.mtbf_s": _at_least(0),
     "checkpoint.remote_every_s": (lambda v: v > 0, "more than 0"),
+    "checkpoint.remote_every_steps": _at_least(0),
     "checkpoint.remote_keep_last": _at_least(1),
     "checkpoint.remote_keep_every": _at_least(0),
     "checkpoint.remote_bytes_per_s_max": _at_least(0),

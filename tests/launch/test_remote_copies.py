@@ -113,6 +113,17 @@ def test_a_stop_copies_what_it_saved(s3: S3Server, tmp_path: Path) -> None:
         assert launch.gone_after(0)
 
 
+def test_copies_come_every_so_many_steps(tmp_path: Path) -> None:
+    tokens = [f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"]
+    tokens += ["checkpoint.durable_every_steps=10", "checkpoint.remote_every_steps=40"]
+    with launched(tmp_path, TRAINING, *tokens) as launch:
+        assert launch.wait() == 0, launch.shown
+        copied = [int(str(event["step"])) for event in events(launch, "copied")]
+        assert copied
+        assert [step // 40 for step in copied] == sorted({step // 40 for step in copied})
+        assert {1, 2} <= {step // 40 for step in copied}, copied
+
+
 def stopped_run(tmp_path: Path, *tokens: str) -> tuple[int, Path]:
     """A run that was stopped, with its last version copied: the step and the file of rank 0."""
     (tmp_path / "wait").touch()
