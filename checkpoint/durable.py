@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from ftrain.checkpoint.manifest import (
     read_manifest,
 )
 from ftrain.checkpoint.pace import Pace
-from ftrain.checkpoint.protocol.lineage import Fence, completed, newest, next_fence
+from ftrain.checkpoint.protocol.lineage import Fence, completed, next_fence, settling
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
@@ -70,6 +70,37 @@ class Survey:
     fence: int  # highest that anything is filed under; 0: nothing is
     granted: int = 0  # newest that was begun; 0: none was
 
+    @property
+    def superseded(self) -> tuple[DurableVersion, ...]:
+        """The hidden ones, once nobody can need them: the newest epoch has a version of its own.
+
+        What it only goes on from may be removed at any time by a sweep that knows the hidden ones
+        as newer versions, because it began before the epoch.
+        """
+        own = any(version.fence == self.granted for version in self.versions)
+        return self.hidden if own else ()
+
+
+def unusable_text(directory: Path, problems: Sequence[str], step: int | None) -> str:
+    """What is wrong with the versions there, what follows and what to do; empty if nothing is.
+
+    ``step``: of the version that is gone on from; None: there is none.
+    """
+    if not problems:
+        return ""
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    named = f"`ftrain checkpoints list {directory}` names"
+    if step is None:
+        return (
+            f"no version in {directory} can be used ({problems[0]}{more}): training begins at step "
+            f"0; to go on from what was saved, end it, put back what {named}, and delete what was "
+            "saved since"
+        )
+    return (
+        f"not every version in {directory} can be used ({problems[0]}{more}): training goes on "
+        f"from step {step}; {named} what is damaged"
+    )
+
 
 class DurableStore:
     """Durable versions under ``directory``, which is created when first written to.
@@ -94,7 +125,7 @@ class DurableStore:
         """
         folder = self.directory / str(fence)
         earlier = [record for record in self._fences()[0].values() if record.fence < fence]
-        record = next_fence(fence, parent, newest(earlier))
+        record = next_fence(fence, parent, earlier)
         content = FenceFile(
             run_id=run_id, fence=fence, ancestors=record.ancestors, began_s=time.time()
         ).encode()
@@ -235,24 +266,21 @@ class DurableStore:
             StateError: it holds versions in another format.
         """
         fences, problems = self._fences()
-        latest = newest(fences.values())
-        seen: list[DurableVersion] = []
-        hidden: list[DurableVersion] = []
+        complete: list[DurableVersion] = []
         folders = numbered(self.directory, "")
-        for fence, folder in folders:
+        for _, folder in folders:
             for _, path in numbered(folder, ".json"):
                 try:
-                    version = read_manifest(path)
+                    complete.append(read_manifest(path))
                 except CorruptionError as error:
                     problems.append(str(error))
-                    continue
-                shown = latest is not None and fence in fences and latest.shows(version.version)
-                (seen if shown else hidden).append(version)
-        for versions in (seen, hidden):
-            versions.sort(key=lambda version: version.key, reverse=True)
+        complete.sort(key=lambda version: version.key, reverse=True)
+        begun = [version for version in complete if version.fence in fences]
+        record = settling(fences.values(), {version.version for version in begun})
+        seen = tuple(v for v in begun if record is not None and record.shows(v.version))
+        hidden = tuple(version for version in complete if version not in seen)
         highest = max((fence for fence, _ in folders), default=0)
-        granted = latest.fence if latest is not None else 0
-        return Survey(tuple(seen), tuple(hidden), tuple(problems), highest, granted)
+        return Survey(seen, hidden, tuple(problems), highest, max(fences, default=0))
 
     def versions(self) -> tuple[DurableVersion, ...]:
         """The versions of :meth:`survey`, newest first."""
@@ -278,8 +306,10 @@ class DurableStore:
 
     def counts(self, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
-        latest = newest(self._fences()[0].values())
-        return latest is None or latest.shows(version)
+        fences = self._fences()[0].values()
+        complete = {known.version for known in (survey := self.survey()).versions + survey.hidden}
+        record = settling(fences, complete | {version})
+        return record is not None and record.shows(version)
 
     def fence_files(self) -> tuple[FenceFile, ...]:
         """The records of the fences that were granted, but for damaged ones; oldest first.
@@ -302,8 +332,12 @@ class DurableStore:
 
         Manifests that can't be read or are of another run stay, with their files, and so does every
         file of a foreign name.  Versions that are not of the history go once the policy has enough
-        of those that are.  What is newer than all that was published and begun may be being written
-        by somebody else right now, and stays.
+        of those that are, and one of them is of the newest epoch.  What is newer than all that was
+        published and begun may be being written by somebody else right now, and stays.
+
+        Any process may sweep at any time, also one of an epoch that is over: whatever it removes,
+        it keeps a version that is newer by (fence, step), so the newest one that any sweep keeps is
+        removed by none.
 
         Args:
             policy: which of the complete versions to keep.
@@ -323,15 +357,13 @@ class DurableStore:
         ]
         survey = self.survey()
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
-        keep = policy.remaining(mine, (version.key for version in survey.hidden))
-        keep |= frozenset(active) | self.pinned()
+        keep = policy.kept(mine) | frozenset(active) | self.pinned()
+        superseded = {v.key for v in survey.superseded} if policy.satisfied(mine) else set()
+        keep |= {version.key for version in survey.hidden} - superseded
         doomed = [path for key, path in listed if key not in keep and _run_of(path) == run_id]
         removed: list[Path] = []
         with explained(self.directory, 0):
-            # What stays has to be safe first: who published it may have died before it was.
-            kept = {v.path.parent for v in survey.versions if doomed and v.key in keep}
-            for folder in sorted(kept):
-                sync_folder(folder)
+            self._make_safe()
             for manifest in doomed:
                 manifest.unlink(missing_ok=True)
                 sync_folder(manifest.parent)  # first nobody can find it, then it goes
@@ -340,19 +372,21 @@ class DurableStore:
                 removed += self._sweep_leftovers(fence, folder, survey, keep)
         return tuple(removed)
 
-    def remove(self, version: DurableVersion) -> None:
-        """Delete a published version: the manifest first, so that nobody can find it.
+    def remove(self, versions: Iterable[DurableVersion]) -> None:
+        """Delete published versions: the manifest first, so that nobody can find them.
 
         Raises:
             RunDirectoryError: something can't be removed.
         """
-        folder = version.path.with_suffix("")
         with explained(self.directory, 0):
-            version.path.unlink(missing_ok=True)
-            sync_folder(version.path.parent)
-            if folder.is_dir():
-                remove_matching(folder, SEGMENT_NAMES.fullmatch)
-                remove_empty(folder)
+            self._make_safe()
+            for version in versions:
+                folder = version.path.with_suffix("")
+                version.path.unlink(missing_ok=True)
+                sync_folder(version.path.parent)
+                if folder.is_dir():
+                    remove_matching(folder, SEGMENT_NAMES.fullmatch)
+                    remove_empty(folder)
 
     def pin(self, version: DurableVersion, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says; ``RunDirectoryError``."""
@@ -392,6 +426,13 @@ class DurableStore:
             finally:
                 fresh.unlink(missing_ok=True)
             sync_folder(folder)
+
+    def _make_safe(self) -> None:
+        """Sync the names of all records and manifests, before anything is removed because of them:
+        whoever made one may have died before it was safe."""
+        for _, folder in numbered(self.directory, ""):
+            sync_folder(folder)
+        sync_folder(self.directory)
 
     def _sweep_leftovers(
         self, fence: int, folder: Path, survey: Survey, keep: Collection[VersionKey]

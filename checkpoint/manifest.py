@@ -153,11 +153,9 @@ class DurableVersion(PublishedVersion):
             path = self.file(record.rank)
             nbytes = _size(path)
             if nbytes is None:
-                raise CorruptionError(f"{path} is missing: take the next older version")
+                raise CorruptionError(f"{path} is missing")
             if nbytes != record.nbytes:
-                raise CorruptionError(
-                    f"{path} has {nbytes} of {record.nbytes} bytes: take the next older version"
-                )
+                raise CorruptionError(f"{path} has {nbytes} of {record.nbytes} bytes")
 
     def open(self, rank: int) -> SegmentReader:
         """A rank's file, of the world that wrote it; its footer verified, its chunks not yet.

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.durable import DurableStore, unusable_text
 from ftrain.checkpoint.retention import Retention
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
@@ -126,6 +126,7 @@ class Coordinator:
         self._failed_starts = FailedStarts(config.launch.max_restarts)
         self._total_steps = 0
         self._disk_refuses = False
+        self._told_unusable: tuple[tuple[str, ...], bool] | None = None
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._rate = _Rate()
@@ -257,7 +258,7 @@ class Coordinator:
     async def _form(self, effect: Form) -> None:
         try:
             port = await self._stores.take()
-            durable = await asyncio.to_thread(self._durable_versions)
+            durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
             held = dict(effect.held)
@@ -280,7 +281,19 @@ class Coordinator:
             self._announce(Notice("info", text, {}))
             if advice := advise(self._job.config.checkpoint, self._history):
                 self._announce(Notice("info", advice, {}))
+        if restore.level != "memory":
+            self._tell_unusable((*problems, *remarks), restore.version)
         self._input(self._machine.formed, effect.epoch, formation)
+
+    def _tell_unusable(self, problems: tuple[str, ...], version: VersionId | None) -> None:
+        """What of the durable versions can't be used, whenever that is news."""
+        news = (problems, version is None)
+        if news == self._told_unusable:
+            return
+        self._told_unusable = news
+        step = None if version is None else version.step
+        if text := unusable_text(self._durable.directory, problems, step):
+            self._announce(Notice("warning", text, {}))
 
     async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:
         """Before a rank of ``epoch`` runs; what can't be written now is tried again when the first
@@ -298,18 +311,20 @@ class Coordinator:
         if self._copies is not None:
             self._spawn(self._copies.begin_fences())
 
-    def _durable_versions(self) -> list[DurableVersion]:
+    def _durable_versions(self) -> tuple[list[DurableVersion], tuple[str, ...]]:
+        """The versions, newest first, and a sentence for each that does not count."""
         if not self._job.config.checkpoint.enabled:
-            return []
+            return [], ()
         survey = self._durable.survey()
         for problem in survey.problems:
             self._events.write("warning", text=problem)
-        return [
+        versions = [
             DurableVersion(
                 found.fence, found.step, str(found.path), found.world_size, found.version.epoch
             )
             for found in survey.versions
         ]
+        return versions, survey.problems
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world

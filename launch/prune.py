@@ -46,9 +46,8 @@ def prune(place: str, request: PruneRequest, *, as_json: bool) -> int:
         if not request.dry_run:
             store.pin(version, pinned=wanted)
     doomed = _doomed(store, request, frozenset(pinned))
-    for version in doomed:
-        if not request.dry_run:
-            store.remove(version)
+    if doomed and not request.dry_run:
+        store.remove(doomed)
     kept = [v.step for v in store.versions() if v not in doomed]
     if as_json:
         told = {
@@ -86,5 +85,5 @@ def _doomed(
     retired = policy.retired(version.key for version in survey.versions) - pinned
     doomed = [version for version in survey.versions if version.key in retired]
     if policy.satisfied(version.key for version in survey.versions):
-        doomed += [version for version in survey.hidden if version.key not in pinned]
+        doomed += [version for version in survey.superseded if version.key not in pinned]
     return doomed

@@ -65,6 +65,7 @@ class PastStatus:
     exit_code: int | None  # of the newest launch; None: it was killed before it could say
     step: int  # steps completed
     durable_step: int  # -1 none
+    damage: str  # why there is none, if there were some
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,20 +183,20 @@ def _past(path: Path, record: RunRecord) -> PastStatus:
             exit_code = int(event["data"]["exit_code"])
     records = read_events(path / "steps" / "rank0.jsonl")
     steps = (int(event["step"]) + 1 for event in records if event["kind"] == "step")
-    return PastStatus(
-        exit_code=exit_code,
-        step=max(steps, default=0),
-        durable_step=_newest_durable(path),
-    )
+    durable_step, damage = _newest_durable(path)
+    return PastStatus(exit_code, max(steps, default=0), durable_step, damage)
 
 
-def _newest_durable(path: Path) -> int:
+def _newest_durable(path: Path) -> tuple[int, str]:
+    """Its step; or -1, and the first reason why no version can be used."""
     try:
         folder = read_job(path / "job.json").config.checkpoint.dir
-        versions = DurableStore(folder or path / "checkpoints").versions()
+        survey = DurableStore(folder or path / "checkpoints").survey()
     except FtrainError:
-        return -1  # never launched, or the directory is gone
-    return versions[0].step if versions else -1
+        return -1, ""  # never launched, or the directory is gone
+    if survey.versions:
+        return survey.versions[0].step, ""
+    return -1, next(iter(survey.problems), "")
 
 
 def _past_text(past: PastStatus) -> str:
@@ -207,7 +208,8 @@ def _past_text(past: PastStatus) -> str:
     said = f"{said}; {past.step} steps completed"
     if past.durable_step < 0:
         again = "" if code == 0 else "; the same command starts from the beginning"
-        return f"{said}; no step is durable{again}"
+        what = f"no version can be used ({past.damage})" if past.damage else "no step is durable"
+        return f"{said}; {what}{again}"
     again = "" if code == 0 else "; the same command goes on from there"
     return f"{said}; newest durable step {past.durable_step}{again}"
 

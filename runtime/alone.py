@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
-from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.durable import DurableStore, unusable_text
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.manifest import DurableVersion, open_files
 from ftrain.checkpoint.retention import Retention
@@ -205,6 +205,7 @@ class AloneKeeper:
         for version in versions[:count]:
             small, problem = self._put_back(state, version)
             if self._agreement.everyone(small is not None):
+                self._tell_unusable(survey.problems, version.step)
                 self.resumed = True
                 self._saved_step = version.step
                 self._parent = version.version
@@ -214,7 +215,13 @@ class AloneKeeper:
             raise RestoreError(
                 f"no version in {self._store.directory} can be put back; move it away to begin anew"
             )
+        self._tell_unusable(survey.problems, None)
         return None
+
+    def _tell_unusable(self, problems: Sequence[str], step: int | None) -> None:
+        text = unusable_text(self._store.directory, problems, step)
+        if text and self._environment.rank == 0 and self._environment.context is None:
+            self._note(text)  # a launch says it by itself
 
     def _put_back(
         self, state: TrainingState, version: DurableVersion

@@ -5,11 +5,16 @@ Whoever is granted an epoch says, before anything is captured in it, which versi
 each epoch before it what came up to the version that its successor went on from.  So whatever a
 process of an epoch that is over still publishes later than that can't be seen, whenever it arrives
 and wherever it is put; no lock and no conditional write is needed.
+
+A record settles nothing while its epoch has published nothing and what it goes on from is in no
+complete version (:func:`settling`).  That was only in memory, or is gone: a process of the epoch
+before did not know of the record yet when it swept, and had newer versions.  Those are the history
+then, and nothing is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ftrain.comms.protocol.messages import VersionId
@@ -25,6 +30,11 @@ class Fence:
     fence: int
     ancestors: tuple[VersionId, ...] = ()  # by epoch: the last version of each that counts
 
+    def stands(self, complete: Collection[VersionId]) -> bool:
+        """Whether it can settle the history, if these versions are complete."""
+        own = any(version.epoch == self.fence for version in complete)
+        return own or (bool(self.ancestors) and self.ancestors[-1] in complete)
+
     def shows(self, version: VersionId) -> bool:
         """Whether ``version`` is of the history up to now, if this is the newest fence."""
         if version.epoch == self.fence:
@@ -35,16 +45,24 @@ class Fence:
 
 
 def newest(fences: Iterable[Fence]) -> Fence | None:
-    """The record that settles what the history is."""
+    """The record that settles what the history is in a place where not every version comes, so
+    that one that is missing says nothing."""
     return max(fences, key=lambda fence: fence.fence, default=None)
 
 
-def next_fence(fence: int, parent: VersionId | None, before: Fence | None) -> Fence:
-    """The record of an epoch that goes on from ``parent`` (None: begins anew), when ``before`` is
-    the newest record so far."""
+def settling(fences: Iterable[Fence], complete: Collection[VersionId]) -> Fence | None:
+    """The record that settles what the history is, if these versions are complete: the newest one
+    that stands.  None shows nothing: there is nothing."""
+    return newest(fence for fence in fences if fence.stands(complete))
+
+
+def next_fence(fence: int, parent: VersionId | None, before: Iterable[Fence]) -> Fence:
+    """The record of an epoch that goes on from ``parent`` (None: begins anew), after those
+    ``before``."""
     if parent is None:
         return Fence(fence)
-    older = before.ancestors if before is not None else ()
+    known = sorted(before, key=lambda record: (record.shows(parent), record.fence))
+    older = known[-1].ancestors if known else ()  # the newest record that has ``parent``
     kept = [last for last in older if last.epoch < parent.epoch]
     return Fence(fence, (*kept[1 - _ANCESTORS_MAX :], parent))
 
@@ -58,8 +76,7 @@ def completed(found: Mapping[int, Fence | None]) -> dict[int, Fence]:
     for number in sorted(found):
         record = found[number]
         if record is None:
-            before = newest(fences.values())
-            parent = VersionId(before.fence, _STEP_MAX) if before else None
-            record = next_fence(number, parent, before)
+            parent = VersionId(max(fences), _STEP_MAX) if fences else None
+            record = next_fence(number, parent, fences.values())
         fences[number] = record
     return fences

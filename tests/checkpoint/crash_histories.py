@@ -12,7 +12,7 @@ from disk_recorder import Death, Recorder
 from power_cuts import Key, Ledger, check
 from power_writer import KEEP, RANKS, RUN, image_of
 
-from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.durable import DurableStore, Survey
 from ftrain.checkpoint.retention import Retention
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.protocol.messages import VersionId
@@ -86,6 +86,9 @@ class World:
         """A process of an epoch that is over, or is just being ended."""
         for more in range(2):
             self._save(fence, step + more)
+        if self._chance.random() < 0.5:
+            self.recorder.say("sweeps late")
+            self._sweep()
 
     def _heir(self) -> None:
         """Takes over within the epoch, and publishes what was under way."""
@@ -142,6 +145,61 @@ class PrunedWorld(World):
         self.recorder.go(self._newcomer)
         self.recorder.go(self._newcomer, death=Death(links=2))
         self.recorder.go(self._sweep)
+
+
+class UnsafeRecordWorld(World):
+    """Who is granted an epoch dies before the record's name is safe; the one before goes on, and
+    somebody sweeps."""
+
+    def run(self) -> None:
+        """All of it."""
+        self.recorder.go(self._newcomer)
+        before = self._fence, self._step + 20
+        self.recorder.go(self._newcomer, death=Death(links=1))
+        self.recorder.go(lambda: self._late(*before), self._sweep)
+        self.recorder.go(self._sweep)
+
+
+class Hesitant(DurableStore):
+    """Looks, and often acts long after."""
+
+    def __init__(self, directory: Path, recorder: Recorder) -> None:
+        super().__init__(directory)
+        self._recorder = recorder
+
+    def survey(self) -> Survey:
+        """As it was a while ago."""
+        found = super().survey()
+        if self._recorder.chance.random() < 0.7:
+            self._recorder.stand_still()
+        return found
+
+
+class LateSweepWorld(World):
+    """Whoever is granted an epoch goes on from a version that the epoch before sweeps away."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        super().__init__(root, seed)
+        self._store = Hesitant(self._store.directory, self.recorder)
+
+    def run(self) -> None:
+        """All of it."""
+        self.recorder.go(self._newcomer)
+        before = self._fence, self._step + 20
+        death = Death(operations=self._chance.randrange(10, 40))  # with a record, and no more
+        self.recorder.go(self._newcomer, lambda: self._late(*before), self._sweeps, death=death)
+        self.recorder.go(self._sweep)
+
+    def _late(self, fence: int, step: int) -> None:
+        """It sweeps as well, and may not know of the new epoch."""
+        for more in range(KEEP):
+            self._save(fence, step + more)
+        self._sweeps()
+
+    def _sweeps(self) -> None:
+        self.recorder.say("sweeps late")
+        for _ in range(3):
+            self._sweep()
 
 
 def explore(root: Path, seed: int, points: int) -> dict[str, int]:

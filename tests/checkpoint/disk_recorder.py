@@ -24,6 +24,8 @@ from ftrain.comms.errors import FtrainError
 
 _TAKES_SPACE = frozenset({"open", "posix_fallocate", "pwrite", "mkdir", "link"})
 _SWITCH = 0.25  # how often another process has the next turn
+_STALL = 0.01  # how often a process stands still before an operation, and for how long
+_STALL_OPERATIONS = 400
 _WAIT_S = 30.0
 
 
@@ -48,6 +50,7 @@ class Process(threading.Thread):
         self._run = run
         self._left = death.operations
         self._links = death.links
+        self.wakes = 0  # at which number of operations, if it stands still
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -120,12 +123,27 @@ class Recorder:
                 raise AssertionError("nobody gave the turn back")
 
     def take_turns(self, process: Process) -> None:
-        """Perhaps somebody else goes on first."""
-        if len(self._alive) > 1 and self.chance.random() < _SWITCH:
-            with self._turns:
-                self._owner = self.chance.choice(self._alive)
-                self._turns.notify_all()
-            self.wait_for_turn(process)
+        """Perhaps somebody else goes on first, and perhaps for long."""
+        if len(self._alive) < 2:
+            return
+        if self.chance.random() < _STALL:
+            self.stand_still()
+        elif self.chance.random() < _SWITCH:
+            self._give_turn(process)
+
+    def stand_still(self) -> None:
+        """The process that asks does nothing while the others do much."""
+        process = threading.current_thread()
+        if isinstance(process, Process) and len(self._alive) > 1:
+            process.wakes = len(self.trace) + self.chance.randrange(_STALL_OPERATIONS)
+            self._give_turn(process)
+
+    def _give_turn(self, process: Process) -> None:
+        with self._turns:
+            awake = [other for other in self._alive if other.wakes <= len(self.trace)]
+            self._owner = self.chance.choice(awake or self._alive)
+            self._turns.notify_all()
+        self.wait_for_turn(process)
 
     def ended(self, process: Process) -> None:
         """The process does nothing more."""

@@ -12,20 +12,27 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 
 import crash_histories
 import pytest
-from crash_histories import Inline, PrunedWorld, World, explore
+from crash_histories import (
+    Inline,
+    LateSweepWorld,
+    PrunedWorld,
+    UnsafeRecordWorld,
+    World,
+    explore,
+)
 from image_samples import TOPOLOGY
 from power_writer import RANKS, RUN, image_of
 
 import ftrain.checkpoint.directory as directory_module
 import ftrain.checkpoint.durable as durable_module
 from ftrain.checkpoint.directory import explained, fresh_name, make_folders
-from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.durable import DurableStore, Survey
 from ftrain.checkpoint.files import NewFile, sync_folder
 from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.manifest import DurableVersion, FileRecord
@@ -97,8 +104,9 @@ def test_three_thousand_histories(place: Path) -> None:
     print(told(explore_all(place, SOAK), SOAK, began))
 
 
-def test_a_sweep_right_after_a_publisher_died(place: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(crash_histories, "World", PrunedWorld)
+@pytest.mark.parametrize("world", [PrunedWorld, UnsafeRecordWorld, LateSweepWorld])
+def test_sweeps_at_the_worst_moments(place: Path, monkeypatch: Patch, world: type[World]) -> None:
+    monkeypatch.setattr(crash_histories, "World", world)
     explore_all(place, range(40))
 
 
@@ -170,24 +178,46 @@ def renames_over(patch: Patch) -> None:
     patch.setattr(durable_module, "put_once", put)
 
 
-def sweeping(*, data_first: bool) -> Callable[[Patch], None]:
+def sweeps_data_first(patch: Patch) -> None:
     def sweep(store: DurableStore, policy: Retention, run_id: str) -> tuple[Path, ...]:
         survey = store.survey()
         keep = policy.kept([version.key for version in survey.versions])
         for version in survey.versions:
-            if version.key in keep:
-                continue
-            for rank in range(RANKS) if data_first else ():
-                version.file(rank).unlink()
-            version.path.unlink()
-            sync_folder(version.path.parent)
+            if version.key not in keep:
+                for rank in range(RANKS):
+                    version.file(rank).unlink()
+                version.path.unlink()
+                sync_folder(version.path.parent)
         return ()
 
-    def change(patch: Patch) -> None:
-        patch.setattr(crash_histories, "sweep", sweep)
-        patch.setattr(crash_histories, "World", World if data_first else PrunedWorld)
+    patch.setattr(crash_histories, "sweep", sweep)
 
-    return change
+
+def sweeps_unsafe_versions(patch: Patch) -> None:
+    patch.setattr(crash_histories, "World", PrunedWorld)
+    patch.setattr(DurableStore, "_make_safe", lambda store: None)
+
+
+def sweeps_for_an_unsafe_record(patch: Patch) -> None:
+    """As the store once did: history 1079 of that time."""
+
+    def make_safe(store: DurableStore) -> None:
+        for folder in {version.path.parent for version in store.survey().versions}:
+            sync_folder(folder)
+
+    patch.setattr(crash_histories, "World", UnsafeRecordWorld)
+    patch.setattr(DurableStore, "_make_safe", make_safe)
+    patch.setattr(Survey, "superseded", property(lambda survey: survey.hidden))
+
+
+def hides_what_a_late_sweep_left(patch: Patch) -> None:
+    """The newest record settles it, whether or not what it goes on from is there."""
+
+    def newest(fences: Iterable[Fence], complete: object) -> Fence | None:
+        return max(fences, key=lambda record: record.fence, default=None)
+
+    patch.setattr(crash_histories, "World", LateSweepWorld)
+    patch.setattr(durable_module, "settling", newest)
 
 
 def shows_what_is_over(patch: Patch) -> None:
@@ -216,8 +246,10 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "syncs no file": syncs_no_file,
     "publishes before the files are there": publishes_first,
     "renames over what is published": renames_over,
-    "sweeps the data before the manifest": sweeping(data_first=True),
-    "sweeps before what stays is safe": sweeping(data_first=False),
+    "sweeps the data before the manifest": sweeps_data_first,
+    "sweeps before what stays is safe": sweeps_unsafe_versions,
+    "sweeps before the record that hides it is safe": sweeps_for_an_unsafe_record,
+    "hides what a late sweep left": hides_what_a_late_sweep_left,
     "shows what an epoch that is over published": shows_what_is_over,
     "begins without a record": begins_without_a_record,
     "says that it is published when the disk is full": says_it_all_the_same,

@@ -145,6 +145,32 @@ def test_a_sweep_touches_nothing_that_came_after_its_look(
     assert "4/7/rank0.seg" in files(store)
 
 
+def test_what_a_late_sweep_takes_from_a_new_epoch_is_replaced_by_what_it_kept(
+    store: DurableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its look was before the epoch began, what it kept is hidden, and others sweep meanwhile."""
+    policy = Retention(2, every=4)  # step 1 stays for good
+    for step in (1, 2, 3):
+        save(store, 3, step, world_size=1)
+    parent = store.versions()[0].version
+
+    def survey_and_stand_still() -> Survey:
+        for step in (10, 11):
+            save(store, 3, step, world_size=1)
+        survey = store.survey()
+        store.begin_fence(4, "run", parent)
+        assert [version.step for version in store.versions()] == [3, 2, 1]
+        assert store.sweep(policy, "run") == ()  # nothing that is hidden: it may be needed
+        return survey
+
+    late = DurableStore(store.directory)
+    monkeypatch.setattr(late, "survey", survey_and_stand_still)
+    late.sweep(policy, "run")
+    assert [version.step for version in store.versions()] == [11, 10, 1]
+    save(store, 4, 5, world_size=1)  # the new epoch was at it all the time
+    assert [version.key for version in store.versions()] == [(4, 5), (3, 1)]
+
+
 def test_what_a_killed_beginning_left_is_swept(store: DurableStore) -> None:
     save(store, 1, 5, world_size=1)
     (store.directory / "2").mkdir()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-from ftrain.checkpoint.protocol.lineage import Fence, newest, next_fence
+from ftrain.checkpoint.protocol.lineage import Fence, next_fence, settling
 from ftrain.comms.protocol.messages import VersionId
 
 
 def test_what_an_epoch_publishes_after_its_successor_began_is_never_seen() -> None:
-    first = next_fence(1, None, None)
-    second = next_fence(2, VersionId(1, 80), first)
+    first = next_fence(1, None, [])
+    second = next_fence(2, VersionId(1, 80), [first])
     assert second.shows(VersionId(1, 80))
     assert not second.shows(VersionId(1, 81))
     assert second.shows(VersionId(2, 1000))
@@ -18,21 +18,37 @@ def test_what_an_epoch_publishes_after_its_successor_began_is_never_seen() -> No
 
 
 def test_going_on_from_an_older_epoch_forgets_those_between() -> None:
-    first = next_fence(1, None, None)
-    second = next_fence(2, VersionId(1, 50), first)
-    third = next_fence(3, VersionId(2, 70), second)
-    fourth = next_fence(4, VersionId(1, 40), third)
+    first = next_fence(1, None, [])
+    second = next_fence(2, VersionId(1, 50), [first])
+    third = next_fence(3, VersionId(2, 70), [second, first])
+    fourth = next_fence(4, VersionId(1, 40), [first, second, third])
     assert fourth == Fence(4, (VersionId(1, 40),))
     assert not fourth.shows(VersionId(2, 60))
 
 
 def test_a_fresh_start_has_no_history() -> None:
-    assert next_fence(9, None, Fence(8, (VersionId(7, 3),))) == Fence(9)
+    assert next_fence(9, None, [Fence(8, (VersionId(7, 3),))]) == Fence(9)
 
 
-def test_the_newest_record_settles_it() -> None:
-    assert newest([Fence(3), Fence(11), Fence(7)]) == Fence(11)
-    assert newest([]) is None
+def test_the_newest_record_settles_it_that_has_a_version_or_what_it_goes_on_from() -> None:
+    first = Fence(3)
+    second, third = (next_fence(fence, VersionId(3, 50), [first]) for fence in (7, 11))
+    records = [second, third, first]
+    assert settling(records, {VersionId(3, 50), VersionId(3, 90)}) == third
+    assert settling(records, {VersionId(3, 40), VersionId(3, 90)}) == first  # 50 was swept
+    assert settling(records, {VersionId(3, 90), VersionId(7, 60)}) == second
+    assert settling(records, {VersionId(3, 90), VersionId(11, 55)}) == third
+    assert settling([*records, Fence(12)], {VersionId(3, 50)}) == third  # 12 began anew
+    assert settling(records, set()) is None
+
+
+def test_history_is_that_of_the_record_which_showed_the_parent() -> None:
+    """Not of one that went back further, published nothing, and whose parent is gone."""
+    first = next_fence(1, None, [])
+    second = next_fence(2, VersionId(1, 50), [first])
+    third = next_fence(3, VersionId(1, 30), [second, first])
+    fourth = next_fence(4, VersionId(2, 70), [third, second, first])
+    assert fourth.ancestors == (VersionId(1, 50), VersionId(2, 70))
 
 
 def test_what_is_shown_is_what_a_walk_back_through_time_finds() -> None:
@@ -41,6 +57,7 @@ def test_what_is_shown_is_what_a_walk_back_through_time_finds() -> None:
         chance = random.Random(seed)
         parents: dict[int, VersionId | None] = {}
         record: Fence | None = None
+        records: list[Fence] = []
         for fence in range(1, chance.randint(2, 12)):
             parent = None
             if record is not None and chance.random() < 0.9:
@@ -51,7 +68,8 @@ def test_what_is_shown_is_what_a_walk_back_through_time_finds() -> None:
                     if record.shows(VersionId(epoch, step))
                 ]
                 parent = chance.choice(shown)
-            record = next_fence(fence, parent, record)
+            record = next_fence(fence, parent, records)
+            records.append(record)
             parents[fence] = parent
         assert record is not None
         history: dict[int, int] = {}

@@ -13,6 +13,7 @@ import torch
 from launching import small_disk
 from small_versions import flip, save, weights
 
+from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.launch.cli import main
 from ftrain.launch.words import age_text, parse_size, size_text
@@ -211,7 +212,9 @@ def test_a_damaged_version_is_not_exported(shown: Shown, run: Path, tmp_path: Pa
 
 def test_a_newer_format_is_refused_by_name(shown: Shown, run: Path) -> None:
     path = run / "checkpoints/1/60.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    content = json.loads(path.read_text()) | {"format": 3, "xxh3": ""}
+    digest = digest_of(json.dumps(content, separators=(",", ":")).encode()).hex()
+    path.write_text(json.dumps(content | {"xxh3": digest}))
     for command in ("list", "verify", "show"):
         assert "is in format 3" in shown.refused(command, run)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,6 +100,49 @@ def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     assert "10.json is in format 1" in again.shown
     assert "use the ftrain that wrote it" in again.shown
     assert "Traceback" not in again.shown
+
+
+def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
+    every = ("checkpoint.durable_every_steps=5",)
+    with launched(tmp_path, script("20", "time.sleep(0.05)"), *TWO, *every) as launch:
+        assert launch.wait() == 0, launch.shown
+        steps = saved(launch)
+        assert len(steps) > 1
+    folder = tmp_path / "run" / "checkpoints"
+    newest = next(folder.glob(f"*/{steps[-1]}/rank1.seg"))
+    whole = newest.read_bytes()
+    newest.unlink()
+
+    def begins(*options: str) -> str:
+        """What a launch says first, and what of that is about the versions."""
+        with launched(tmp_path, script("40", "time.sleep(0.05)"), *TWO, *options) as launch:
+            wait_for(lambda: launch.steps or launch.popen.poll() is not None)
+            launch.popen.kill()
+            launch.popen.wait()
+            (line,) = (line for line in launch.shown.splitlines() if "can be used" in line)
+            assert "Traceback" not in launch.shown
+            return line
+
+    never = ("checkpoint.durable_every_s=1000",)
+    line = begins(*never)
+    assert line.startswith(f"not every version in {folder} can be used ({newest} is missing)")
+    assert f"goes on from step {steps[-2]}; `ftrain checkpoints list {folder}` names" in line
+
+    for manifest in folder.glob("*/[0-9]*.json"):
+        if manifest.stem != str(steps[-1]):
+            manifest.write_text("{")
+    line = begins(*never)
+    assert line.startswith(f"no version in {folder} can be used ({newest} is missing, and ")
+    assert "training begins at step 0; to go on from what was saved, end it, put back" in line
+    assert begins(*never, "snapshot=off") == line  # also the second time
+    status = [sys.executable, "-m", "ftrain.launch.cli", "status", "run"]
+    said = subprocess.run(status, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert f"no version can be used ({newest} is missing)" in said
+
+    newest.write_bytes(whole)  # put back: nothing was saved since
+    with launched(tmp_path, script("20"), *TWO) as launch:
+        assert launch.wait() == 0, launch.shown
+        assert f"resumes at step {steps[-1]} from the durable version" in launch.shown
 
 
 SAMPLES = """

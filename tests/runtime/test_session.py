@@ -120,6 +120,22 @@ def test_a_damaged_version_is_passed_over_for_an_older_one(
     assert losses(tmp_path) == undisturbed
 
 
+def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        loop(extra="step in (4, 9) and session.save(); step == 11 and os._exit(1)"),
+        check=False,
+    )
+    folder = tmp_path / "ftrain-runs/job/checkpoints/1"
+    for step in (5, 10):
+        (folder / f"{step}/rank0.seg").unlink()
+    again = run(tmp_path, loop(12))
+    (line,) = (line for line in again.stderr.splitlines() if "can be used" in line)
+    assert line.startswith(f"ftrain: no version in {folder.parent} can be used")
+    assert "1/10/rank0.seg is missing, and 1 more): training begins at step 0; " in line
+    assert line.endswith(" names, and delete what was saved since")
+
+
 def test_another_models_run_directory_is_refused_in_one_sentence(tmp_path: Path) -> None:
     run(tmp_path, loop(3))
     other = run(tmp_path, loop(5), head=HEAD.replace("16", "17"), check=False)

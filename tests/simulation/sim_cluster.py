@@ -19,7 +19,7 @@ from sim_node import Life, SimNode, SimRank
 from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 
 from ftrain.checkpoint.protocol.commit import VersionCommit
-from ftrain.checkpoint.protocol.lineage import Fence, next_fence
+from ftrain.checkpoint.protocol.lineage import Fence, next_fence, settling
 from ftrain.comms.driver import Driver
 from ftrain.comms.protocol.effects import EndJob, Form, Incident, Publish
 from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
@@ -69,7 +69,7 @@ class Cluster:
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
-        self.fence: Fence | None = None  # the newest record beside them
+        self.fences: list[Fence] = []  # the records beside them
         self.withdrawn: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
@@ -248,10 +248,11 @@ class Cluster:
             membership.formed(form.epoch, None, "no port is free")
             return
         world = sum(p.local_world for p in form.places)
+        record = settling(self.fences, {v for _, v in self.checkers.published})
         published = [
             (f, v)
             for f, v in self.checkers.published
-            if self.fence is not None and self.fence.shows(v) and v not in self.withdrawn
+            if record is not None and record.shows(v) and v not in self.withdrawn
         ]
         durable = None
         if published:
@@ -265,8 +266,8 @@ class Cluster:
             step = 0 if plan.version is None else plan.version.step
             self.checkers.steps_lost += max(0, self.reached - step)
             self.reached = step
-        if self.fence is None or self.fence.fence < form.epoch:
-            self.fence = next_fence(form.epoch, plan.parent, self.fence)
+        if all(fence.fence < form.epoch for fence in self.fences):
+            self.fences.append(next_fence(form.epoch, plan.parent, self.fences))
         formation = Formation(form.epoch, form.places, "h", form.epoch, plan, form.restarts)
         membership.formed(form.epoch, formation)
 
