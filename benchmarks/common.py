@@ -168,5 +168,5 @@ def write_results(name: str, results: Record) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{os.cpu_count()}cores.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
-    print(f"\nwritten to {path.relative_to(ROOT)}")
+    print(f"\nwritten to {os.path.relpath(path)}")
     return path
