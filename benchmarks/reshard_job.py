@@ -28,7 +28,8 @@ def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(states.flat(states.tensors_of(model, optimizer)).items()):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        found.update(name.encode() + whole.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(name.encode())
+        found.update(whole.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 

@@ -141,6 +141,14 @@ def test_checkpoint_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_reshard_runs(tmp_path: Path) -> None:
+    words = ("--size", "tiny", "--worlds", "2", "1", "--rounds", "1")
+    shown, found = run("reshard.py", tmp_path, *words)
+    assert "load 2 -> 1" in shown
+    assert set(found["s"]) == {"ours", "DCP"}
+
+
+@pytest.mark.slow
 def test_codec_runs(tmp_path: Path) -> None:
     cache = ("--cache", str(tmp_path / "corpus"))
     words = ("--preset", "0.5m", "--steps", "3", "--rounds", "1", *cache)
