@@ -1,4 +1,4 @@
-"""Bytes to and from local files: direct I/O where the file system takes it.
+"""Bytes to and from local files: written by direct I/O where the file system takes it.
 
 Direct I/O goes straight between memory and disk: no copy into the page cache, no memory taken from
 training, and a steady rate.  It wants memory, offsets and lengths in whole pages, which is why
@@ -15,13 +15,12 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Protocol, Self
 
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError
 
-_CACHED_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
+_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
@@ -59,30 +58,28 @@ def page_buffer(nbytes: int) -> memoryview:
 class LocalFile:
     """A file of this machine, for reading; thread-safe.
 
-    What the page cache holds comes from there; the rest is read directly if buffer, offset and
-    length are whole pages.  Raises CorruptionError when it can't be opened.
+    Reads go through the page cache: it may hold the file already, and where it does not, its
+    reading ahead keeps the disk busier than direct reads of whole chunks do.  Raises
+    CorruptionError when the file can't be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.where = str(path)
-        self._direct = -1
-        self._refused = False
-        self._opening = Lock()
         try:
             self._fd = open_plain(path)
             self.nbytes = os.fstat(self._fd).st_size
         except OSError as error:
             raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
+        with suppress(OSError):  # advice
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
         """See :class:`ReadableFile`."""
         try:
-            done = self._read_cached(offset, buffer, seen)
-            rest = buffer[done:]
-            if rest:
-                if not self._read_direct(offset + done, rest):
-                    _read_all(self._fd, offset + done, rest)
-                seen(rest)
+            for start in range(0, len(buffer), _READ_BYTES):
+                part = buffer[start : start + _READ_BYTES]
+                _read_all(self._fd, offset + start, part)
+                seen(part)
         except OSError as error:
             raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
         except EOFError:
@@ -90,40 +87,9 @@ class LocalFile:
 
     def close(self) -> None:
         """Close it."""
-        for fd in (self._fd, self._direct):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct = -1
-
-    def _read_cached(self, offset: int, buffer: memoryview, seen: Seen) -> int:
-        """How many bytes came from the page cache without waiting for the disk, in whole parts."""
-        done = 0
-        while done < len(buffer):
-            part = buffer[done : done + _CACHED_READ_BYTES]
-            try:
-                got = os.preadv(self._fd, [part], offset + done, os.RWF_NOWAIT)
-            except OSError:  # not there, or a file system that can't tell
-                break
-            if got < len(part):
-                break
-            seen(part)
-            done += got
-        return done
-
-    def _read_direct(self, offset: int, buffer: memoryview) -> bool:
-        if self._refused or offset % PAGE_BYTES or len(buffer) % PAGE_BYTES:
-            return False
-        try:
-            with self._opening:
-                if self._direct < 0:
-                    self._direct = _open_directly(self._fd, os.O_RDONLY)
-            _read_all(self._direct, offset, buffer)
-        except OSError as error:
-            if error.errno not in _REFUSALS:
-                raise
-            self._refused = True
-            return False
-        return True
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 class NewFile:
