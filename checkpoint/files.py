@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
@@ -20,7 +20,8 @@ from typing import Protocol, Self
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError
 
-_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
+_READ_BYTES = 256 * 1024  # at once: what was read is still in the core's cache when hashed
+_READ_PARTS = 512  # at once; the kernel takes 1024
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
@@ -37,9 +38,9 @@ class ReadableFile(Protocol):
     where: str
     nbytes: int
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
-        """Fill ``buffer`` from ``offset`` on; ``seen`` gets each part of it, in order, as soon as
-        it is there.
+    def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
+        """Fill ``parts``, one behind the other, from ``offset`` on; ``seen`` gets what they hold,
+        in order and in smaller parts, as soon as it is there.
 
         Raises:
             CorruptionError: the bytes can't be read, or there are not so many.
@@ -73,13 +74,13 @@ class LocalFile:
         with suppress(OSError):  # advice
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
+    def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
         """See :class:`ReadableFile`."""
         try:
-            for start in range(0, len(buffer), _READ_BYTES):
-                part = buffer[start : start + _READ_BYTES]
-                _read_all(self._fd, offset + start, part)
-                seen(part)
+            for batch in _batches(parts):
+                offset = _read_all(self._fd, offset, batch)
+                for part in batch:
+                    seen(part)
         except OSError as error:
             raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
         except EOFError:
@@ -211,13 +212,35 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
-def _read_all(fd: int, offset: int, buffer: memoryview) -> None:
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The same bytes in lists of at most ``_READ_BYTES``, each for one system call."""
+    batch: list[memoryview] = []
+    room = _READ_BYTES
+    for part in parts:
+        while part:
+            batch.append(part[:room])
+            part = part[room:]
+            room -= len(batch[-1])
+            if not room or len(batch) == _READ_PARTS:
+                yield batch
+                batch, room = [], _READ_BYTES
+    if batch:
+        yield batch
+
+
+def _read_all(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
+    """Fill ``parts`` from ``offset`` on; returns where the next ones begin."""
+    left = list(parts)
+    while left:
+        got = os.preadv(fd, left, offset)
         if not got:
             raise EOFError
-        done += got
+        offset += got
+        while left and got >= len(left[0]):
+            got -= len(left.pop(0))
+        if got:
+            left[0] = left[0][got:]
+    return offset
 
 
 def _write_all(fd: int, offset: int, data: memoryview) -> None:

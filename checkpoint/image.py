@@ -9,7 +9,7 @@ imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from ftrain.checkpoint.header import (
     read_record,
 )
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, decode_index
+from ftrain.checkpoint.scatter import Home, bring_home
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import Held, Share
 from ftrain.comms.wire import BAD_INPUT
@@ -330,6 +331,14 @@ class ImageReader:
             self.verify_chunk(chunk)
         start, stop = self.header.layout.chunk_range(chunk)
         return self.data[start:stop]
+
+    def read_into(
+        self, chunk: int, homes: Sequence[Home], scratch: object = None, *, verify: bool = True
+    ) -> memoryview:
+        """Copy what has a home there, once it is verified; returns the chunk as :meth:`read`."""
+        data = self.read(chunk, verify=verify)
+        bring_home(data, homes)
+        return data
 
     def verify(self) -> None:
         """Compare every byte with the digests; ``CorruptionError`` says what differs."""

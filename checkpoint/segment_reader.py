@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
 
@@ -10,6 +10,7 @@ from ftrain.checkpoint.codecs import codec_of
 from ftrain.checkpoint.files import ReadableFile, page_buffer
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity
 from ftrain.checkpoint.image_plan import ImagePlan, Segment
+from ftrain.checkpoint.scatter import Home, bring_home, interleaved
 from ftrain.checkpoint.segment import (
     HEADER,
     TRAILER_BYTES,
@@ -21,6 +22,8 @@ from ftrain.checkpoint.segment import (
 )
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import Share
+
+_STRAIGHT_BYTES_MIN = 64 * 1024  # shorter runs are copied: a part of a read costs more than that
 
 
 class Scratch:
@@ -119,7 +122,7 @@ class SegmentReader:
         row = self.footer.chunks[chunk]
         codec = self._codecs[chunk]
         stored = scratch.stored(padded(row.stored))
-        digest = self._read_stored(row, stored, hashing=verify and codec is None)
+        digest = self._read_stored(row, [stored], hashing=verify and codec is None)
         data = stored[: row.stored]
         if codec is not None:
             raw = scratch.raw(row.raw)
@@ -129,10 +132,33 @@ class SegmentReader:
                 raise CorruptionError(f"{self._chunk(chunk)}: {error}") from None
             data = raw
             digest = xxhash.xxh3_128_hexdigest(raw) if verify else ""
-        if verify and digest != row.xxh3:
-            raise CorruptionError(
-                f"{self._chunk(chunk)} does not match its digest: take another copy"
-            )
+        if verify:
+            self._require(chunk, digest)
+        return data
+
+    def read_into(
+        self, chunk: int, homes: Sequence[Home], scratch: Scratch, *, verify: bool = True
+    ) -> memoryview:
+        """Have the bytes of a chunk that have a home there; what it returns is the chunk, of which
+        only what has none counts.
+
+        Long runs are read straight to their homes, and compared with the digest there: once this
+        raises, nobody knows what the homes hold.  Nothing but the homes is written to.
+
+        Raises:
+            CorruptionError: as :meth:`read` raises.
+        """
+        row = self.footer.chunks[chunk]
+        if self._codecs[chunk] is not None:
+            data = self.read(chunk, scratch, verify=verify)
+            bring_home(data, homes)
+            return data
+        data = scratch.stored(row.stored)
+        straight = [home for home in homes if len(home.memory) >= _STRAIGHT_BYTES_MIN]
+        digest = self._read_stored(row, interleaved(straight, data), hashing=verify)
+        if verify:
+            self._require(chunk, digest)
+        bring_home(data, [home for home in homes if len(home.memory) < _STRAIGHT_BYTES_MIN])
         return data
 
     def verify(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -148,7 +174,7 @@ class SegmentReader:
         scratch = Scratch()
         header = scratch.stored(PAGE_BYTES)
         try:
-            self._file.read_into(0, header)
+            self._file.read_into(0, [header])
             if header != HEADER:
                 yield CorruptionError(f"{self.where} has a damaged header: take another copy")
         except CorruptionError as error:
@@ -167,10 +193,17 @@ class SegmentReader:
         """Close the file."""
         self._file.close()
 
-    def _read_stored(self, row: ChunkRow, buffer: memoryview, *, hashing: bool) -> str:
-        """Fill ``buffer`` with the chunk and its padding; the digest if it is asked for."""
+    def _require(self, chunk: int, digest: str) -> None:
+        if digest != self.footer.chunks[chunk].xxh3:
+            raise CorruptionError(
+                f"{self._chunk(chunk)} does not match its digest: take another copy"
+            )
+
+    def _read_stored(self, row: ChunkRow, parts: Sequence[memoryview], *, hashing: bool) -> str:
+        """Fill ``parts`` with the chunk, and the padding behind it if they are so long; the digest
+        if it is asked for."""
         if not hashing:
-            self._file.read_into(row.at, buffer)
+            self._file.read_into(row.at, parts)
             return ""
         hasher = xxhash.xxh3_128()
         left = row.stored
@@ -180,7 +213,7 @@ class SegmentReader:
             hasher.update(part[:left])
             left -= min(left, len(part))
 
-        self._file.read_into(row.at, buffer, hash_part)
+        self._file.read_into(row.at, parts, hash_part)
         return hasher.hexdigest()
 
     def _chunk(self, number: int) -> str:
@@ -194,10 +227,10 @@ def _read_footer(file: ReadableFile) -> tuple[Footer, str]:
     if file.nbytes < PAGE_BYTES + TRAILER_BYTES or file.nbytes % PAGE_BYTES:
         raise CorruptionError(f"{where} has {file.nbytes} bytes: cut off, or no segment file")
     trailer = memoryview(bytearray(TRAILER_BYTES))
-    file.read_into(file.nbytes - TRAILER_BYTES, trailer)
+    file.read_into(file.nbytes - TRAILER_BYTES, [trailer])
     at, size, digest = place_of_footer(bytes(trailer), file.nbytes, where)
     rest = memoryview(bytearray(file.nbytes - TRAILER_BYTES - at))
-    file.read_into(at, rest)
+    file.read_into(at, [rest])
     if xxhash.xxh3_128_digest(rest[:size]) != digest or any(rest[size:]):
         raise CorruptionError(f"{where} has a damaged footer: take another copy")
     return decode_footer(bytes(rest[:size]), at, where), digest.hex()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ import torch
 from ftrain.checkpoint.boxes import Box, Copy, copies, disjoint, hull
 from ftrain.checkpoint.dtypes import item_bytes
 from ftrain.checkpoint.image_plan import Piece
+from ftrain.checkpoint.scatter import Home, memory_at
 from ftrain.checkpoint.tensors import StateTensor
 
 Span = tuple[int, int]
@@ -83,20 +83,21 @@ class Target:
         self.gaps[box] = _without(self.gaps[box], span)
         return bool(_common(self.broken.get(box, ()), span))
 
-    def put(self, source: memoryview, first: int, found: Iterable[Copy]) -> None:
-        """Copy from ``source``, whose first byte is byte ``first`` of the shard."""
-        for copy in found:
-            if self.live.is_cuda:
-                self._put_on_device(source, first, copy)
-            elif copy.source_strides == copy.target_strides == (1,):
-                address = np.frombuffer(source, dtype=np.uint8).ctypes.data
-                ctypes.memmove(
-                    self.live.data_ptr() + copy.target * self.item,
-                    address + copy.source * self.item - first,
-                    copy.shape[0] * self.item,
-                )
-            else:
-                self._put_strided(source, first, copy)
+    def home(self, copy: Copy, first: int) -> Home | None:
+        """Where the bytes of a copy belong, if they can lie there as they lie in the shard; byte
+        ``first`` of the shard is the first one of the chunk."""
+        if self.live.is_cuda or copy.source_strides != (1,) or copy.target_strides != (1,):
+            return None
+        address = self.live.data_ptr() + copy.target * self.item
+        memory = memory_at(address, copy.shape[0] * self.item)
+        return Home(copy.source * self.item - first, memory)
+
+    def put(self, source: memoryview, first: int, copy: Copy) -> None:
+        """Copy from a chunk, whose first byte is byte ``first`` of the shard, what has no home."""
+        if self.live.is_cuda:
+            self._put_on_device(source, first, copy)
+        else:
+            self._put_strided(source, first, copy)
 
     def finish(self) -> None:
         """Nothing more comes."""
@@ -105,12 +106,10 @@ class Target:
                 self.tensor.tensor.copy_(self.live)
 
     def _put_strided(self, source: memoryview, first: int, copy: Copy) -> None:
-        nbytes = self.live.numel() * self.item
-        memory = memoryview((ctypes.c_char * nbytes).from_address(self.live.data_ptr())).cast("B")
         target = np.ndarray(
             copy.shape,
             _NUMPY[self.item],
-            memory,
+            memory_at(self.live.data_ptr(), self.live.numel() * self.item),
             copy.target * self.item,
             tuple(stride * self.item for stride in copy.target_strides),
         )

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ftrain.checkpoint.boxes import Box
+from ftrain.checkpoint.boxes import Box, Copy
 from ftrain.checkpoint.codec import decode_tree
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image_plan import ImagePlan, Piece, Segment
+from ftrain.checkpoint.scatter import Home
 from ftrain.checkpoint.segment_reader import Scratch
 from ftrain.checkpoint.tensors import StateTensor, tensor_bytes
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError
@@ -51,7 +52,9 @@ class Source(Protocol):
     def chunks(self) -> int: ...
     @property
     def small(self) -> bytes: ...
-    def read(self, chunk: int, scratch: Scratch, *, verify: bool = True) -> memoryview: ...
+    def read_into(
+        self, chunk: int, homes: Sequence[Home], scratch: Scratch, *, verify: bool = True
+    ) -> memoryview: ...
 
 
 Found = Sequence["Source | CorruptionError"]
@@ -219,17 +222,30 @@ class Restoration:
         return _Work(chunk, tuple(pieces)) if pieces else None
 
     def _do(self, image: Source, work: _Work, scratches: local) -> CorruptionError | None:
-        """Read a chunk and copy what is wanted of it; runs in any thread."""
+        """Put what is wanted of a chunk where it belongs; runs in any thread.
+
+        If the chunk is damaged, what was wanted of it may hold anything, and stays a gap.
+        """
         if not hasattr(scratches, "mine"):
             scratches.mine = Scratch()
+        begins = work.chunk * image.plan.chunk_bytes
+        homes: list[Home] = []
+        homeless: list[tuple[Target, int, Copy]] = []
+        for target, piece, span in work.pieces:
+            first = piece.start - (piece.offset - begins)
+            for copy in target.copies(piece.segment.box, span):
+                home = target.home(copy, first)
+                if home is not None:
+                    homes.append(home)
+                else:
+                    homeless.append((target, first, copy))
+        verify = self._verifies(work.chunk)
         try:
-            data = image.read(work.chunk, scratches.mine, verify=self._verifies(work.chunk))
+            data = image.read_into(work.chunk, homes, scratches.mine, verify=verify)
         except CorruptionError as error:
             return error
-        begins = work.chunk * image.plan.chunk_bytes
-        for target, piece, span in work.pieces:
-            part = data[piece.offset - begins :][: piece.nbytes]
-            target.put(part, piece.start, target.copies(piece.segment.box, span))
+        for target, first, copy in homeless:
+            target.put(data, first, copy)
         return None
 
     def _verifies(self, chunk: int) -> bool:
