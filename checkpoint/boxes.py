@@ -148,6 +148,8 @@ def copies(source: Box, start: int, stop: int, target: Box) -> list[Copy]:
 def hull(source: Box, target: Box) -> tuple[int, int]:
     """First element of ``source`` that ``target`` needs, and the one behind the last; (0, 0) if
     it needs none."""
+    if source == target:
+        return 0, source.volume
     common = source.intersection(target)
     if common is None:
         return 0, 0

@@ -23,6 +23,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from ftrain.checkpoint.boxes import Placement
+from ftrain.checkpoint.codecs import RAW
 from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.header import DATA_BYTES_MAX, PAGE_BYTES, SMALL_BYTES_MAX, ImageIdentity
 from ftrain.checkpoint.image_plan import ImagePlan, Segment
@@ -236,6 +237,8 @@ def _check_chunks(footer: Footer, end: int) -> None:
     sizes += cut(footer.small_bytes, footer.chunk_bytes)
     if [chunk.raw for chunk in footer.chunks] != sizes:
         raise StateError("its chunks do not add up to its data")
+    if any(chunk.codec == RAW and chunk.stored != chunk.raw for chunk in footer.chunks):
+        raise StateError("a chunk that is stored as it is has another size there")
     at = PAGE_BYTES
     for chunk in footer.chunks:
         if chunk.at != at:

@@ -14,7 +14,6 @@ from ftrain.checkpoint.scatter import Home, bring_home, interleaved
 from ftrain.checkpoint.segment import (
     HEADER,
     TRAILER_BYTES,
-    ChunkRow,
     Footer,
     decode_footer,
     padded,
@@ -121,20 +120,19 @@ class SegmentReader:
         """
         row = self.footer.chunks[chunk]
         codec = self._codecs[chunk]
-        stored = scratch.stored(padded(row.stored))
-        digest = self._read_stored(row, [stored], hashing=verify and codec is None)
-        data = stored[: row.stored]
-        if codec is not None:
-            raw = scratch.raw(row.raw)
-            try:
-                codec.decode(data, raw)
-            except CorruptionError as error:
-                raise CorruptionError(f"{self._chunk(chunk)}: {error}") from None
-            data = raw
-            digest = xxhash.xxh3_128_hexdigest(raw) if verify else ""
+        stored = scratch.stored(row.stored)
+        if codec is None:
+            self._read_plain(chunk, [stored], verify=verify)
+            return stored
+        self._file.read_into(row.at, [stored])
+        raw = scratch.raw(row.raw)
+        try:
+            codec.decode(stored, raw)
+        except CorruptionError as error:
+            raise CorruptionError(f"{self._chunk(chunk)}: {error}") from None
         if verify:
-            self._require(chunk, digest)
-        return data
+            self._require(chunk, xxhash.xxh3_128_hexdigest(raw))
+        return raw
 
     def read_into(
         self, chunk: int, homes: Sequence[Home], scratch: Scratch, *, verify: bool = True
@@ -155,9 +153,7 @@ class SegmentReader:
             return data
         data = scratch.stored(row.stored)
         straight = [home for home in homes if len(home.memory) >= _STRAIGHT_BYTES_MIN]
-        digest = self._read_stored(row, interleaved(straight, data), hashing=verify)
-        if verify:
-            self._require(chunk, digest)
+        self._read_plain(chunk, interleaved(straight, data), verify=verify)
         bring_home(data, [home for home in homes if len(home.memory) < _STRAIGHT_BYTES_MIN])
         return data
 
@@ -182,8 +178,9 @@ class SegmentReader:
         for number, row in enumerate(self.footer.chunks):
             try:
                 self.read(number, scratch)
-                pad = scratch.stored(padded(row.stored))[row.stored :]
-                if pad != bytes(len(pad)):
+                pad = scratch.stored(padded(row.stored) - row.stored)
+                self._file.read_into(row.at + row.stored, [pad])
+                if any(pad):
                     yield CorruptionError(f"{self._chunk(number)} is followed by stray bytes")
             except CorruptionError as error:
                 yield error
@@ -199,22 +196,15 @@ class SegmentReader:
                 f"{self._chunk(chunk)} does not match its digest: take another copy"
             )
 
-    def _read_stored(self, row: ChunkRow, parts: Sequence[memoryview], *, hashing: bool) -> str:
-        """Fill ``parts`` with the chunk, and the padding behind it if they are so long; the digest
-        if it is asked for."""
-        if not hashing:
-            self._file.read_into(row.at, parts)
-            return ""
+    def _read_plain(self, chunk: int, parts: Sequence[memoryview], *, verify: bool) -> None:
+        """Fill ``parts`` with a chunk that is stored as it is."""
+        at = self.footer.chunks[chunk].at
+        if not verify:
+            self._file.read_into(at, parts)
+            return
         hasher = xxhash.xxh3_128()
-        left = row.stored
-
-        def hash_part(part: memoryview) -> None:
-            nonlocal left
-            hasher.update(part[:left])
-            left -= min(left, len(part))
-
-        self._file.read_into(row.at, parts, hash_part)
-        return hasher.hexdigest()
+        self._file.read_into(at, parts, hasher.update)
+        self._require(chunk, hasher.hexdigest())
 
     def _chunk(self, number: int) -> str:
         what = f"chunk {number}" if number < self.chunks else "the small state"

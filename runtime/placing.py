@@ -33,10 +33,12 @@ class Target:
     gaps: dict[Box, list[Span]] = field(default_factory=dict)
     broken: dict[Box, list[Span]] = field(default_factory=dict)  # found damaged somewhere
     live: torch.Tensor = field(init=False)  # contiguous; the tensor itself wherever that is
+    box: Box = field(init=False)  # the part of the global tensor that is wanted
 
     def __post_init__(self) -> None:
         """A tensor that is not contiguous is filled through a copy that is."""
         self.live = self.tensor.tensor.contiguous()
+        self.box = self.tensor.box
 
     @staticmethod
     def of(tensor: StateTensor) -> Target:
@@ -44,13 +46,10 @@ class Target:
         return Target(tensor, item_bytes(tensor.dtype))
 
     @property
-    def box(self) -> Box:
-        """The part of the global tensor that is wanted."""
-        return self.tensor.box
-
-    @property
     def whole(self) -> bool:
         """Whether everything is there."""
+        if self.gaps.get(self.box) == []:  # the common case: laid out as it was
+            return True
         return self.covered and not any(self.gaps.values())
 
     @property

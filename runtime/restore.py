@@ -8,10 +8,9 @@ Nothing here cares how the job was laid out over ranks when it was saved (placin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
 from random import randrange
 from threading import local
 from typing import Any, Protocol
@@ -188,26 +187,33 @@ class Restoration:
             return
         if self._topology and image.identity.topology != self._topology:
             _refuse_model(image, known)
-        chunks = {
-            chunk
-            for segment in image.plan.segments
-            if (segment.name, segment.place.owner) in self._targets
-            for chunk in image.plan.chunks_of(segment)
-        }
-        work = [found for chunk in sorted(chunks) if (found := self._wanted(image, chunk))]
-        if self._readers > 1 and len(work) > 1:
-            scratches = local()
-            with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
-                done = list(pool.map(self._do, repeat(image), work, repeat(scratches)))
-        else:
-            scratch = local()
-            done = [self._do(image, one, scratch) for one in work]
-        for one, error in zip(work, done, strict=True):
+        chunks: set[int] = set()
+        for segment in image.plan.segments:
+            target = self._targets.get((segment.name, segment.place.owner))
+            if target is not None:
+                _check_shape(segment, target.tensor)
+                chunks.update(image.plan.chunks_of(segment))
+        work = (found for chunk in sorted(chunks) if (found := self._wanted(image, chunk)))
+        for one, error in self._done(image, work):
             if error is not None:
                 self._note_damage(image, error)
             for target, piece, span in one.pieces:
                 self._account(image, target, piece.segment.box, span, error)
         self._targets = {key: t for key, t in self._targets.items() if not t.whole}
+
+    def _done(
+        self, image: Source, work: Iterable[_Work]
+    ) -> Iterator[tuple[_Work, CorruptionError | None]]:
+        """All of the work, done; the first is begun before the last is known."""
+        scratches = local()
+        if self._readers == 1:
+            for one in work:
+                yield one, self._do(image, one, scratches)
+            return
+        with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
+            begun = [(one, pool.submit(self._do, image, one, scratches)) for one in work]
+            for one, future in begun:
+                yield one, future.result()
 
     def _wanted(self, image: Source, chunk: int) -> _Work | None:
         """What is missing and lies in a chunk."""
@@ -215,10 +221,8 @@ class Restoration:
         for piece in image.plan.pieces(chunk):
             segment = piece.segment
             target = self._targets.get((segment.name, segment.place.owner))
-            if target is None:
-                continue
-            _check_shape(segment, target.tensor)
-            pieces += [(target, piece, span) for span in target.missing(piece)]
+            if target is not None:
+                pieces += [(target, piece, span) for span in target.missing(piece)]
         return _Work(chunk, tuple(pieces)) if pieces else None
 
     def _do(self, image: Source, work: _Work, scratches: local) -> CorruptionError | None:
