@@ -25,7 +25,7 @@ class Target:
     """A live tensor that is being filled, and what it still lacks.
 
     It may come from one shard, as it was laid out when it was saved, or from several; ``gaps`` are
-    what is missing of each shard met so far, in bytes of that shard.
+    what is missing of each shard met so far, in bytes of that shard, and not being read.
     """
 
     tensor: StateTensor
@@ -48,8 +48,8 @@ class Target:
     @property
     def whole(self) -> bool:
         """Whether everything is there."""
-        if self.gaps.get(self.box) == []:  # the common case: laid out as it was
-            return True
+        if len(self.gaps) == 1 and self.box in self.gaps:  # the common case: laid out as it was
+            return not self.gaps[self.box]
         return self.covered and not any(self.gaps.values())
 
     @property
@@ -65,22 +65,30 @@ class Target:
         gaps = sum(stop - start for spans in self.gaps.values() for start, stop in spans)
         return (self.box.volume - known) * self.item + gaps
 
-    def missing(self, piece: Piece) -> list[Span]:
-        """What of a piece's bytes is missing here."""
+    def claim(self, piece: Piece) -> list[Span]:
+        """What of a piece's bytes is missing here, which nobody else is given from now on: bytes
+        that were compared in place must not be written to again."""
         box = piece.segment.box
         if box not in self.gaps:
             first, last = hull(box, self.box)
             self.gaps[box] = [(first * self.item, last * self.item)] if first < last else []
-        return _common(self.gaps[box], (piece.start, piece.start + piece.nbytes))
+        wanted = (piece.start, piece.start + piece.nbytes)
+        found = _common(self.gaps[box], wanted)
+        self.gaps[box] = _without(self.gaps[box], wanted)
+        return found
+
+    def give_back(self, box: Box, span: Span) -> None:
+        """What was claimed is damaged there: it is missing as before."""
+        self.gaps[box].append(span)
+        self.broken.setdefault(box, []).append(span)
+
+    def was_broken(self, box: Box, span: Span) -> bool:
+        """Whether some of these bytes were damaged somewhere else."""
+        return bool(_common(self.broken.get(box, ()), span))
 
     def copies(self, box: Box, span: Span) -> list[Copy]:
         """How the bytes ``span`` of a shard get here."""
         return copies(box, span[0] // self.item, span[1] // self.item, self.box)
-
-    def filled(self, box: Box, span: Span) -> bool:
-        """Bytes are there; whether they were damaged somewhere else."""
-        self.gaps[box] = _without(self.gaps[box], span)
-        return bool(_common(self.broken.get(box, ()), span))
 
     def home(self, copy: Copy, first: int) -> Home | None:
         """Where the bytes of a copy belong, if they can lie there as they lie in the shard; byte

@@ -216,13 +216,13 @@ class Restoration:
                 yield one, future.result()
 
     def _wanted(self, image: Source, chunk: int) -> _Work | None:
-        """What is missing and lies in a chunk."""
+        """What is missing and lies in a chunk; it is given to nobody else."""
         pieces = []
         for piece in image.plan.pieces(chunk):
             segment = piece.segment
             target = self._targets.get((segment.name, segment.place.owner))
             if target is not None:
-                pieces += [(target, piece, span) for span in target.missing(piece)]
+                pieces += [(target, piece, span) for span in target.claim(piece)]
         return _Work(chunk, tuple(pieces)) if pieces else None
 
     def _do(self, image: Source, work: _Work, scratches: local) -> CorruptionError | None:
@@ -260,8 +260,8 @@ class Restoration:
         self, image: Source, target: Target, box: Box, span: Span, error: CorruptionError | None
     ) -> None:
         if error is not None:
-            target.broken.setdefault(box, []).append(span)
-        elif target.filled(box, span) or self._stands_in(image):
+            target.give_back(box, span)
+        elif target.was_broken(box, span) or self._stands_in(image):
             self._note_source(image)
 
     def _stands_in(self, image: Source) -> bool:

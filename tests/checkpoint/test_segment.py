@@ -221,6 +221,20 @@ def test_a_hostile_footer_is_refused(path: Path, name: str) -> None:
         read(path)
 
 
+def test_a_plain_chunk_that_is_shorter_than_its_bytes_is_refused(path: Path) -> None:
+    """Its digest is that of what is there; what is behind it would not be compared."""
+    write(path, make_image())
+    start = path.read_bytes()[4096:8000]
+
+    def shorten(footer: dict) -> None:
+        footer["chunks"][0][1] = len(start)
+        footer["chunks"][0][4] = digest_of(start).hex()
+
+    forge(path, shorten)
+    with pytest.raises(CorruptionError, match="another size"):
+        read(path)
+
+
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
     codec = PlaneCodec(1)
     packed = codec.encode(memoryview(bytes(1 << 24)))
