@@ -28,6 +28,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +44,7 @@ from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
 _COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
+_SMALL_GROWTH = 4  # room for the small state of later versions, when it is reserved ahead
 _LAZY = (Changes.IN_STEP,)
 _LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
 
@@ -64,7 +66,9 @@ class Slots(Protocol):
     denied: str
 
     def reserve(self, image_bytes: int) -> None: ...
+    def expect(self, image_bytes: int) -> None: ...
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None: ...
+    def enter(self) -> None: ...
     def begun(self, version: VersionId) -> None: ...
     def sealed(self, version: VersionId, held: Held) -> None: ...
     def withdraw(self, version: VersionId) -> None: ...
@@ -224,6 +228,16 @@ class CaptureEngine:
         if self._statistics.eager:
             self.barrier(float("inf"))
 
+    def expect(self, tensors: tuple[StateTensor, ...]) -> None:
+        """Have room made for versions of these tensors, which nobody waits for; those that are not
+        there yet may be on the device ``meta``.  To be called behind the first :meth:`start`."""
+        if self._plan is None:
+            return
+        room = _SMALL_GROWTH * self._plan.small_bytes_max
+        with suppress(FtrainError):  # it will be said when they are captured
+            plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
+            self._slots.expect(plan.total_bytes)
+
     def barrier(self, wait_s_max: float) -> None:
         """Wait until the live tensors may change; skips the version after ``wait_s_max``."""
         began = time.monotonic_ns()
@@ -328,6 +342,7 @@ class CaptureEngine:
         if not self._program.has(kinds):
             return
         began = time.monotonic_ns()
+        self._slots.enter()
         for chunk in range(writer.chunks):
             self._program.copy(writer, chunk, kinds)
         self._statistics.copy_ns += time.monotonic_ns() - began
@@ -335,6 +350,7 @@ class CaptureEngine:
     def _capture(self, job: _Job) -> None:
         writer = job.writer
         self._slots.begun(job.version)
+        self._slots.enter()  # here, where nobody waits for it yet
         if job.ready is not None:
             job.ready.synchronize()
         for chunk in range(writer.chunks):

@@ -62,12 +62,18 @@ class LocalSlots:
                     f"no memory for a copy of the training state ({image_bytes} bytes): {error}"
                 ) from None
 
+    def expect(self, image_bytes: int) -> None:
+        """Its pages are taken when they are written to."""
+
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """The room."""
         if self._map is None:
             return None
         self.image, self.held = memoryview(self._map), None
         return self.image
+
+    def enter(self) -> None:
+        """Its pages are this process's already, or will be when they are written to."""
 
     def begun(self, version: VersionId) -> None:
         """Nobody has to know."""
@@ -255,6 +261,9 @@ class AloneKeeper:
             if last and self._refusal:
                 self.unsaved = f"step {step}, the end of the run, is not durable: {self._refusal}"
         return self._saved_step == step
+
+    def expect(self, tensors: tuple[StateTensor, ...]) -> None:
+        """Room is made when a version is written."""
 
     def barrier(self) -> None:
         """Nothing is captured behind the step."""

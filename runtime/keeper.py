@@ -53,6 +53,7 @@ class Keeper(Protocol):
         *,
         last: bool,
     ) -> bool: ...
+    def expect(self, tensors: tuple[StateTensor, ...]) -> None: ...
     def barrier(self) -> None: ...
     def drain(self) -> None: ...
     def finish(self) -> None: ...
@@ -188,6 +189,10 @@ class SnapshotKeeper:
         wait_s = _LAST_S_MAX if last else None
         self._engine.start(VersionId(self.epoch, step), tensors, small, collectives, wait_s=wait_s)
         return True
+
+    def expect(self, tensors: tuple[StateTensor, ...]) -> None:
+        """Have room made for versions of these tensors, meanwhile."""
+        self._engine.expect(tensors)
 
     def barrier(self) -> None:
         """To be called before any registered optimizer writes."""

@@ -156,6 +156,7 @@ class Session:
                 self._random = None
             else:
                 self._capture()
+                self._keeper.expect(self._state.expected())
             while self._total_steps is None or self._step < self._total_steps:
                 self._phase(Phase.BOUNDARY)
                 self._end_if_asked()

@@ -21,6 +21,7 @@ from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.runtime.data import Stateful
 from ftrain.runtime.group import Holding, holdings, key_of, local_part, moment_holding
+from ftrain.runtime.moments import moments_ahead
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -128,6 +129,17 @@ class TrainingState:
         if self._layout is None or self._layout.places != places:
             self._layout = self._lay_out()  # some optimizers exchange their tensors
         return self._layout
+
+    def expected(self) -> tuple[StateTensor, ...]:
+        """The tensors as they will be after the first step; those that it makes have no memory."""
+        layout = self.layout()
+        ahead: list[StateTensor] = []
+        for name, optimizer in self.optimizers.items():
+            for parameter, key, value in moments_ahead(optimizer):
+                inner, mine = self._names[id(parameter)], self._holdings[id(parameter)]
+                held = moment_holding(parameter, mine, value, self.world_size)
+                ahead.append(StateTensor(f"{name}/{inner}/{key}", value, held.key, held.place))
+        return (*layout.tensors, *ahead)
 
     def small(self, layout: StateLayout) -> dict[str, Any]:
         """Everything but the tensors of ``layout``, as a tree of plain values and small tensors."""

@@ -23,6 +23,7 @@ from ftrain.snapshot.protocol.messages import (
     ClientHello,
     ClientWelcome,
     Denied,
+    Expect,
     Finished,
     FinishTask,
     Granted,
@@ -113,12 +114,14 @@ class SnapshotClient:
                 return
             answer, fds = self._call(Reserve(0, image_bytes), Reserved, _RESERVE_S_MAX)
             self._slots = []
-            for fd, nbytes, fresh in zip(fds, answer.nbytes, answer.fresh, strict=True):
-                view = map_fd(fd, nbytes)
+            for fd, nbytes in zip(fds, answer.nbytes, strict=True):
+                self._slots.append(_Slot(map_fd(fd, nbytes), entered=False))
                 os.close(fd)
-                if fresh:
-                    populate(view)  # zeroing it now keeps that out of the first steps
-                self._slots.append(_Slot(view, fresh))
+
+    def expect(self, image_bytes: int) -> None:
+        """Have slots of this size made ready; whoever needs them reserves them all the same."""
+        with self._lock:
+            self._tell(Expect(image_bytes))
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """A writable slot for ``version``, or None (see ``denied``). Usually without any wait; with
@@ -151,8 +154,14 @@ class SnapshotClient:
                 self.denied = answer.reason
                 return None
             self._slot, self._writing = answer.slot, version
-            self._enter(answer.slot)
             return self._slots[self._slot].view
+
+    def enter(self) -> None:
+        """Enter the pages of the slot of :meth:`begin` into this process's page table, before much
+        is written to it."""
+        with self._lock:
+            if self._writing is not None and self._slot >= 0:
+                self._enter(self._slot)
 
     def begun(self, version: VersionId) -> None:
         """Tell the manager what is in the slot that was granted ahead, if it does not know yet.

@@ -19,12 +19,15 @@ from ftrain.comms.errors import (
 from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, accept_local, listen_local
 from ftrain.comms.protocol.messages import VersionId
+
+from ftrain.snapshot.memory import populate
 from ftrain.snapshot.protocol.custody import SlotState
 from ftrain.snapshot.protocol.messages import (
     Begin,
     ClientHello,
     ClientWelcome,
     Denied,
+    Expect,
     Finished,
     FinishTask,
     Granted,
@@ -92,6 +95,7 @@ class RankServer:
         self.patient = True  # a rank may wait for other nodes; once, until they are heard again
         self._told_short = False
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
+        self._preparing: set[asyncio.Task[None]] = set()
 
     def listen(self, path: str) -> None:
         """Accept ranks at ``path``; RunDirectoryError."""
@@ -134,13 +138,29 @@ class RankServer:
             FinishTask(task.version, task.rank, region.nbytes), [region.fd]
         )
 
-    async def grow(self, rank: int, nbytes: int) -> set[int]:
-        """Make every slot of ``rank`` that large; returns which are new. MemoryShortError."""
-        fresh = set()
+    def expect(self, rank: int, nbytes: int) -> None:
+        """Make every slot of ``rank`` that large, and its pages ready to be written to."""
+        preparing = self._loop.create_task(self._prepare(rank, nbytes))
+        self._preparing.add(preparing)
+        preparing.add_done_callback(self._preparing.discard)
+
+    async def _prepare(self, rank: int, nbytes: int) -> None:
+        try:
+            await self.grow(rank, nbytes)
+            for slot in range(self.store.custody.slots_per_rank):
+                await asyncio.to_thread(populate, self.store.region(rank, slot).view)
+        except (
+            MemoryShortError,
+            KeyError,
+        ):  # told when it is needed; the rank is not here any more
+            return
+
+    async def grow(self, rank: int, nbytes: int) -> None:
+        """Make every slot of ``rank`` that large; MemoryShortError."""
         async with self._growth.setdefault(rank, asyncio.Lock()):
             short = self.store.plan_growth(rank, nbytes)
             while short:
-                slot, size = short[0]
+                slot, _ = short[0]
                 try:
                     fd = await asyncio.to_thread(self.store.allocate, rank, slot, nbytes)
                     region = self.store.grow(rank, slot, fd)
@@ -150,11 +170,8 @@ class RankServer:
                         raise
                     raise MemoryShortError(f"rank {rank} got no snapshot slot: {error}") from None
                 self.on_hold(rank, slot, region.fd, region.nbytes)
-                if size == 0:
-                    fresh.add(slot)
                 short.pop(0)
                 self.on_grown()
-        return fresh
 
     def short(self, rank: int, error: MemoryShortError) -> None:
         """Slots can't grow: told once. (One that never had any ends its rank, which tells it.)"""
@@ -223,6 +240,7 @@ class _RankSession:
         self._giving_up: asyncio.TimerHandle | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             Reserve: self._reserve,
+            Expect: self._expect,
             Begin: self._begin,
             ImageSealed: self._sealed,
             Withdraw: self._withdraw,
@@ -308,7 +326,7 @@ class _RankSession:
 
     async def _grow(self, message: Reserve) -> None:
         try:
-            fresh = await self._server.grow(self.rank, message.nbytes)
+            await self._server.grow(self.rank, message.nbytes)
         except MemoryShortError as error:
             self._server.short(self.rank, error)
             self._refuse(message.request, str(error), short=True)
@@ -320,8 +338,12 @@ class _RankSession:
         slots = range(self._store.custody.slots_per_rank)
         regions = [self._store.region(self.rank, slot) for slot in slots]
         sizes = tuple(region.nbytes for region in regions)
-        reserved = Reserved(message.request, sizes, tuple(slot in fresh for slot in slots))
-        self.link.post(reserved, [region.fd for region in regions])
+        self.link.post(Reserved(message.request, sizes), [region.fd for region in regions])
+
+    def _expect(self, message: Expect) -> None:
+        if not 0 < message.nbytes < _BYTES_MAX:
+            raise LocalProtocolError(f"an impossible expectation of {message.nbytes} bytes")
+        self._server.expect(self.rank, message.nbytes)
 
     def _begin(self, message: Begin) -> None:
         self._require_current(message.version)

@@ -241,6 +241,13 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """I will need slots of about this many bytes: make them ready. No answer."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Begin:
     """I want to capture ``version``. Answered by :class:`Granted` or :class:`Denied`.
 
@@ -331,7 +338,6 @@ class Reserved:
 
     request: int
     nbytes: tuple[int, ...]
-    fresh: tuple[bool, ...]  # its memory was never touched
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,6 +457,7 @@ MESSAGES: tuple[type, ...] = (
     FlushRefused,
     ClientHello,
     Reserve,
+    Expect,
     Begin,
     ImageSealed,
     Withdraw,

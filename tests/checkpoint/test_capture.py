@@ -39,6 +39,7 @@ class Memory:
         self.turn = 0
         self.handed_in: list[tuple[VersionId, Held]] = []
         self.withdrawn: list[VersionId] = []
+        self.expected: list[int] = []
         self.answers: list[tuple[int, Held | None]] = []
         self.door, self.bell = socket.socketpair()
         self.door.setblocking(False)
@@ -49,6 +50,12 @@ class Memory:
         if image_bytes > 2**28:
             raise MemoryShortError("the slots need more memory than there is")
         self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
+
+    def expect(self, image_bytes: int) -> None:
+        self.expected.append(image_bytes)
+
+    def enter(self) -> None:
+        pass
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         if self.deny:
