@@ -96,6 +96,7 @@ class SnapshotClient:
         self._socket: LocalSocket | None = None
         self._requests = 0
         self._slots: list[_Slot] = []
+        self._outgrown: list[_Slot] = []
         self._slot = -1  # this rank's to write, granted ahead or for `_writing`
         self._writing: VersionId | None = None
         self._unsaid = False  # the manager was not told of `_writing`
@@ -113,7 +114,7 @@ class SnapshotClient:
             if self._slots and min(slot.view.nbytes for slot in self._slots) >= image_bytes:
                 return
             answer, fds = self._call(Reserve(0, image_bytes), Reserved, _RESERVE_S_MAX)
-            self._slots = []
+            self._outgrown, self._slots = self._slots, []
             for fd, nbytes in zip(fds, answer.nbytes, strict=True):
                 self._slots.append(_Slot(map_fd(fd, nbytes), entered=False))
                 os.close(fd)
@@ -169,6 +170,7 @@ class SnapshotClient:
         Apart from :meth:`begin`, so that the training thread need not wait for a message to go.
         """
         with self._lock:
+            self._outgrown = []  # to unmap them takes a while
             if self._unsaid and self._writing == version:
                 self._unsaid = False
                 self._tell(Begin(0, version, self._slot))
@@ -272,7 +274,7 @@ class SnapshotClient:
         """Give up the connection and the maps (which go when nobody uses their views)."""
         with self._lock:
             self._disconnect()
-            self._slots = []
+            self._slots = self._outgrown = []
             self._path = ""
 
     # ------------------------------------------------------------ conversation

@@ -189,6 +189,29 @@ def test_a_version_is_complete_when_the_barrier_returns(
     assert engine.statistics().captured == 1
 
 
+def test_room_for_what_the_first_step_makes_is_asked_for_ahead(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    state = tensors()
+    engine.expect(state)
+    assert memory.expected == []  # nobody knows yet how much the small state takes
+    engine.start(VersionId(1, 0), state, b"small")
+    engine.barrier(10)
+    begun_bytes = len(memory.maps[0])
+    moments = [
+        StateTensor.whole(f"optimizer/{t.name}", torch.empty_like(t.tensor, device="meta"), t.share)
+        for t in state
+    ]
+    engine.expect((*state, *moments))
+    (expected,) = memory.expected
+    assert expected > begun_bytes
+    real = [StateTensor.whole(m.name, torch.ones(m.tensor.shape), m.share) for m in moments]
+    engine.start(VersionId(1, 1), (*state, *real), b"larger" * 10_000)
+    engine.barrier(10)
+    assert engine.statistics().captured == 2
+    assert begun_bytes < memory.image().total_bytes <= expected
+
+
 def test_a_denied_version_is_counted_with_its_reason(
     engine: CaptureEngine, memory: Memory, notes: list[str]
 ) -> None:
