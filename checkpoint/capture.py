@@ -66,9 +66,9 @@ class Slots(Protocol):
     denied: str
 
     def reserve(self, image_bytes: int) -> None: ...
-    def expect(self, image_bytes: int) -> None: ...
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None: ...
     def enter(self) -> None: ...
+    def enter_more(self) -> bool: ...
     def begun(self, version: VersionId) -> None: ...
     def sealed(self, version: VersionId, held: Held) -> None: ...
     def withdraw(self, version: VersionId) -> None: ...
@@ -174,6 +174,7 @@ class CaptureEngine:
         self._planned_for: tuple[StateTensor, ...] = ()
         self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
+        self._expected: tuple[StateTensor, ...] | None = None  # room is to be made for them
         self._offsets: list[int] = []  # of the plan's segments that change in the step only
         self._frozen: FrozenChunks | None = None
         self._cursor = 0
@@ -231,12 +232,9 @@ class CaptureEngine:
     def expect(self, tensors: tuple[StateTensor, ...]) -> None:
         """Have room made for versions of these tensors, which nobody waits for; those that are not
         there yet may be on the device ``meta``.  To be called behind the first :meth:`start`."""
-        if self._plan is None:
-            return
-        room = _SMALL_GROWTH * self._plan.small_bytes_max
-        with suppress(FtrainError):  # it will be said when they are captured
-            plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
-            self._slots.expect(plan.total_bytes)
+        with self._lock:
+            self._expected = tensors
+        os.eventfd_write(self._wake, 1)
 
     def barrier(self, wait_s_max: float) -> None:
         """Wait until the live tensors may change; skips the version after ``wait_s_max``."""
@@ -285,9 +283,24 @@ class CaptureEngine:
                     if self._job is job:
                         self._job = None
                     self._lock.notify_all()
+            self._make_room()
             request = self._poll()
             if request is not None:
                 self._finish(request)
+
+    def _make_room(self) -> None:
+        """Reserve what is expected, as far as no version has to wait for it."""
+        with self._lock:
+            expected, self._expected = self._expected, None
+            plan = self._plan
+        if expected is None or plan is None:
+            return
+        room = _SMALL_GROWTH * plan.small_bytes_max
+        with suppress(FtrainError, OSError):  # it will be said when they are captured
+            wanted = plan_image(expected, self._share_of, room, self._chunk_bytes)
+            self._slots.reserve(wanted.total_bytes)
+            while self._job is None and self._slots.enter_more():
+                pass
 
     def _await_news(self) -> None:
         watched = [self._wake]

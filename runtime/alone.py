@@ -62,9 +62,6 @@ class LocalSlots:
                     f"no memory for a copy of the training state ({image_bytes} bytes): {error}"
                 ) from None
 
-    def expect(self, image_bytes: int) -> None:
-        """Its pages are taken when they are written to."""
-
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """The room."""
         if self._map is None:
@@ -73,7 +70,11 @@ class LocalSlots:
         return self.image
 
     def enter(self) -> None:
-        """Its pages are this process's already, or will be when they are written to."""
+        """Its pages are taken when they are written to."""
+
+    def enter_more(self) -> bool:
+        """There is no other."""
+        return False
 
     def begun(self, version: VersionId) -> None:
         """Nobody has to know."""

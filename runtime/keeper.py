@@ -94,6 +94,7 @@ class SnapshotKeeper:
             tuple(range(first, first + environment.local_world_size)),
         )
         self._topology = ""
+        self._newest: tuple[StateTensor, ...] = ()  # of the boundary before
         try:
             self._client = SnapshotClient(
                 context.smp_socket,
@@ -185,7 +186,11 @@ class SnapshotKeeper:
     ) -> bool:
         """Begin to capture the version at boundary ``step``; False: it is not its turn."""
         if step % self._config.every_steps and not last:
+            if tensors is not self._newest:  # as after the first step of an optimizer
+                self._newest = tensors
+                self._engine.expect(tensors)
             return False
+        self._newest = tensors
         wait_s = _LAST_S_MAX if last else None
         self._engine.start(VersionId(self.epoch, step), tensors, small, collectives, wait_s=wait_s)
         return True

@@ -23,7 +23,6 @@ from ftrain.snapshot.protocol.messages import (
     ClientHello,
     ClientWelcome,
     Denied,
-    Expect,
     Finished,
     FinishTask,
     Granted,
@@ -72,7 +71,13 @@ class OpenedImage:
 @dataclass(slots=True)
 class _Slot:
     view: memoryview
-    entered: bool  # its pages are in this process's page table
+    entered: bool = False  # its pages are in this process's page table
+
+    def enter(self) -> None:
+        """Enter them."""
+        if not self.entered:
+            populate(self.view)
+            self.entered = True
 
 
 class SnapshotClient:
@@ -96,7 +101,6 @@ class SnapshotClient:
         self._socket: LocalSocket | None = None
         self._requests = 0
         self._slots: list[_Slot] = []
-        self._outgrown: list[_Slot] = []
         self._slot = -1  # this rank's to write, granted ahead or for `_writing`
         self._writing: VersionId | None = None
         self._unsaid = False  # the manager was not told of `_writing`
@@ -114,15 +118,10 @@ class SnapshotClient:
             if self._slots and min(slot.view.nbytes for slot in self._slots) >= image_bytes:
                 return
             answer, fds = self._call(Reserve(0, image_bytes), Reserved, _RESERVE_S_MAX)
-            self._outgrown, self._slots = self._slots, []
+            self._slots = []
             for fd, nbytes in zip(fds, answer.nbytes, strict=True):
-                self._slots.append(_Slot(map_fd(fd, nbytes), entered=False))
+                self._slots.append(_Slot(map_fd(fd, nbytes)))
                 os.close(fd)
-
-    def expect(self, image_bytes: int) -> None:
-        """Have slots of this size made ready; whoever needs them reserves them all the same."""
-        with self._lock:
-            self._tell(Expect(image_bytes))
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """A writable slot for ``version``, or None (see ``denied``). Usually without any wait; with
@@ -161,8 +160,16 @@ class SnapshotClient:
         """Enter the pages of the slot of :meth:`begin` into this process's page table, before much
         is written to it."""
         with self._lock:
-            if self._writing is not None and self._slot >= 0:
-                self._enter(self._slot)
+            slot = self._slots[self._slot] if self._slots and self._slot >= 0 else None
+        if slot is not None:
+            slot.enter()
+
+    def enter_more(self) -> bool:
+        """Enter those of one more slot; False: all are entered."""
+        slot = next((slot for slot in self._slots if not slot.entered), None)
+        if slot is not None:
+            slot.enter()
+        return slot is not None
 
     def begun(self, version: VersionId) -> None:
         """Tell the manager what is in the slot that was granted ahead, if it does not know yet.
@@ -170,7 +177,6 @@ class SnapshotClient:
         Apart from :meth:`begin`, so that the training thread need not wait for a message to go.
         """
         with self._lock:
-            self._outgrown = []  # to unmap them takes a while
             if self._unsaid and self._writing == version:
                 self._unsaid = False
                 self._tell(Begin(0, version, self._slot))
@@ -194,7 +200,7 @@ class SnapshotClient:
             self._slot, self._writing = -1, None
             if isinstance(answer, Granted):
                 self._slot = answer.slot
-                self._enter(answer.slot)
+                self._slots[answer.slot].enter()
 
     def withdraw(self, version: VersionId) -> None:
         """The image of a version that was sealed is worth nothing; its header is gone already.
@@ -274,16 +280,10 @@ class SnapshotClient:
         """Give up the connection and the maps (which go when nobody uses their views)."""
         with self._lock:
             self._disconnect()
-            self._slots = self._outgrown = []
+            self._slots = []
             self._path = ""
 
     # ------------------------------------------------------------ conversation
-
-    def _enter(self, number: int) -> None:
-        slot = self._slots[number]
-        if not slot.entered:
-            populate(slot.view)
-            slot.entered = True
 
     def _wait(self, longest_s: float) -> float:
         return _ABSENT_S_MAX if self._absent else longest_s

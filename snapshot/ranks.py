@@ -19,15 +19,12 @@ from ftrain.comms.errors import (
 from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, accept_local, listen_local
 from ftrain.comms.protocol.messages import VersionId
-
-from ftrain.snapshot.memory import populate
 from ftrain.snapshot.protocol.custody import SlotState
 from ftrain.snapshot.protocol.messages import (
     Begin,
     ClientHello,
     ClientWelcome,
     Denied,
-    Expect,
     Finished,
     FinishTask,
     Granted,
@@ -95,7 +92,6 @@ class RankServer:
         self.patient = True  # a rank may wait for other nodes; once, until they are heard again
         self._told_short = False
         self._growth: dict[int, asyncio.Lock] = {}  # by rank
-        self._preparing: set[asyncio.Task[None]] = set()
 
     def listen(self, path: str) -> None:
         """Accept ranks at ``path``; RunDirectoryError."""
@@ -137,23 +133,6 @@ class RankServer:
         self._sessions[task.survivor].link.post(
             FinishTask(task.version, task.rank, region.nbytes), [region.fd]
         )
-
-    def expect(self, rank: int, nbytes: int) -> None:
-        """Make every slot of ``rank`` that large, and its pages ready to be written to."""
-        preparing = self._loop.create_task(self._prepare(rank, nbytes))
-        self._preparing.add(preparing)
-        preparing.add_done_callback(self._preparing.discard)
-
-    async def _prepare(self, rank: int, nbytes: int) -> None:
-        try:
-            await self.grow(rank, nbytes)
-            for slot in range(self.store.custody.slots_per_rank):
-                await asyncio.to_thread(populate, self.store.region(rank, slot).view)
-        except (
-            MemoryShortError,
-            KeyError,
-        ):  # told when it is needed; the rank is not here any more
-            return
 
     async def grow(self, rank: int, nbytes: int) -> None:
         """Make every slot of ``rank`` that large; MemoryShortError."""
@@ -240,7 +219,6 @@ class _RankSession:
         self._giving_up: asyncio.TimerHandle | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             Reserve: self._reserve,
-            Expect: self._expect,
             Begin: self._begin,
             ImageSealed: self._sealed,
             Withdraw: self._withdraw,
@@ -339,11 +317,6 @@ class _RankSession:
         regions = [self._store.region(self.rank, slot) for slot in slots]
         sizes = tuple(region.nbytes for region in regions)
         self.link.post(Reserved(message.request, sizes), [region.fd for region in regions])
-
-    def _expect(self, message: Expect) -> None:
-        if not 0 < message.nbytes < _BYTES_MAX:
-            raise LocalProtocolError(f"an impossible expectation of {message.nbytes} bytes")
-        self._server.expect(self.rank, message.nbytes)
 
     def _begin(self, message: Begin) -> None:
         self._require_current(message.version)

@@ -241,13 +241,6 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
-class Expect:
-    """I will need slots of about this many bytes: make them ready. No answer."""
-
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Begin:
     """I want to capture ``version``. Answered by :class:`Granted` or :class:`Denied`.
 
@@ -457,7 +450,6 @@ MESSAGES: tuple[type, ...] = (
     FlushRefused,
     ClientHello,
     Reserve,
-    Expect,
     Begin,
     ImageSealed,
     Withdraw,

@@ -39,7 +39,8 @@ class Memory:
         self.turn = 0
         self.handed_in: list[tuple[VersionId, Held]] = []
         self.withdrawn: list[VersionId] = []
-        self.expected: list[int] = []
+        self.reserved: list[tuple[str, int]] = []  # by which thread
+        self.room_made = threading.Event()
         self.answers: list[tuple[int, Held | None]] = []
         self.door, self.bell = socket.socketpair()
         self.door.setblocking(False)
@@ -49,13 +50,15 @@ class Memory:
     def reserve(self, image_bytes: int) -> None:
         if image_bytes > 2**28:
             raise MemoryShortError("the slots need more memory than there is")
+        self.reserved.append((threading.current_thread().name, image_bytes))
         self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
-
-    def expect(self, image_bytes: int) -> None:
-        self.expected.append(image_bytes)
 
     def enter(self) -> None:
         pass
+
+    def enter_more(self) -> bool:
+        self.room_made.set()
+        return False
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         if self.deny:
@@ -189,27 +192,36 @@ def test_a_version_is_complete_when_the_barrier_returns(
     assert engine.statistics().captured == 1
 
 
-def test_room_for_what_the_first_step_makes_is_asked_for_ahead(
+def test_room_for_what_the_first_step_makes_is_reserved_behind_it(
     engine: CaptureEngine, memory: Memory
 ) -> None:
     state = tensors()
-    engine.expect(state)
-    assert memory.expected == []  # nobody knows yet how much the small state takes
     engine.start(VersionId(1, 0), state, b"small")
     engine.barrier(10)
-    begun_bytes = len(memory.maps[0])
     moments = [
         StateTensor.whole(f"optimizer/{t.name}", torch.empty_like(t.tensor, device="meta"), t.share)
         for t in state
     ]
     engine.expect((*state, *moments))
-    (expected,) = memory.expected
-    assert expected > begun_bytes
+    assert memory.room_made.wait(10)
+    (first, begun), (second, expected) = memory.reserved
+    assert (first, second) == ("MainThread", "ftrain-capture")
     real = [StateTensor.whole(m.name, torch.ones(m.tensor.shape), m.share) for m in moments]
     engine.start(VersionId(1, 1), (*state, *real), b"larger" * 10_000)
     engine.barrier(10)
     assert engine.statistics().captured == 2
-    assert begun_bytes < memory.image().total_bytes <= expected
+    assert begun < memory.image().total_bytes <= expected
+
+
+def test_room_that_can_not_be_had_ends_nothing(engine: CaptureEngine, memory: Memory) -> None:
+    state = tensors()
+    engine.start(VersionId(1, 0), state, b"small")
+    engine.barrier(10)
+    vast = torch.empty(2**30, device="meta")
+    engine.expect((*state, StateTensor.whole("vast", vast, "0,1")))
+    engine.start(VersionId(1, 1), state, b"small")
+    engine.barrier(10)
+    assert engine.statistics().captured == 2
 
 
 def test_a_denied_version_is_counted_with_its_reason(

@@ -126,50 +126,30 @@ def test_a_manager_out_of_descriptors_says_so_once_and_recovers(tmp_path: Path) 
             assert rank.capture(1)
 
 
-def test_room_that_is_expected_is_made_while_nobody_waits(tmp_path: Path) -> None:
-    """Slots grow, keep what they hold, and their pages are in memory before they are reserved."""
+def test_slots_that_grew_are_entered_one_by_one(tmp_path: Path) -> None:
     small, large = 100_000, 30 << 20
     with Manager(tmp_path) as manager:
         manager.group()
         with Rank(manager, nbytes=small) as rank:
             rank.capture(1)
-            rank.client.expect(large)
-
-            def ready() -> bool:
-                manager.drain()
-                return mapped_shared_bytes(manager.process.pid) >= 3 * large
-
-            until(ready)
-            assert all(os.fstat(fd).st_size == large for fd in manager.memory.values())
-            manager.newest_committed(v(1))
-            assert len(rank.restored(1)[0]) == small
-            before = shared_memory_bytes()
-            rank.client.reserve(large - 4096)
+            rank.client.reserve(large)
+            before = mapped_shared_bytes()
             buffer = rank.client.begin(v(2))
             assert buffer is not None
             assert len(buffer) == large
             rank.client.enter()
-            rank.client.begun(v(2))
-            assert mapped_shared_bytes(os.getpid()) >= large
-            assert shared_memory_bytes() - before < large
+            rank.client.enter()  # that of the version, and no other
+            assert large <= mapped_shared_bytes() - before < 1.1 * large
+            assert rank.client.enter_more()
+            assert rank.client.enter_more()
+            assert not rank.client.enter_more()
+            assert mapped_shared_bytes() - before >= 3 * large
+            manager.newest_committed(v(1))
+            assert len(rank.restored(1)[0]) == small
 
 
-def mapped_shared_bytes(pid: int) -> int:
-    """Shared memory that is in a process's page table."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def mapped_shared_bytes() -> int:
+    """Shared memory that is in this process's page table."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("RssShmem:"))
     return int(line.split()[1]) * 1024
-
-
-def test_room_that_can_not_be_had_is_told_only_when_it_is_needed(tmp_path: Path) -> None:
-    with Manager(tmp_path) as manager:
-        manager.group()
-        with Rank(manager) as rank:
-            rank.client.expect(1 << 43)
-            assert rank.capture(1)
-            with pytest.raises(MemoryShortError):
-                rank.client.reserve(1 << 43)
-            assert rank.capture(2)
-            manager.newest_committed(v(2))
-            assert len(manager.notices) == 1
-            assert "training goes on without new snapshots" in manager.notices[0]
