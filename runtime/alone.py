@@ -33,6 +33,7 @@ from ftrain.comms.protocol.messages import Held, VersionId
 from ftrain.comms.protocol.records import EXIT_SAVED
 from ftrain.configs.schema import CheckpointConfig, EventsConfig, FtrainConfig
 from ftrain.runtime.group import GroupView
+from ftrain.runtime.imported import IMPORTED
 from ftrain.runtime.restore import Restoration, file_readers, restore
 
 if TYPE_CHECKING:
@@ -211,6 +212,13 @@ class AloneKeeper:
         self.epoch = self._fence
         for version in versions[:count]:
             small, problem = self._put_back(state, version)
+            if small is not None and IMPORTED in small and version is not versions[0]:
+                # Optimizers, schedulers and more hold what could be read of the versions before.
+                raise RestoreError(
+                    f"step {versions[0].step} can't be put back, and all that is left to go on "
+                    f"from is the imported model: to begin anew with that, move {versions[0].path} "
+                    "away and run the script again"
+                )
             if self._agreement.everyone(small is not None):
                 self._tell_unusable(survey.problems, version.step)
                 self.resumed = True

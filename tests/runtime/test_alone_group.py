@@ -8,6 +8,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from ftrain.runtime.alone import Looks
 
 SCRIPT = """
@@ -99,3 +101,43 @@ def test_looks_become_rarer_and_never_rarer_than_their_limit() -> None:
     at += 50.0  # one slow step, and it is asked at the next ones again
     looks.agree(step, looks.proposal(step, at))
     assert looks.due(step + 2)
+
+
+BEGUN_WITH_AN_IMPORT = """
+import torch, ftrain
+model = torch.nn.Linear(400, 400)
+optimizer = torch.optim.AdamW(model.parameters())
+session = ftrain.Session(model=model, optimizer=optimizer, total_steps=3)
+print("from step", session.step, len(optimizer.state))
+for step, _ in session.steps():
+    model(torch.ones(2, 400)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_an_import_is_not_mixed_with_what_a_damaged_version_left(tmp_path: Path) -> None:
+    """Its optimizer begins anew, which it can't in a process that read half of another version."""
+    (tmp_path / "job.py").write_text(BEGUN_WITH_AN_IMPORT)
+    tensors = {"weight": torch.ones(400, 400), "bias": torch.zeros(400)}
+    torch.save(tensors, tmp_path / "model.pt")
+    checkpoints = tmp_path / "ftrain-runs/job"
+    words = ("checkpoints", "import", "--from", "torch", str(tmp_path / "model.pt"))
+    subprocess.run([sys.executable, "-m", "ftrain.launch.cli", *words, checkpoints], check=True)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        job = [sys.executable, "job.py"]
+        return subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    assert "from step 0 0" in run().stdout
+    assert steps_saved(tmp_path) == [0, 3]
+    (newest,) = (path for path in checkpoints.rglob("3.json"))
+    segment = max(newest.with_suffix("").glob("*.seg"), key=lambda path: path.stat().st_size)
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    again = run()
+    assert again.returncode == 1
+    assert f"to begin anew with that, move {newest} away" in again.stderr
+    newest.unlink()
+    assert "from step 0 0" in run().stdout
