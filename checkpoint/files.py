@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError
 
-_READ_BYTES = 256 * 1024  # at once: what was read is still in the core's cache when hashed
+_READ_BYTES = 512 * 1024  # at once: what was read is still in the core's cache when hashed
 _READ_PARTS = 512  # at once; the kernel takes 1024
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
