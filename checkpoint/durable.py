@@ -307,7 +307,8 @@ class DurableStore:
     def counts(self, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
         fences = self._fences()[0].values()
-        complete = {known.version for known in (survey := self.survey()).versions + survey.hidden}
+        survey = self.survey()
+        complete = {known.version for known in (*survey.versions, *survey.hidden)}
         record = settling(fences, complete | {version})
         return record is not None and record.shows(version)
 

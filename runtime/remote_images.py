@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ftrain.checkpoint.files import Seen, unseen
@@ -92,10 +93,10 @@ class _Copy:
         self.where = file.where
         self.nbytes = file.nbytes
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
+    def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
         """See :class:`~ftrain.checkpoint.files.ReadableFile`."""
         try:
-            self._file.read_into(offset, buffer, seen)
+            self._file.read_into(offset, parts, seen)
         except CorruptionError:
             raise
         except FtrainError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,15 +27,16 @@ class RemoteFile:
         self._file = place.again(f"reading {self.where}", self._open)
         self.nbytes = int(self._file.size())
 
-    def read_into(self, offset: int, buffer: memoryview, seen: Seen = unseen) -> None:
+    def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
         """See :class:`~ftrain.checkpoint.files.ReadableFile`."""
-        if offset + len(buffer) > self.nbytes:
+        if offset + sum(map(len, parts)) > self.nbytes:
             raise CorruptionError(f"{self.where} ends too early: it is cut off")
-        for start in range(0, len(buffer), _RANGE_BYTES):
-            part = buffer[start : start + _RANGE_BYTES]
-            read = partial(self._read, offset + start, part)
-            self._place.again(f"reading {self.where}", read)
-            seen(part)
+        for whole in parts:
+            for start in range(0, len(whole), _RANGE_BYTES):
+                part = whole[start : start + _RANGE_BYTES]
+                self._place.again(f"reading {self.where}", partial(self._read, offset, part))
+                seen(part)
+                offset += len(part)
 
     def close(self) -> None:
         """Close it."""

@@ -92,7 +92,7 @@ def require_object(place: Place, name: str, record: FileRecord) -> None:
         if file.nbytes != record.nbytes:
             raise CorruptionError(f"{file.where} has {file.nbytes} of {record.nbytes} bytes")
         trailer = memoryview(bytearray(TRAILER_BYTES))
-        file.read_into(max(0, file.nbytes - TRAILER_BYTES), trailer)
+        file.read_into(max(0, file.nbytes - TRAILER_BYTES), [trailer])
         _, _, digest = place_of_footer(bytes(trailer), file.nbytes, file.where)
     finally:
         file.close()

@@ -184,7 +184,7 @@ def test_a_damaged_chunk_is_read_from_the_store(
     for chunk in (3, 0):
         assert bytes(reader.read(chunk, Scratch())) == bytes(good.read(chunk, Scratch()))
     with pytest.raises(CorruptionError, match="ends too early"):
-        file.read_into(file.nbytes - 10, memoryview(bytearray(11)))
+        file.read_into(file.nbytes - 10, [memoryview(bytearray(11))])
     reader.close()
     good.close()
     with pytest.raises(CorruptionError, match=r"rank5\.seg is missing"):
