@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wait-at", type=int, default=-1, help="for the files, at this step")
     parser.add_argument("--timings", action="store_true")
+    parser.add_argument("--spoil", type=int, default=-1, help="the state saved at this step")
+    parser.add_argument("--just-end", action="store_true", help="without destroying the engine")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -110,6 +113,8 @@ def train(engine: Any, arguments: argparse.Namespace) -> None:
             began = time.monotonic()
             state = {"step": step + 1, "arguments": argparse.Namespace(width=arguments.width)}
             state["history"] = torch.full((3,), float(step))
+            if step + 1 == arguments.spoil:
+                state["callback"] = lambda: None
             engine.save_checkpoint(
                 str(arguments.folder), tag=arguments.tag or f"step{step + 1}", client_state=state
             )
@@ -119,6 +124,8 @@ def train(engine: Any, arguments: argparse.Namespace) -> None:
         if step + 1 == arguments.wait_at:
             engine.checkpoint_engine.wait()
             out.write(json.dumps({"waited": step + 1}) + "\n")
+    if arguments.just_end:
+        sys.exit()
     if arguments.engine == "ftrain":
         engine.checkpoint_engine.wait()
         statistics = engine.checkpoint_engine.statistics()
