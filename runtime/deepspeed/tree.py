@@ -76,7 +76,7 @@ class Folder:
         self._root = name
         self._index: dict[tuple[Any, ...], int] = {}
         self._names: set[str] = set()
-        tree = self._fold(state, (), 0)
+        tree = encode_tree(self._fold(state, (), 0), name)
         places = [[leaf.name, _dtype(leaf.tensor), leaf.tensor.shape] for leaf in self.leaves]
         self.small = encode_tree({"state": tree, "tensors": places}, name)
 
@@ -141,7 +141,7 @@ class Skeleton:
         self._where = where
         try:
             tree = decode_tree(small)
-            self._tree = tree["state"]
+            self._tree = decode_tree(tree["state"])
             self.places = tuple(
                 TensorPlace(str(name), str(dtype), tuple(map(int, shape)))
                 for name, dtype, shape in tree["tensors"]
