@@ -11,6 +11,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftrain.comms.errors import RestoreError, UsageError
 from ftrain.runtime.deepspeed import tags
 from ftrain.runtime.deepspeed.engine import DurableEngine, Options, Statistics
@@ -108,7 +110,6 @@ def export(save_dir: str | Path, tag: str, target: str | Path) -> None:
     Raises:
         CorruptionError, RestoreError: as :func:`verify`.
     """
-    torch = importlib.import_module("torch")
     folder = Path(target) / tag
     folder.mkdir(parents=True, exist_ok=True)
     for path in _files(Path(save_dir), tag):

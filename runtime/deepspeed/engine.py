@@ -151,7 +151,7 @@ class DurableEngine:
             room = self._rooms.setdefault(target.name, Room())
             changes = changes_of(state_dict, lazy=self._lazy)
             shot = Shot(target, folded, self._identity(save), room, changes)
-        except (FtrainError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it was: training goes on, and this is told
             save.problem = f"{error}"
             _log.warning("ftrain: %s is not saved: %s", path, error)
             return

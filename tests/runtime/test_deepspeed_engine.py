@@ -1,0 +1,277 @@
+"""The engine's calls in DeepSpeed's order, in a group of one; DeepSpeed itself is not needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ftrain.comms.errors import RestoreError, UsageError
+from ftrain.runtime.deepspeed import verify
+from ftrain.runtime.deepspeed.engine import DurableEngine, Options
+
+FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@dataclass
+class CommitInfo:
+    """As DeepSpeed's CheckpointCommitInfo."""
+
+    tag: str
+    save_dir: str
+    save_latest: bool
+
+
+class TorchFiles:
+    """Plain torch files, as DeepSpeed's own engine writes and reads them."""
+
+    def save(self, state: Any, path: str) -> None:
+        torch.save(state, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class Held:
+    """Keeps one of the engine's threads busy until it is let go."""
+
+    def __init__(self, engine: DurableEngine, queue: str) -> None:
+        self._go = threading.Event()
+        getattr(engine._started(), queue).put(self._go.wait)
+        self.let_go = self._go.set
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    # The first step of a process imports half of torch, which holds on to a group that is there.
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def engine(group: None) -> Iterator[DurableEngine]:
+    engine = DurableEngine(None, TorchFiles, Options())
+    yield engine
+    engine.cleanup()
+
+
+def state(value: float = 1.0) -> dict[str, Any]:
+    return {"optimizer_state_dict": {"moments": torch.full((100,), value)}}
+
+
+def save(engine: DurableEngine, folder: Path, tag: str, content: dict[str, Any]) -> None:
+    """What ``DeepSpeedEngine.save_checkpoint`` calls."""
+    engine.makedirs(str(folder), exist_ok=True)
+    engine.create(CommitInfo(tag, str(folder), True))
+    engine.makedirs(str(folder / tag), exist_ok=True)
+    engine.save(state_dict=content, path=str(folder / tag / FILE))
+    assert engine.is_decoupled()
+
+
+def commit(engine: DurableEngine) -> bool:
+    """What ``DeepSpeedEngine.step`` calls at the accumulation boundary; whether it committed."""
+    info = engine.get_commit_info()
+    if info is None:
+        return False
+    assert engine.commit(info)
+    assert not info.save_latest, "DeepSpeed would write latest before the files are durable"
+    return True
+
+
+def moments(engine: DurableEngine, folder: Path, tag: str) -> float:
+    loaded = engine.load(str(folder / tag / FILE), map_location="cpu")
+    return float(loaded["optimizer_state_dict"]["moments"][-1].item())
+
+
+def still_waits(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    return thread
+
+
+def test_a_commit_waits_for_the_copy_and_for_nothing_else(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    copying, writing = Held(engine, "_copying"), Held(engine, "_writing")
+    content = state(1.0)
+    save(engine, tmp_path, "a", content)
+    thread = still_waits(lambda: commit(engine))
+    copying.let_go()
+    thread.join(10)
+    assert not thread.is_alive()
+    content["optimizer_state_dict"]["moments"].fill_(2.0)  # the step
+    assert not list((tmp_path / "a").iterdir())
+    assert not (tmp_path / "latest").exists()
+    writing.let_go()
+    engine.wait()
+    assert (tmp_path / "latest").read_text() == "a"
+    assert moments(engine, tmp_path, "a") == 1.0
+    assert engine.statistics().durable == 1
+
+
+def test_an_optimizer_that_steps_without_a_commit_waits_too(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    parameter = torch.nn.Parameter(torch.full((100,), 1.0))
+    parameter.grad = torch.ones(100)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    copying = Held(engine, "_copying")
+    save(engine, tmp_path, "a", {"optimizer_state_dict": {"moments": parameter.detach()}})
+    thread = still_waits(optimizer.step)
+    assert parameter[0].item() == 1.0
+    copying.let_go()
+    thread.join(10)
+    assert parameter[0].item() == 0.0
+    assert moments(engine, tmp_path, "a") == 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_copy_from_a_device_is_ordered_behind_its_kernels(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    content = {"optimizer_state_dict": {"moments": torch.zeros(1 << 24, device="cuda")}}
+    live = content["optimizer_state_dict"]["moments"]
+    factor = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):  # so that the save comes long before the value is there
+        factor = factor @ factor
+    live.add_(1 + 0 * factor.nan_to_num(0.0, 0.0, 0.0)[0, 0])
+    save(engine, tmp_path, "a", content)
+    commit(engine)
+    live.fill_(2.0)
+    assert moments(engine, tmp_path, "a") == 1.0
+
+
+def test_a_commit_is_due_once_after_a_save(engine: DurableEngine, tmp_path: Path) -> None:
+    assert not commit(engine)
+    save(engine, tmp_path, "a", state())
+    assert commit(engine)
+    assert not commit(engine)
+
+
+def test_a_second_save_waits_for_the_memory_of_the_first(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    writing = Held(engine, "_writing")
+    save(engine, tmp_path, "a", state(1.0))
+    thread = still_waits(lambda: save(engine, tmp_path, "b", state(2.0)))
+    writing.let_go()
+    thread.join(10)
+    engine.wait()
+    assert (tmp_path / "latest").read_text() == "b"
+    assert [moments(engine, tmp_path, tag) for tag in "ab"] == [1.0, 2.0]
+
+
+def test_a_failure_is_told_at_the_next_save(
+    engine: DurableEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(engine, tmp_path, "a", state())
+    engine.wait()
+    (tmp_path / "b").write_text("a file is in the way")
+    save(engine, tmp_path, "b", state())
+    engine._started().drain()
+    caplog.clear()
+    with caplog.at_level(logging.ERROR):
+        save(engine, tmp_path, "c", state())
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "b was not saved: rank 0: " in said
+    assert "can't be written (Not a directory)" in said
+    engine.wait()
+    statistics = engine.statistics()
+    assert (statistics.begun, statistics.durable, statistics.failed) == (3, 2, 1)
+    assert (tmp_path / "latest").read_text() == "c"
+    assert len(engine.failures) == 1
+
+
+def test_what_belongs_to_no_checkpoint_is_a_plain_file_at_once(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    """As ``save_16bit_model`` calls it, between a save and its commit."""
+    save(engine, tmp_path, "a", state())
+    info = CommitInfo("global_step1", str(tmp_path), False)
+    engine.create(info)
+    engine.save({"weight": torch.ones(3)}, str(tmp_path / "pytorch_model.bin"))
+    loaded = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert loaded["weight"].sum() == 3
+    assert engine.commit(info)
+    engine.wait()
+    assert (tmp_path / "latest").read_text() == "a"
+    assert not (tmp_path / "global_step1").exists()
+    assert engine.failures == []
+
+
+def test_files_of_deepspeeds_own_engine_are_loaded_by_it_and_that_is_said_once(
+    engine: DurableEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"x": 1}, tmp_path / FILE)
+    for _ in range(2):
+        assert engine.load(str(tmp_path / FILE)) == {"x": 1}
+    assert caplog.text.count("written by DeepSpeed's own engine") == 1
+
+
+def test_a_save_that_was_cut_off_is_not_loaded(engine: DurableEngine, tmp_path: Path) -> None:
+    save(engine, tmp_path, "a", state())
+    save(engine, tmp_path, "b", state())
+    engine.wait()
+    (tmp_path / "b" / "ftrain.json").unlink()
+    with pytest.raises(RestoreError, match=r"not complete.*'a'"):
+        engine.load(str(tmp_path / "b" / FILE))
+
+
+def test_it_can_be_cleaned_up_and_used_again(engine: DurableEngine, tmp_path: Path) -> None:
+    engine.cleanup()
+    save(engine, tmp_path, "a", state())
+    engine.cleanup()
+    engine.cleanup()
+    assert verify(tmp_path, "a") > 0
+    save(engine, tmp_path, "b", state())
+    engine.cleanup()
+    assert (tmp_path / "latest").read_text() == "b"
+    assert engine.statistics().durable == 2
+
+
+def test_scripts_that_write_to_the_state_ask_for_eager_copies(group: None, tmp_path: Path) -> None:
+    engine = DurableEngine(None, TorchFiles, Options(lazy=False))
+    copying = Held(engine, "_copying")
+    content = state(1.0)
+    save(engine, tmp_path, "a", content)
+    content["optimizer_state_dict"]["moments"].fill_(2.0)
+    copying.let_go()
+    assert moments(engine, tmp_path, "a") == 1.0
+    engine.cleanup()
+
+
+def test_states_that_change_outside_the_step_are_copied_at_once(
+    group: None, tmp_path: Path
+) -> None:
+    offload = SimpleNamespace(super_offload=True)
+    zero = SimpleNamespace(zenflow=None, offload_optimizer=offload)
+    engine = DurableEngine(SimpleNamespace(zero_config=zero), TorchFiles, Options())
+    copying = Held(engine, "_copying")
+    content = state(1.0)
+    save(engine, tmp_path, "a", content)
+    content["optimizer_state_dict"]["moments"].fill_(2.0)
+    copying.let_go()
+    assert moments(engine, tmp_path, "a") == 1.0
+    engine.cleanup()
+
+
+def test_node_local_folders_are_refused(group: None) -> None:
+    with pytest.raises(UsageError, match="use_node_local_storage"):
+        DurableEngine(SimpleNamespace(use_node_local_storage=True), TorchFiles, Options())
+
+
+def test_without_a_group_there_is_no_engine() -> None:
+    with pytest.raises(UsageError, match=r"deepspeed\.initialize"):
+        DurableEngine(None, TorchFiles, Options())
