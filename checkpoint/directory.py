@@ -26,7 +26,7 @@ def explained(folder: Path, nbytes: int) -> Iterator[None]:
     except OSError as error:
         raise RunDirectoryError(
             f"{folder} can't be written to ({error.strerror}): {nbytes} bytes were needed, "
-            f"{_free_bytes(folder)} are free; make room, or set checkpoint.dir"
+            f"{free_bytes(folder)} are free; make room, or set checkpoint.dir"
         ) from error
 
 
@@ -67,9 +67,7 @@ def put_once(path: Path, content: bytes) -> bool:
     fresh = fresh_name(path)
     made = True
     try:
-        with NewFile(fresh, direct=False) as file:
-            file.write_at(0, content)
-            file.sync()
+        _write_synced(fresh, content)
         try:
             os.link(fresh, path)  # unlike a rename, never over another one
         except FileExistsError:
@@ -78,6 +76,28 @@ def put_once(path: Path, content: bytes) -> bool:
         fresh.unlink(missing_ok=True)
     sync_folder(path.parent)  # also for the other one: who made it may have died before doing so
     return made
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a small file, which one process writes, other content; whenever that one is killed, the
+    old content or the new one is there.
+
+    Raises OSError.
+    """
+    fresh = path.with_name(f"{path.name}.new")  # the same each time: no killed process leaves many
+    fresh.unlink(missing_ok=True)
+    try:
+        _write_synced(fresh, content)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with NewFile(path, direct=False) as file:
+        file.write_at(0, content)
+        file.sync()
 
 
 def make_folders(folder: Path) -> None:
@@ -103,7 +123,8 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _free_bytes(folder: Path) -> str:
+def free_bytes(folder: Path) -> str:
+    """How much room there is on the file system of ``folder``, made or not."""
     for place in (folder, *folder.parents):
         try:
             return str(shutil.disk_usage(place).free)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import msgspec
 
@@ -27,6 +27,9 @@ from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.wire import BAD_INPUT
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT: Final = 2
 # Of one file, which the next older version may do without; anything else is wrong with them all.
@@ -43,7 +46,7 @@ _DAMAGE = frozenset(
 )
 MANIFEST_BYTES_MAX = 16 * 1024 * 1024
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_T = TypeVar("_T", bound="Manifest | FenceFile")
+_T = TypeVar("_T", bound="DataclassInstance")
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
@@ -74,7 +77,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """As JSON for people and programs."""
-        return _encode(self)
+        return encode_record(self)
 
     def same_files(self, other: Manifest) -> bool:
         """Whether both publish the same: when it was written and what else is known may differ."""
@@ -215,7 +218,7 @@ class FenceFile:
 
     def encode(self) -> bytes:
         """As JSON for people and programs."""
-        return _encode(self)
+        return encode_record(self)
 
 
 def file_name(rank: int) -> str:
@@ -253,8 +256,9 @@ def parse_fence(content: bytes, where: str, folder: str) -> FenceFile:
     return found
 
 
-def _encode(content: Manifest | FenceFile) -> bytes:
-    """With its digest; the only encoding that is accepted."""
+def encode_record(content: DataclassInstance) -> bytes:
+    """A small file's content, as JSON with its digest in ``xxh3``; the only encoding of it that
+    :func:`decode_record` accepts."""
     plain = replace(content, xxh3="")
     digest = digest_of(msgspec.json.encode(plain)).hex()
     return msgspec.json.format(msgspec.json.encode(replace(plain, xxh3=digest))) + b"\n"
@@ -273,6 +277,11 @@ def _content(path: Path) -> bytes:
     return content
 
 
+def decode_record(path: Path, kind: type[_T]) -> _T:
+    """What :func:`encode_record` made; raises as :func:`decode_manifest`."""
+    return _decode(str(path), _content(path), kind)
+
+
 def _decode(where: str, content: bytes, kind: type[_T]) -> _T:
     try:
         found = msgspec.json.decode(content, type=kind)
@@ -284,7 +293,7 @@ def _decode(where: str, content: bytes, kind: type[_T]) -> _T:
             f"{where} is in format {number}, this ftrain reads format {FORMAT}: use the ftrain "
             "that wrote it, or another directory"
         ) from None
-    if _encode(found) != content:
+    if encode_record(found) != content:
         raise CorruptionError(f"{where} does not match its digest: it is damaged")
     return found
 

@@ -8,6 +8,8 @@ docs/deepspeed.md tells what is different then.  DeepSpeed is imported when :fun
 from __future__ import annotations
 
 import importlib
+import inspect
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ftrain.runtime.deepspeed.reading import read_state
 __all__ = ["DurableEngine", "Statistics", "complete_tags", "export", "use", "verify"]
 
 _SHM = "deepspeed_shm_comm"
+_MARK = "_ftrain_chooses_tags"
 
 
 def use(*, lazy: bool = True, bytes_per_s: float = 0.0, build_operators: bool = False) -> None:
@@ -63,7 +66,10 @@ def use(*, lazy: bool = True, bytes_per_s: float = 0.0, build_operators: bool = 
         return kind(config_params, lambda: engines.TorchCheckpointEngine(config_params), options)
 
     engine.create_checkpoint_engine = create
-    _leave_out_script(engine.DeepSpeedEngine)
+    if not hasattr(engine.DeepSpeedEngine, _MARK):  # once
+        setattr(engine.DeepSpeedEngine, _MARK, True)
+        _leave_out_script(engine.DeepSpeedEngine)
+        _choose_tags(engine.DeepSpeedEngine)
 
 
 def _leave_out_script(engine: Any) -> None:
@@ -71,12 +77,46 @@ def _leave_out_script(engine: Any) -> None:
     keeps it from being copied would end the run."""
     copy = engine._copy_recovery_script
 
+    @wraps(copy)
     def copy_for_own(self: Any, save_path: str) -> None:
         if not isinstance(self.checkpoint_engine, DurableEngine):
             copy(self, save_path)
 
-    if copy.__name__ != copy_for_own.__name__:
-        engine._copy_recovery_script = copy_for_own
+    engine._copy_recovery_script = copy_for_own
+
+
+def _choose_tags(engine: Any) -> None:
+    """A rank that finds a damaged file in the middle of loading would leave the others waiting in
+    a collective; so all of them look first, and agree on a tag."""
+    load = engine.load_checkpoint
+    signature = inspect.signature(load)
+
+    @wraps(load)
+    def load_chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        given, own = call.arguments, self.checkpoint_engine
+        if isinstance(own, DurableEngine) and not self.load_universal_checkpoint():
+            tag = own.choose_tag(given["load_dir"], given["tag"])
+            given["tag"] = tag
+            if tag is not None and _reads_files_itself(self, given):
+                folder = Path(given["load_dir"]) / tag
+                if tags.read_manifest(folder) is not None:
+                    raise UsageError(
+                        f"ZeRO-3 without optimizer states is loaded from torch files: make them of "
+                        f"{folder} by ftrain.runtime.deepspeed.export"
+                    )
+        return load(*call.args, **call.kwargs)
+
+    engine.load_checkpoint = load_chosen
+
+
+def _reads_files_itself(engine: Any, given: dict[str, Any]) -> bool:
+    return bool(
+        engine.zero_optimization_partition_weights()
+        and not given["load_optimizer_states"]
+        and not engine.has_moe_layers
+    )
 
 
 def complete_tags(save_dir: str | Path) -> list[str]:
@@ -126,5 +166,5 @@ def _files(save_dir: Path, tag: str) -> list[Path]:
     folder = save_dir.absolute() / tag
     manifest = tags.read_manifest(folder)
     if manifest is None:
-        raise RestoreError(f"{folder} is not complete; {tags.advice(folder / tags.MANIFEST)}")
+        raise RestoreError(f"{folder} is not complete; {tags.advice(folder)}")
     return [folder / name for name in manifest.files]

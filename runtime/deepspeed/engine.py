@@ -5,7 +5,7 @@ DeepSpeed's own order of calls, on every rank (0.19, ``runtime/engine.py``)::
     save_checkpoint    create(info), save(state_dict, path) for each file, is_decoupled()
     step, at the accumulation boundary, before anything of the state changes:
                        is_decoupled(), get_commit_info(), commit(info)
-    load_checkpoint    load(path) for each file
+    load_checkpoint    choose_tag(folder, tag), for which use() sees; load(path) for each file
     destroy            is_decoupled(), cleanup()
 
 ``save`` copies what may change at once and leaves the rest to a thread; ``commit`` waits for that
@@ -17,6 +17,7 @@ would write ``latest`` right behind ``commit``, is told that none is wanted.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import weakref
 from collections.abc import Callable
@@ -30,14 +31,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ftrain.checkpoint.directory import make_folders
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.pace import Pace
-from ftrain.comms.errors import CorruptionError, FtrainError, UsageError
+from ftrain.comms.errors import CorruptionError, FtrainError, RestoreError, UsageError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.runtime.deepspeed import tags
-from ftrain.runtime.deepspeed.peers import Peers
-from ftrain.runtime.deepspeed.reading import read_state
+from ftrain.runtime.deepspeed.peers import Peers, group_peers
+from ftrain.runtime.deepspeed.reading import read_state, read_torch_file
 from ftrain.runtime.deepspeed.shot import Room, Shot, changes_of
 from ftrain.runtime.deepspeed.tree import Folder
-from ftrain.runtime.deepspeed.writing import PEERS_WAIT_S, Save, Writer
+from ftrain.runtime.deepspeed.writing import Save, Writer
 
 _log = logging.getLogger("ftrain.deepspeed")
 
@@ -55,7 +56,7 @@ class Statistics:
     """What became of the saves so far."""
 
     begun: int = 0
-    durable: int = 0  # this rank's part; on rank 0: the whole tag
+    durable: int = 0  # on all ranks
     failed: int = 0
 
 
@@ -67,6 +68,7 @@ class DurableEngine:
         config: DeepSpeed's.
         own: makes DeepSpeed's own engine, for what is no checkpoint of ours.
         options: how to save.
+        peers: the ranks that save together; None: those of the default group.
 
     Raises:
         UsageError: no process group, or one without a store.
@@ -74,7 +76,9 @@ class DurableEngine:
 
     name = "FtrainCheckpointEngine"
 
-    def __init__(self, config: Any, own: Callable[[], Any], options: Options) -> None:
+    def __init__(
+        self, config: Any, own: Callable[[], Any], options: Options, peers: Peers | None = None
+    ) -> None:
         if config is not None and getattr(config, "use_node_local_storage", False):
             raise UsageError(
                 "checkpoint.use_node_local_storage is set in DeepSpeed's configuration, but ftrain "
@@ -83,7 +87,7 @@ class DurableEngine:
         self._make_own = own
         self._own: Any = None
         self._lazy = options.lazy and _steps_only_in_step(config)
-        self._peers = Peers()
+        self._peers = group_peers() if peers is None else peers
         self._pace = Pace(options.bytes_per_s)
         self._writer: Writer | None = None  # with its threads; made when it is needed
         self._rooms: dict[str, Room] = {}
@@ -99,17 +103,10 @@ class DurableEngine:
     # ---- for scripts
 
     def wait(self) -> None:
-        """Return when everything that was saved so far is durable, or has failed; every rank calls
-        this.  DeepSpeed finds ``latest`` as it was left then."""
+        """Return when everything that was saved so far is durable on all ranks, or has failed."""
         self._close()
-        if self._writer is None:
-            return
-        self._writer.drain()
-        if self._peers.rank:
-            try:
-                self._peers.await_announced(self._count, PEERS_WAIT_S)
-            except FtrainError as error:
-                self._writer.fail(f"rank 0 did not say what became of the last save: {error}")
+        if self._writer is not None:
+            self._writer.drain()
         self._complain()
 
     @property
@@ -208,30 +205,56 @@ class DurableEngine:
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in a file, every byte compared with its digest.
 
-        Files that DeepSpeed's own engine wrote are loaded by it.
-
         Raises:
             CorruptionError: the file is damaged.
             RestoreError: the checkpoint is not complete.
         """
         self.wait()  # for this very file, perhaps; and the live state is about to change
         self._await_copies()
-        reader = tags.open_file(Path(path).absolute())
+        file = Path(path).absolute()
+        reader = tags.open_file(file)
         if reader is None:
             if not self._old_said:
                 self._old_said = True
                 _log.warning(
-                    "ftrain: %s was written by DeepSpeed's own engine, which loads it too: nothing "
-                    "in it is verified, and it is unpickled",
+                    "ftrain: %s was written by DeepSpeed's own engine: nothing in it is verified",
                     path,
                 )
-            return self._deepspeeds_own().load(path, map_location=map_location)
+            return read_torch_file(file, map_location)
         try:
             return read_state(reader, map_location)
         except CorruptionError as error:
-            raise CorruptionError(f"{error}; {tags.advice(Path(path).absolute())}") from None
+            raise CorruptionError(f"{error}; {tags.advice(file.parent)}") from None
         finally:
             reader.close()
+
+    def choose_tag(self, load_dir: str, tag: str | None) -> str | None:
+        """The tag that all ranks will load: ``tag``; without one, the one that ``latest`` names or,
+        if a rank finds that it can't be loaded, the newest that was written before and can.  Every
+        rank calls this, and reads its part of the files.  None: nothing was saved yet.
+
+        Raises:
+            CorruptionError, RestoreError: there is none; on every rank.
+        """
+        self.wait()
+        self._await_copies()  # the live state is about to change
+        folder = Path(load_dir).absolute()
+        candidates = _candidates(folder, tag) if self._peers.rank == 0 else []
+        candidates = json.loads(self._peers.exchange(json.dumps(candidates))[0])
+        said: list[str] = []
+        for candidate in candidates:
+            problem = _problem(folder, candidate, self._peers)
+            found = enumerate(self._peers.exchange(problem))
+            problems = [f"rank {rank}: {words}" for rank, words in found if words]
+            if not problems:
+                for sentence in said if self._peers.rank == 0 else []:
+                    _log.warning("ftrain: %s; %s is loaded instead", sentence, candidate)
+                return str(candidate)
+            said.append(f"tag {candidate} is not loaded: {'; '.join(problems)}")
+        if said:
+            advice = "no older tag can be loaded" if tag is None else tags.advice(folder / str(tag))
+            raise RestoreError(f"{'. '.join(said)}; {advice}")
+        return tag
 
     # ---- details of the training thread
 
@@ -278,6 +301,27 @@ class DurableEngine:
 
             self._hook = register_optimizer_step_pre_hook(before_step)
         return self._writer
+
+
+def _candidates(folder: Path, tag: str | None) -> list[str]:
+    """Tags to load, the best one first."""
+    if tag is not None:  # DeepSpeed says it if there is no such folder
+        return [str(tag)] if (folder / str(tag)).is_dir() else []
+    try:
+        latest = (folder / tags.LATEST).read_text(errors="replace").strip()
+    except OSError:  # DeepSpeed says so, and begins anew
+        return []
+    older = [found for found in tags.complete_tags(folder, latest) if found != latest]
+    return [latest, *older]
+
+
+def _problem(folder: Path, tag: str, peers: Peers) -> str:
+    """Why a tag can't be loaded, as far as this rank looked; "": it can."""
+    try:
+        tags.check(folder, tag, peers.rank, peers.world_size)
+    except FtrainError as error:
+        return f"{error}"
+    return ""
 
 
 def _steps_only_in_step(config: Any) -> bool:

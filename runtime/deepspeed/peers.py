@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
@@ -18,6 +19,7 @@ from ftrain.runtime.alone import Agreement
 from ftrain.runtime.deepspeed.tags import TagFile
 
 _LOOK_EVERY_S = 0.02
+_EXCHANGE_S = 1800.0  # each may read and verify its part of a checkpoint first
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,22 +32,18 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Peers:
-    """The ranks of the default group; made by all of them at the same place.
+    """The ranks that save together.
 
-    Raises:
-        UsageError: there is no group, or none with a store.
+    Args:
+        rank, world_size: who this is.
+        name: of this run, the same on all ranks; a store may hold keys of a launch before.
+        store: that all of them reach.
     """
 
-    def __init__(self) -> None:
-        if not dist.is_initialized():
-            raise UsageError("torch.distributed is not initialized: call deepspeed.initialize")
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # A store may hold keys of a launch before: nobody else has this name.
-        self.name = f"{Agreement().share([secrets.randbits(62)])[0]:016x}"
-        store: Any = dist.distributed_c10d._get_default_store()
-        if store is None:
-            raise UsageError("the process group has no store: start it with gloo or nccl")
-        self._store = PrefixStore(f"ftrain/deepspeed/{self.name}", store)
+    def __init__(self, rank: int, world_size: int, name: str, store: Any) -> None:
+        self.rank, self.world_size, self.name = rank, world_size, name
+        self._exchanges = 0
+        self._store = PrefixStore(f"ftrain/deepspeed/{name}", store)
 
     def tell(self, save: int, report: Report) -> None:
         """Say what this rank did; raises PeerLostError."""
@@ -57,21 +55,30 @@ class Peers:
         self._await(f"{save}/count", self.world_size, patience_s)
         reports = []
         for rank in range(self.world_size):
-            try:
-                content = bytes(self._store.get(f"{save}/{rank}"))
+            content = self._get(f"{save}/{rank}")
+            with suppress(RuntimeError):
                 self._store.delete_key(f"{save}/{rank}")
-            except RuntimeError as error:
-                raise _lost(error) from None
             reports.append(msgspec.msgpack.decode(content, type=Report))
         return reports
 
-    def announce(self, save: int) -> None:
-        """Rank 0 has done with the save."""
+    def announce(self, save: int, problem: str) -> None:
+        """Say what became of the save, as rank 0; raises PeerLostError."""
+        self._set(f"{save}/problem", problem.encode(errors="replace"))
         self._add(f"{save}/done", 1)
 
-    def await_announced(self, save: int, patience_s: float) -> None:
-        """Return when it has; raises PeerLostError."""
+    def announced(self, save: int, patience_s: float) -> str:
+        """What rank 0 says of the save: "" if all is well; raises PeerLostError."""
         self._await(f"{save}/done", 1, patience_s)
+        return self._get(f"{save}/problem").decode()
+
+    def exchange(self, words: str) -> list[str]:
+        """Every rank's words, on every rank; they all call this.  Raises PeerLostError."""
+        self._exchanges += 1
+        key = f"exchange/{self._exchanges}"
+        self._set(f"{key}/{self.rank}", words.encode(errors="replace"))
+        self._add(f"{key}/count", 1)
+        self._await(f"{key}/count", self.world_size, _EXCHANGE_S)
+        return [self._get(f"{key}/{rank}").decode() for rank in range(self.world_size)]
 
     def _await(self, key: str, count: int, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
@@ -88,11 +95,32 @@ class Peers:
         except RuntimeError as error:
             raise _lost(error) from None
 
+    def _get(self, key: str) -> bytes:
+        try:
+            return bytes(self._store.get(key))
+        except RuntimeError as error:
+            raise _lost(error) from None
+
     def _add(self, key: str, number: int) -> int:
         try:
             return self._store.add(key, number)
         except RuntimeError as error:
             raise _lost(error) from None
+
+
+def group_peers() -> Peers:
+    """The ranks of the default group, which all make this at the same place.
+
+    Raises:
+        UsageError: there is no group, or none with a store.
+    """
+    if not dist.is_initialized():
+        raise UsageError("torch.distributed is not initialized: call deepspeed.initialize")
+    name = f"{Agreement().share([secrets.randbits(62)])[0]:016x}"
+    store: Any = dist.distributed_c10d._get_default_store()
+    if store is None:
+        raise UsageError("the process group has no store: start it with gloo or nccl")
+    return Peers(dist.get_rank(), dist.get_world_size(), name, store)
 
 
 def _lost(error: RuntimeError) -> PeerLostError:

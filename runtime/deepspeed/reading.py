@@ -1,14 +1,18 @@
-"""A file's state dict, put together again; every byte is compared with its digest."""
+"""State dicts out of files: of ours, every byte compared with its digest; of torch's, no object
+built that is not one of the few that DeepSpeed saves."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftrain.checkpoint.dtypes import item_bytes
+from ftrain.checkpoint.image_plan import Segment
 from ftrain.checkpoint.segment_reader import Scratch, SegmentReader
-from ftrain.comms.errors import CorruptionError, StateError
-from ftrain.runtime.deepspeed.tree import Skeleton, TensorPlace
+from ftrain.comms.errors import CorruptionError
+from ftrain.runtime.deepspeed.tree import known_classes, unfold
 
 
 def read_state(reader: SegmentReader, map_location: Any = None) -> Any:
@@ -21,12 +25,13 @@ def read_state(reader: SegmentReader, map_location: Any = None) -> Any:
     Raises:
         CorruptionError: the file is damaged.
     """
-    skeleton = Skeleton(reader.small, reader.where)
-    _check(reader, skeleton.places)
-    tensors = [_empty(place, reader.where) for place in skeleton.places]
+    small = reader.small
+    if len({segment.name for segment in reader.segments}) != len(reader.segments):
+        raise CorruptionError(f"{reader.where} holds parts of a tensor: it is no file of DeepSpeed")
+    tensors = {segment.name: _empty(segment, reader.where) for segment in reader.segments}
     targets = {
-        place.name: tensor.reshape(-1).view(torch.uint8).numpy().data
-        for place, tensor in zip(skeleton.places, tensors, strict=True)
+        name: tensor.reshape(-1).view(torch.uint8).numpy().data
+        for name, tensor in tensors.items()
         if tensor.numel()
     }
     scratch = Scratch()
@@ -39,36 +44,33 @@ def read_state(reader: SegmentReader, map_location: Any = None) -> Any:
             target[piece.start : piece.start + piece.nbytes] = data[at : at + piece.nbytes]
     device = _device(map_location)
     if device is not None:
-        tensors = [tensor.to(device) for tensor in tensors]
-    return skeleton.state(tensors)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return unfold(small, tensors, reader.where)
 
 
-def _check(reader: SegmentReader, places: tuple[TensorPlace, ...]) -> None:
-    """CorruptionError unless the file holds each tensor once and whole: before memory is taken."""
-    held = {s.name: s for s in reader.segments}
+def read_torch_file(path: Path, map_location: Any = None) -> Any:
+    """The state dict in a file that DeepSpeed's own engine wrote; raises CorruptionError."""
     try:
-        fits = len(held) == len(reader.segments) and all(
-            min(place.shape, default=1) >= 0
-            and (
-                (segment := held.pop(place.name, None)) is not None
-                and (segment.dtype, segment.shape) == (place.dtype, place.shape)
-                and (segment.start, segment.nbytes) == (0, place.nbytes)
-                if place.nbytes
-                else place.name not in held
-            )
-            for place in places
-        )
-    except StateError as error:
-        raise CorruptionError(f"{reader.where}: {error}") from None
-    if not fits or held:
-        raise CorruptionError(f"{reader.where} holds other tensors than its state names")
+        with torch.serialization.safe_globals(list(known_classes())):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise  # DeepSpeed looks for some files under two names
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorruptionError(
+            f"{path} can't be read as tensors and plain values ({first}): it is damaged, or holds "
+            "objects of other kinds, which a script without ftrain.runtime.deepspeed.use() loads"
+        ) from None
 
 
-def _empty(place: TensorPlace, where: str) -> torch.Tensor:
-    dtype = getattr(torch, place.dtype, None)
+def _empty(segment: Segment, where: str) -> torch.Tensor:
+    """Room for a tensor; no more is taken than the file has bytes for."""
+    dtype = getattr(torch, segment.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise CorruptionError(f"{where}: this torch has no {place.dtype}")
-    return torch.empty(place.shape, dtype=dtype)
+        raise CorruptionError(f"{where}: this torch has no {segment.dtype}")
+    if (segment.start, segment.nbytes) != (0, segment.box.volume * item_bytes(segment.dtype)):
+        raise CorruptionError(f"{where} holds a part of {segment.name} only")
+    return torch.empty(segment.shape, dtype=dtype)
 
 
 def _device(map_location: Any) -> torch.device | None:

@@ -161,10 +161,16 @@ def _own_stream(ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
 def changes_of(state: Mapping[str, Any], *, lazy: bool) -> Callable[[Leaf], Changes]:
     """When the tensors of one of DeepSpeed's state dicts change."""
     owned = {name for group in state.get("param_shapes") or () for name in group}
+    # A file has either; in one with a module, this is a key of the script's client_state.
+    is_optimizers = "module" not in state
 
     def changes(leaf: Leaf) -> Changes:
         top, *rest = leaf.steps
-        in_step = top == "optimizer_state_dict" or (top == "module" and rest[0] in owned)
+        in_step = (
+            rest[0] in owned
+            if top == "module" and rest
+            else top == "optimizer_state_dict" and is_optimizers
+        )
         return Changes.IN_STEP if lazy and in_step else Changes.ANYTIME
 
     return changes

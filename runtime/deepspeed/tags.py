@@ -15,51 +15,44 @@ in between leaves either the one or the other.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from ftrain.checkpoint.digest import digest_of
-from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
-from ftrain.checkpoint.segment import HEADER
+from ftrain.checkpoint.directory import replace_file
+from ftrain.checkpoint.files import LocalFile, sync_folder
+from ftrain.checkpoint.manifest import FORMAT, decode_record, encode_record
+from ftrain.checkpoint.segment import MAGIC
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.comms.errors import CorruptionError, RestoreError, StateError
+from ftrain.comms.errors import CorruptionError, FtrainError, RestoreError
 
 MANIFEST = "ftrain.json"
 LATEST = "latest"
-_FORMAT: Final = 1
-_MANIFEST_BYTES_MAX = 64 * 1024 * 1024
 _FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\0]{1,255}$")]
 
 
-class TagFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, slots=True)
+class TagFile:
     """One file of a tag."""
 
     nbytes: Annotated[int, msgspec.Meta(ge=0)]
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]  # of its footer
 
 
-class TagManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagManifest:
     """What makes a tag complete."""
 
-    format: Literal[1] = _FORMAT
+    format: Literal[2] = FORMAT
     save: Annotated[str, msgspec.Meta(pattern="^[0-9a-f-]{1,64}$")]  # which attempt this was
     world_size: Annotated[int, msgspec.Meta(ge=1)]
     written_s: float  # Unix time
     files: dict[_FileName, TagFile]
     xxh3: str = ""  # of the encoding in which this is empty
-
-    def encode(self) -> bytes:
-        """As JSON, its own digest included."""
-        plain = msgspec.structs.replace(self, xxh3="")
-        digest = digest_of(msgspec.json.encode(plain)).hex()
-        return msgspec.json.format(
-            msgspec.json.encode(msgspec.structs.replace(self, xxh3=digest)), indent=1
-        )
 
 
 def new_path(path: Path, save: str) -> Path:
@@ -67,13 +60,15 @@ def new_path(path: Path, save: str) -> Path:
     return path.with_name(f"{path.name}.{save}.new")
 
 
-def clear(path: Path) -> None:
-    """Settle what earlier attempts left of ``path``: what a manifest names takes its place, the
-    rest goes.  Raises OSError."""
-    leftovers = list(path.parent.glob(f"{path.name}.*.new"))
+def clear(path: Path, run: str) -> None:
+    """Settle what runs before ``run`` left of ``path``: what a manifest names takes its place, the
+    rest goes.  What this run itself wrote may be about to be published.  Raises OSError."""
+    own = f"{path.name}.{run}-"
+    found = path.parent.glob(f"{path.name}.*.new")
+    leftovers = [leftover for leftover in found if not leftover.name.startswith(own)]
     if not leftovers:
         return
-    with suppress(CorruptionError, StateError):
+    with suppress(FtrainError):
         manifest = read_manifest(path.parent)
         if manifest is not None and path.name in manifest.files:
             _settle(path, manifest.save)
@@ -96,7 +91,7 @@ def place(path: Path, save: str) -> None:
 def publish(folder: Path, save: str, world_size: int, files: dict[str, TagFile]) -> None:
     """Make the tag exist, with these files, which are durable; raises OSError."""
     manifest = TagManifest(save=save, world_size=world_size, written_s=time.time(), files=files)
-    _replace(folder / MANIFEST, manifest.encode())
+    replace_file(folder / MANIFEST, encode_record(manifest))
     for name in files:
         _settle(folder / name, save)
     sync_folder(folder)
@@ -104,16 +99,21 @@ def publish(folder: Path, save: str, world_size: int, files: dict[str, TagFile])
 
 def name_latest(save_dir: Path, tag: str) -> None:
     """Let ``latest`` name ``tag``: it names the old or the new one, whenever one is killed."""
-    _replace(save_dir / LATEST, tag.encode())
+    replace_file(save_dir / LATEST, tag.encode())
 
 
 def discard(folder: Path, save: str, files: dict[str, TagFile]) -> None:
-    """Remove what a save that failed has written, and nothing else."""
+    """Remove what a save that failed has written, and nothing else: not what a manifest names, be
+    it that only its folder could not be synced any more."""
+    with suppress(FtrainError):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.save == save:
+            return
     for name, file in files.items():
         path = folder / name
         with suppress(OSError):
             new_path(path, save).unlink(missing_ok=True)
-        with suppress(CorruptionError, StateError, OSError):
+        with suppress(FtrainError, OSError):
             if _is(path, file):
                 path.unlink()
     with suppress(OSError):
@@ -124,46 +124,63 @@ def read_manifest(folder: Path) -> TagManifest | None:
     """The manifest of a tag; None: there is none.
 
     Raises:
-        CorruptionError: it can't be read or is damaged.
-        StateError: of another format.
+        CorruptionError, StateError, RunDirectoryError: as checkpoint/manifest.py raises them.
     """
-    path = folder / MANIFEST
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MANIFEST_BYTES_MAX + 1)
+        return decode_record(folder / MANIFEST, TagManifest)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-        if head.format != _FORMAT:
-            raise StateError(
-                f"{path} is of format {head.format}, this ftrain reads format {_FORMAT}: use the "
-                "ftrain that wrote it"
-            )
-        manifest = msgspec.json.decode(content, type=TagManifest)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CorruptionError(f"{path} is damaged ({error}): load an older tag") from None
-    if manifest.encode() != content:
-        raise CorruptionError(f"{path} does not match its digest: load an older tag")
-    return manifest
 
 
-class _Head(msgspec.Struct):
-    format: int
+def is_published(folder: Path, save: str) -> bool:
+    """Whether the tag is there, as this save wrote it."""
+    with suppress(FtrainError):
+        manifest = read_manifest(folder)
+        return manifest is not None and manifest.save == save
+    return False
 
 
-def complete_tags(save_dir: Path) -> list[str]:
-    """Tags whose manifest and files are there, newest first; what is in the files is not read."""
+def check(save_dir: Path, tag: str, part: int, parts: int) -> None:
+    """Compare one of ``parts`` parts of a tag's files with their digests, byte by byte.  Nothing
+    is known of the files of DeepSpeed's own engine.
+
+    Raises:
+        CorruptionError, RestoreError, StateError: it can't be loaded.
+    """
+    folder = save_dir / tag
+    if not tag or not folder.is_dir():
+        raise RestoreError(f"{folder} does not exist")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if any(map(is_segment, folder.glob("*.pt*"))):
+            raise RestoreError(f"{folder} is not complete: the save was interrupted")
+        return
+    for name in sorted(manifest.files)[part::parts]:
+        reader = _open(folder / name, manifest)
+        try:
+            reader.verify()
+        finally:
+            reader.close()
+
+
+def complete_tags(save_dir: Path, before: str = "") -> list[str]:
+    """Tags whose manifest and files are there, newest first; what is in the files is not read.
+
+    Args:
+        save_dir: where they are.
+        before: a tag; those that were written after it are left out.
+    """
     found: list[tuple[float, str]] = []
+    written_s = float("inf")
     with suppress(OSError):
         for folder in save_dir.iterdir():
-            with suppress(CorruptionError, StateError):
+            with suppress(FtrainError):
                 manifest = read_manifest(folder)
                 if manifest is not None and all(_is_there(folder, manifest)):
                     found.append((manifest.written_s, folder.name))
-    return [tag for _, tag in sorted(found, reverse=True)]
+                if manifest is not None and folder.name == before:
+                    written_s = manifest.written_s
+    return [tag for when_s, tag in sorted(found, reverse=True) if when_s <= written_s]
 
 
 def open_file(path: Path) -> SegmentReader | None:
@@ -177,25 +194,29 @@ def open_file(path: Path) -> SegmentReader | None:
     if manifest is None:
         if is_segment(path):
             raise RestoreError(
-                f"{path.parent} is not complete: the save was interrupted; {_others(path.parent)}"
+                f"{path.parent} is not complete: the save was interrupted; {advice(path.parent)}"
             )
         return None
     file = manifest.files.get(path.name)
     if file is None:
         raise RestoreError(
             f"{path} is not part of the checkpoint that {path.parent / MANIFEST} names; "
-            f"{_others(path.parent)}"
+            f"{advice(path.parent)}"
         )
-    new = new_path(path, manifest.save)
-    source = new if new.exists() else path
-    local = LocalFile(source)
+    try:
+        return _open(path, manifest)
+    except CorruptionError as error:
+        raise CorruptionError(f"{error}; {advice(path.parent)}") from None
+
+
+def _open(path: Path, manifest: TagManifest) -> SegmentReader:
+    """A file that the manifest names; raises CorruptionError."""
+    file, new = manifest.files[path.name], new_path(path, manifest.save)
+    local = LocalFile(new if new.exists() else path)
     try:
         if local.nbytes != file.nbytes:
-            raise CorruptionError(f"{source} has {local.nbytes} of {file.nbytes} bytes")
+            raise CorruptionError(f"{local.where} has {local.nbytes} of {file.nbytes} bytes")
         return SegmentReader(local, file.digest)
-    except CorruptionError as error:
-        local.close()
-        raise CorruptionError(f"{error}; {advice(path)}") from None
     except BaseException:  # whatever it was: the descriptor goes with it
         local.close()
         raise
@@ -205,35 +226,17 @@ def is_segment(path: Path) -> bool:
     """Whether a file begins as our files do."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(HEADER)) == HEADER
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 
 
-def advice(path: Path) -> str:
-    """Which tag to load instead of the one that a file is of."""
-    return _others(path.parent)
-
-
-def forget(path: Path) -> None:
-    """Remove a half file, as far as that is possible."""
-    with suppress(OSError):
-        path.unlink()
-
-
-def free_bytes(folder: Path) -> str:
-    """How much room there is, in words."""
-    try:
-        return f"{shutil.disk_usage(folder).free} bytes are free"
-    except OSError:
-        return "how much is free is unknown"
-
-
-def _others(folder: Path) -> str:
-    tags = [tag for tag in complete_tags(folder.parent) if tag != folder.name]
-    if not tags:
+def advice(folder: Path) -> str:
+    """Which tag to load instead of the one in ``folder``."""
+    others = [tag for tag in complete_tags(folder.parent) if tag != folder.name]
+    if not others:
         return f"no other tag in {folder.parent} is complete"
-    return f"load another tag, such as {tags[0]!r}"
+    return f"load another tag, such as {others[0]!r}"
 
 
 def _is_there(folder: Path, manifest: TagManifest) -> list[bool]:
@@ -259,18 +262,3 @@ def _is(path: Path, file: TagFile) -> bool:
 def _settle(path: Path, save: str) -> None:
     with suppress(FileNotFoundError):
         os.replace(new_path(path, save), path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """A small file's new content: it or the old one is there, whenever one is killed."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    fresh.unlink(missing_ok=True)
-    try:
-        with NewFile(fresh, direct=False) as file:
-            file.write_at(0, content)
-            file.sync()
-        os.replace(fresh, path)
-    except BaseException:  # whatever it was: the half file goes
-        fresh.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

@@ -9,10 +9,10 @@ could be built from a file without trusting it.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -50,22 +50,9 @@ class Leaf:
     tensor: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """What a file says of a tensor besides its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its elements; ``StateError`` for an unknown type."""
-        return prod(self.shape) * item_bytes(self.dtype)
-
-
 class Folder:
-    """Takes a state dict apart.
+    """Takes a state dict apart: its tensors as :attr:`leaves`, and the rest as :attr:`small`, in
+    which their names stand for them.
 
     Raises:
         StateError: something in it can't be saved; its path is named.
@@ -74,11 +61,9 @@ class Folder:
     def __init__(self, state: object, name: str) -> None:
         self.leaves: list[Leaf] = []
         self._root = name
-        self._index: dict[tuple[Any, ...], int] = {}
+        self._index: dict[tuple[Any, ...], str] = {}
         self._names: set[str] = set()
-        tree = encode_tree(self._fold(state, (), 0), name)
-        places = [[leaf.name, _dtype(leaf.tensor), leaf.tensor.shape] for leaf in self.leaves]
-        self.small = encode_tree({"state": tree, "tensors": places}, name)
+        self.small = encode_tree(self._fold(state, (), 0), name)
 
     def _fold(self, value: Any, steps: Steps, depth: int) -> Any:
         kind = type(value)
@@ -101,8 +86,8 @@ class Folder:
             return (_MARK, "enum", name, value.name)
         return value
 
-    def _leaf(self, tensor: torch.Tensor, steps: Steps) -> int:
-        """The tensor's number; equal views of the same memory are one tensor."""
+    def _leaf(self, tensor: torch.Tensor, steps: Steps) -> str:
+        """The tensor's name; equal views of the same memory are one tensor."""
         if type(tensor) not in _TENSORS:
             raise StateError(
                 f"{self._path(steps)} is a tensor of class {type(tensor).__qualname__}, which "
@@ -112,52 +97,47 @@ class Folder:
             raise StateError(
                 f"{self._path(steps)} is a sparse, quantized or meta tensor, which can't be saved"
             )
-        item_bytes(_dtype(tensor))
+        item_bytes(str(tensor.dtype).removeprefix("torch."))
         view = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and view in self._index:
             return self._index[view]
-        number = self._index[view] = len(self.leaves)
         name = self._path(steps).removeprefix(f"{self._root}.")
         while name in self._names:  # "a.b" in one dict, and "b" in the dict "a"
             name += "'"
         self._names.add(name)
+        self._index[view] = name
         plain = tensor.detach().resolve_conj().resolve_neg()
         self.leaves.append(Leaf(name, steps, plain))
-        return number
+        return name
 
     def _path(self, steps: Steps) -> str:
         parts = [f".{step}" if type(step) is str else f"[{step!r}]" for step in steps]
         return self._root + "".join(parts)
 
 
-class Skeleton:
-    """A state dict without its tensors' bytes, out of a file.
-
-    Raises:
-        CorruptionError: these bytes are none.
-    """
-
-    def __init__(self, small: bytes, where: str) -> None:
-        self._where = where
-        try:
-            tree = decode_tree(small)
-            self._tree = decode_tree(tree["state"])
-            self.places = tuple(
-                TensorPlace(str(name), str(dtype), tuple(map(int, shape)))
-                for name, dtype, shape in tree["tensors"]
-            )
-        except (CorruptionError, LookupError, TypeError, ValueError) as error:
-            raise CorruptionError(f"{where} holds no state of DeepSpeed: {error}") from None
-
-    def state(self, tensors: list[torch.Tensor]) -> Any:
-        """The state dict, with these tensors in the places; ``CorruptionError``."""
-        try:
-            return _unfold(self._tree, tensors)
-        except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-            raise CorruptionError(f"{self._where} holds an impossible state: {error}") from None
+_Tensors = Mapping[str, torch.Tensor]
 
 
-def _unfold(value: Any, tensors: list[torch.Tensor]) -> Any:
+def unfold(small: bytes, tensors: _Tensors, where: str) -> Any:
+    """The state dict that a :class:`Folder` took apart; ``CorruptionError``: these are no such
+    bytes, or other tensors."""
+    try:
+        return _unfold(decode_tree(small), tensors)
+    except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        raise CorruptionError(f"{where} holds no state of DeepSpeed: {error}") from None
+
+
+def known_classes() -> list[type]:
+    """What may be in DeepSpeed's state dicts besides plain values, as far as it is imported."""
+    names = [name.rpartition(".") for name in sorted(_OBJECTS | _ENUMS)]
+    return [
+        getattr(sys.modules[module], attribute)
+        for module, _, attribute in names
+        if hasattr(sys.modules.get(module), attribute)
+    ]
+
+
+def _unfold(value: Any, tensors: _Tensors) -> Any:
     kind = type(value)
     if kind in (dict, OrderedDict):
         for key in value:
@@ -172,18 +152,18 @@ def _unfold(value: Any, tensors: list[torch.Tensor]) -> Any:
     return _MARKED[value[1]](tensors, *value[2:])
 
 
-def _unfold_object(tensors: list[torch.Tensor], name: str, fields: Any) -> Any:
+def _unfold_object(tensors: _Tensors, name: str, fields: Any) -> Any:
     made: Any = object.__new__(_class(name, _OBJECTS))
     vars(made).update(_unfold(fields, tensors))
     return made
 
 
-def _unfold_enum(tensors: list[torch.Tensor], name: str, member: str) -> Any:
+def _unfold_enum(tensors: _Tensors, name: str, member: str) -> Any:
     return _class(name, _ENUMS)[member]
 
 
 _MARKED: dict[str, Callable[..., Any]] = {
-    "tensor": lambda tensors, number: tensors[number],
+    "tensor": lambda tensors, name: tensors[name],
     "object": _unfold_object,
     "enum": _unfold_enum,
 }
@@ -194,7 +174,3 @@ def _class(name: str, known: frozenset[str]) -> Any:
         raise ValueError(f"the class {name[:80]!r} is unknown")
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

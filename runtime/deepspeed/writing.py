@@ -7,14 +7,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftrain.checkpoint.directory import free_bytes
 from ftrain.checkpoint.files import NewFile
 from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment_writer import plan_file, write_file
-from ftrain.comms.errors import FtrainError
+from ftrain.comms.errors import FtrainError, PeerLostError
 from ftrain.comms.process import lower_priority
 from ftrain.runtime.deepspeed import tags
 from ftrain.runtime.deepspeed.peers import Peers, Report
@@ -105,12 +107,6 @@ class Writer:
         for thread in self._threads:
             thread.join()
 
-    def fail(self, sentence: str) -> None:
-        """A save failed."""
-        with self._lock:
-            self.failures.append(sentence)
-            self._unsaid.append(sentence)
-
     def unsaid(self) -> list[str]:
         """What failed since this was asked last."""
         with self._lock:
@@ -125,7 +121,7 @@ class Writer:
         new = tags.new_path(path, save.name)
         nbytes = 0
         try:
-            tags.clear(path)
+            tags.clear(path, self._peers.name)
             planned = plan_file(shot.image())
             nbytes = planned.nbytes
             with NewFile(new, nbytes) as file:
@@ -138,34 +134,43 @@ class Writer:
             if isinstance(error, OSError) and not isinstance(error, FtrainError):
                 reason = (
                     f"{path} can't be written ({error.strerror}): it takes {nbytes} bytes, "
-                    f"{tags.free_bytes(path.parent)}"
+                    f"{free_bytes(path.parent)} are free"
                 )
             save.problem = save.problem or reason
-            tags.forget(new)
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
         finally:
             shot.release()
 
     def _finish(self, save: Save) -> None:
-        """Tell the others; rank 0 makes the tag exist once all ranks' files are durable."""
+        """Tell the others; rank 0 makes the tag exist once all ranks' files are durable, and says
+        so.  A rank writes nothing more before that: it may belong to the same tag."""
         peers = self._peers
-        problem = save.problem
         try:
-            peers.tell(save.number, Report(peers.rank, str(save.folder), dict(save.files), problem))
+            report = Report(peers.rank, str(save.folder), dict(save.files), save.problem)
+            peers.tell(save.number, report)
             if peers.rank == 0:
-                try:
-                    problem = self._publish(save)
-                finally:
-                    peers.announce(save.number)
+                problem = self._publish(save)
+                peers.announce(save.number, problem)
+            else:
+                problem = peers.announced(save.number, PEERS_WAIT_S)
         except Exception as error:  # whatever it was: training goes on, and this is told
-            problem = problem or f"{error}"
-        if problem:
-            self.fail(f"checkpoint {save.folder} was not saved: {problem}")
-        else:
+            problem = "" if tags.is_published(save.folder, save.name) else f"{error}"
+        if not problem:
             self.durable += 1
+            return
+        sentence = f"checkpoint {save.folder} was not saved: {problem}"
+        with self._lock:
+            self.failures.append(sentence)
+            if peers.rank == 0 or save.problem:  # the others need not say the same
+                self._unsaid.append(sentence)
 
     def _publish(self, save: Save) -> str:
         """Make the tag exist; returns why not."""
-        reports = self._peers.gather(save.number, PEERS_WAIT_S)
+        try:
+            reports = self._peers.gather(save.number, PEERS_WAIT_S)
+        except PeerLostError as error:
+            return f"{error}"
         files = {name: file for report in reports for name, file in report.files.items()}
         problems = [f"rank {r.rank}: {r.problem}" for r in reports if r.problem]
         strays = {report.folder for report in reports} - {str(save.folder)}
@@ -178,7 +183,7 @@ class Writer:
                     tags.name_latest(save.save_dir, save.tag)
                 return ""
             except OSError as error:
-                problems.append(f"{save.folder} can't be written ({error.strerror})")
+                problems.append(f"{error.filename or save.folder}: {error.strerror}")
         if problems:
             tags.discard(save.folder, save.name, files)
         return "; ".join(problems)

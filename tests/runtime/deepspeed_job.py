@@ -52,7 +52,11 @@ def config(arguments: argparse.Namespace) -> dict[str, Any]:
         "gradient_accumulation_steps": arguments.accumulate,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": arguments.stage},
+        # In ZeRO-3, some parameters are kept whole and some are not.
+        "zero_optimization": {
+            "stage": arguments.stage,
+            "stage3_param_persistence_threshold": 1000,
+        },
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         "steps_per_print": 1_000_000,
     }
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=1)
     parser.add_argument("--tag", default="")
     parser.add_argument("--bytes-per-s", type=float, default=0.0)
@@ -82,7 +86,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wait-at", type=int, default=-1, help="for the files, at this step")
     parser.add_argument("--timings", action="store_true")
-    parser.add_argument("--spoil", type=int, default=-1, help="the state saved at this step")
     parser.add_argument("--just-end", action="store_true", help="without destroying the engine")
     arguments = parser.parse_args()
 
@@ -127,8 +130,6 @@ def train(engine: Any, arguments: argparse.Namespace) -> None:
             began = time.monotonic()
             state = {"step": step + 1, "arguments": argparse.Namespace(width=arguments.width)}
             state["history"] = torch.full((3,), float(step))
-            if step + 1 == arguments.spoil:
-                state["callback"] = lambda: None
             engine.save_checkpoint(
                 str(arguments.folder), tag=arguments.tag or f"step{step + 1}", client_state=state
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +104,11 @@ class Run:
             process.send_signal(signal.SIGKILL)
         assert [process.wait() for process in self.ranks] == [-signal.SIGKILL] * self.world_size
 
+    def stop(self) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.wait()
+
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., Run]]:
@@ -115,49 +122,85 @@ def started() -> Iterator[Callable[..., Run]]:
 
     yield start
     for run in runs:
-        for process in run.ranks:
-            process.kill()
-            process.wait()
+        run.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Twelve steps of ZeRO-1 with DeepSpeed's own engine: its losses, and its checkpoints."""
+    run = Run(tmp_path_factory.mktemp("own"), "--stage", "1", "--engine", "deepspeed")
+    try:
+        run.end()
+        yield run
+    finally:
+        run.stop()
+
+
+def test_killed_ranks_go_on_with_the_same_losses_past_a_damaged_file(
+    tmp_path: Path, started: Callable[..., Run], undisturbed: Run
+) -> None:
+    run = started(tmp_path)
+    run.await_that(lambda: len(run.of("step")) >= 6)
+    run.kill()
+    killed_at = len(run.of("step"))
+    run = started(tmp_path, "--steps", "11")
+    run.end()
+    starts = run.of("start")
+    assert starts[0] == 0
+    assert killed_at - 3 <= starts[1] <= killed_at + 1  # saved after every step
+    assert run.of("failures") == [[]]
+    assert complete_tags(run.checkpoints)[0] == "step11"
+    assert verify(run.checkpoints, "step11") > 0
+    assert not list(run.checkpoints.rglob("*.py")), "scripts that can't read these files"
+    path = run.checkpoints / "step11" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CorruptionError, match="does not match its digest"):
+        verify(run.checkpoints, "step11")
+    run = started(tmp_path)
+    run.end()
+    assert [run.of("start", rank)[2] for rank in (0, 1)] == [10, 10]
+    (said,) = re.findall(r"ftrain: tag step11 is not loaded: rank .*", run.said())
+    assert "does not match its digest" in said
+    assert said.endswith("step10 is loaded instead")
+    assert run.losses() == undisturbed.losses()
+    assert (run.checkpoints / "latest").read_text() == "step12"
+    assert verify(run.checkpoints, "step11") == verify(run.checkpoints, "step12")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ("--stage", "1"),
-        ("--stage", "2", "--accumulate", "2", "--precision", "bf16"),
+        pytest.param(
+            ("--stage", "2", "--accumulate", "2", "--precision", "bf16"), marks=pytest.mark.soak
+        ),
         ("--stage", "3"),
     ],
     ids=lambda options: f"zero{options[1]}",
 )
-def test_killed_ranks_go_on_with_the_same_losses(
+def test_so_do_those_of_other_stages(
     tmp_path: Path, started: Callable[..., Run], options: tuple[str, ...]
 ) -> None:
-    undisturbed = started(tmp_path / "own", *options, "--steps", "12", "--engine", "deepspeed")
+    undisturbed = started(tmp_path / "own", *options, "--engine", "deepspeed")
     undisturbed.end()
-    run = started(tmp_path / "ours", *options, "--steps", "12")
+    run = started(tmp_path / "ours", *options)
     run.await_that(lambda: len(run.of("step")) >= 6)
     run.kill()
-    run = started(tmp_path / "ours", *options, "--steps", "12")
+    run = started(tmp_path / "ours", *options)
     run.end()
-    starts = run.of("start")
-    assert starts[0] == 0
-    assert 3 <= starts[1] <= 7  # at step 6, saved after every step
+    assert run.of("start")[1] >= 3
     assert run.losses() == undisturbed.losses()
     assert run.of("failures") == [[]]
-    assert complete_tags(run.checkpoints)[0] == "step12"
     assert verify(run.checkpoints, "step12") > 0
-    assert not list(run.checkpoints.rglob("*.py")), "scripts that can't read these files"
 
 
 def test_both_engines_read_what_the_other_one_wrote(
-    tmp_path: Path, started: Callable[..., Run]
+    tmp_path: Path, started: Callable[..., Run], undisturbed: Run
 ) -> None:
-    options = ("--stage", "2", "--save-every", "4")
-    undisturbed = started(tmp_path / "own", *options, "--steps", "12", "--engine", "deepspeed")
-    undisturbed.end()
-    first = started(tmp_path / "mixed", *options, "--steps", "4", "--engine", "deepspeed")
-    first.end()
-    ours = started(tmp_path / "mixed", *options, "--steps", "8")
+    shutil.copytree(undisturbed.checkpoints, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "latest").write_text("step4")
+    ours = started(tmp_path, "--save-every", "4", "--steps", "8")
     ours.end()
     assert ours.said().count("was written by DeepSpeed's own engine") == 2  # once on each rank
     target = tmp_path / "exported" / "checkpoints"
@@ -170,14 +213,18 @@ def test_both_engines_read_what_the_other_one_wrote(
         check=True,
         timeout=100,
     )
-    last = started(tmp_path / "exported", *options, "--steps", "12", "--engine", "deepspeed")
+    last = started(tmp_path / "exported", "--save-every", "4", "--engine", "deepspeed")
     last.end()
-    assert (ours.of("start"), last.of("start")) == ([0, 4], [8])
-    together = [a | b for a, b in zip(ours.losses(), last.losses(), strict=True)]
-    assert together == undisturbed.losses()
+    assert (ours.of("start"), last.of("start")) == ([4], [8])
+    expected = [{step: losses[step] for step in range(4, 12)} for losses in undisturbed.losses()]
+    assert [a | b for a, b in zip(ours.losses(), last.losses(), strict=True)] == expected
 
 
-@pytest.mark.parametrize("tag", ["", "last"], ids=["new-tag", "same-tag"])
+@pytest.mark.parametrize(
+    "tag",
+    ["", pytest.param("last", marks=pytest.mark.soak)],
+    ids=["new-tag", "same-tag"],
+)
 def test_a_kill_while_files_are_written_leaves_the_checkpoint_before(
     tmp_path: Path, started: Callable[..., Run], tag: str
 ) -> None:
@@ -209,27 +256,6 @@ def test_a_kill_while_files_are_written_leaves_the_checkpoint_before(
     assert not list(run.checkpoints.rglob("*.new"))
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path, started: Callable[..., Run]) -> None:
-    run = started(tmp_path, "--stage", "1", "--steps", "2")
-    run.end()
-    path = run.checkpoints / "step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(CorruptionError, match="does not match its digest"):
-        verify(run.checkpoints, "step2")
-    run = started(tmp_path, "--stage", "1", "--steps", "4")
-    assert run.ranks[1].wait(100) == 1
-    assert "does not match its digest" in run.said()
-    assert "load another tag, such as 'step1'" in run.said()
-    run.ranks[0].kill()  # it waits for rank 1, which a launcher would tell it
-    run.ranks[0].wait()
-    (run.checkpoints / "latest").write_text("step1")
-    run = started(tmp_path, "--stage", "1", "--steps", "4")
-    run.end()
-    assert run.of("start")[-1] == 1
-
-
 @contextmanager
 def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
     folder.mkdir()
@@ -252,16 +278,12 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, started: Callable[..
         (failures,) = run.of("failures")
         assert len(failures) == 2
         assert "step4 was not saved: rank" in failures[0]
-        assert "bytes are free" in failures[0]
+        assert " are free" in failures[0]
         assert "step4 was not saved" in run.said()
         assert complete_tags(run.checkpoints) == ["step2"]
         assert verify(run.checkpoints, "step2") > 4_000_000
         assert (run.checkpoints / "latest").read_text() == "step2"
         assert not (run.checkpoints / "step4").exists(), "what failed gives its room back"
-        again = started(tmp_path, *options, "--engine", "ftrain", name="again")
-        again.await_that(lambda: bool(again.of("start")))
-        assert again.of("start") == [2]
-        again.kill()
 
 
 def test_a_script_that_just_ends_leaves_its_last_checkpoint(
@@ -272,15 +294,3 @@ def test_a_script_that_just_ends_leaves_its_last_checkpoint(
     run.end()
     assert (run.checkpoints / "latest").read_text() == "step2"
     assert verify(run.checkpoints, "step2") > 0
-
-
-def test_what_can_not_be_saved_is_named_and_training_goes_on(
-    tmp_path: Path, started: Callable[..., Run]
-) -> None:
-    run = started(tmp_path, "--stage", "1", "--steps", "3", "--spoil", "2", world_size=1)
-    run.end()
-    (failures,) = run.of("failures")
-    assert len(failures) == 1
-    assert "step2 was not saved" in failures[0]
-    assert "mp_rank_00_model_states.callback is a builtins.function" in failures[0]
-    assert complete_tags(run.checkpoints) == ["step3", "step1"]

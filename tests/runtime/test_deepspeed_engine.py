@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from ftrain.comms.errors import RestoreError, UsageError
-from ftrain.runtime.deepspeed import verify
+from ftrain.runtime.deepspeed import complete_tags, verify
 from ftrain.runtime.deepspeed.engine import DurableEngine, Options
+from ftrain.runtime.deepspeed.peers import Peers
 
 FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
@@ -65,16 +68,35 @@ def engine(group: None) -> Iterator[DurableEngine]:
     engine.cleanup()
 
 
+@pytest.fixture
+def ranks(group: None) -> Iterator[tuple[DurableEngine, DurableEngine]]:
+    """The engines of two ranks, in one process."""
+    store = dist.HashStore()
+    peers = [Peers(rank, 2, "abc", store) for rank in (0, 1)]
+    first, second = (DurableEngine(None, TorchFiles, Options(), peers=one) for one in peers)
+    yield first, second
+    on_both(DurableEngine.cleanup, (first, second))
+
+
+def on_both(call: Callable[[DurableEngine], Any], ranks: Sequence[DurableEngine]) -> list[Any]:
+    """What it returns or raises on each."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(call, engine) for engine in ranks]
+        return [future.exception(30) or future.result() for future in futures]
+
+
 def state(value: float = 1.0) -> dict[str, Any]:
     return {"optimizer_state_dict": {"moments": torch.full((100,), value)}}
 
 
-def save(engine: DurableEngine, folder: Path, tag: str, content: dict[str, Any]) -> None:
+def save(
+    engine: DurableEngine, folder: Path, tag: str, content: dict[str, Any], file: str = FILE
+) -> None:
     """What ``DeepSpeedEngine.save_checkpoint`` calls."""
     engine.makedirs(str(folder), exist_ok=True)
     engine.create(CommitInfo(tag, str(folder), True))
     engine.makedirs(str(folder / tag), exist_ok=True)
-    engine.save(state_dict=content, path=str(folder / tag / FILE))
+    engine.save(state_dict=content, path=str(folder / tag / file))
     assert engine.is_decoupled()
 
 
@@ -192,6 +214,127 @@ def test_a_failure_is_told_at_the_next_save(
     assert (statistics.begun, statistics.durable, statistics.failed) == (3, 2, 1)
     assert (tmp_path / "latest").read_text() == "c"
     assert len(engine.failures) == 1
+
+
+OTHER = FILE.replace("rank_0", "rank_1", 1)
+
+
+def test_latest_names_a_tag_once_the_files_of_every_rank_are_durable(
+    ranks: tuple[DurableEngine, DurableEngine], tmp_path: Path
+) -> None:
+    first, second = ranks
+    writing = Held(second, "_writing")
+    save(first, tmp_path, "a", state(1.0))
+    save(second, tmp_path, "a", state(2.0), OTHER)
+    thread = still_waits(first.wait)
+    assert (tmp_path / "a" / FILE).exists()
+    assert not (tmp_path / "latest").exists()
+    assert complete_tags(tmp_path) == []
+    writing.let_go()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert (tmp_path / "latest").read_text() == "a"
+    second.wait()
+    assert [engine.statistics().durable for engine in ranks] == [1, 1]
+    assert verify(tmp_path, "a") > 0
+
+
+def test_a_failure_of_one_rank_is_one_of_all(
+    ranks: tuple[DurableEngine, DurableEngine], tmp_path: Path
+) -> None:
+    first, second = ranks
+    save(first, tmp_path, "a", state())
+    save(second, tmp_path, "a", state() | {"f": print}, OTHER)
+    on_both(DurableEngine.wait, ranks)
+    for engine in ranks:
+        (failure,) = engine.failures
+        assert "a was not saved: rank 1: " in failure
+        assert "optim_states.f is a builtins.builtin_function" in failure
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "latest").exists()
+    save(first, tmp_path, "b", state())
+    save(second, tmp_path, "b", state(), OTHER)
+    on_both(DurableEngine.wait, ranks)
+    assert (tmp_path / "latest").read_text() == "b"
+
+
+def test_a_rank_ahead_of_the_others_leaves_what_they_will_publish(
+    ranks: tuple[DurableEngine, DurableEngine], tmp_path: Path
+) -> None:
+    """Both save to the same tag again and again; rank 1 has its second file in hand while rank 0
+    has not begun with its own."""
+    first, second = ranks
+    save(first, tmp_path, "last", state(1.0))
+    save(second, tmp_path, "last", state(1.0), OTHER)
+    on_both(DurableEngine.wait, ranks)
+    writing = Held(first, "_writing")
+    save(second, tmp_path, "last", state(2.0), OTHER)
+    save(second, tmp_path, "last", state(3.0), OTHER)
+    thread = still_waits(second.wait)
+    assert verify(tmp_path, "last") > 0
+    save(first, tmp_path, "last", state(2.0))
+    writing.let_go()
+    first.wait()
+    assert verify(tmp_path, "last") > 0
+    save(first, tmp_path, "last", state(3.0))
+    first.wait()
+    thread.join(10)
+    assert verify(tmp_path, "last") > 0
+    assert moments(first, tmp_path, "last") == 3.0
+    assert [engine.failures for engine in ranks] == [[], []]
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_tag_that_is_whole_on_every_rank_is_loaded(
+    ranks: tuple[DurableEngine, DurableEngine], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def choose(engine: DurableEngine, tag: str | None = None) -> str | None:
+        return engine.choose_tag(str(tmp_path), tag)
+
+    assert on_both(choose, ranks) == [None, None]
+    for number, tag in enumerate("abcd"):
+        save(ranks[0], tmp_path, tag, state(number))
+        save(ranks[1], tmp_path, tag, state(number), OTHER)
+    on_both(DurableEngine.wait, ranks)
+    (tmp_path / "latest").write_text("c")
+    assert on_both(choose, ranks) == ["c", "c"]
+    flip(tmp_path / "c" / OTHER, 4200)
+    assert on_both(choose, ranks) == ["b", "b"], "neither the damaged one nor the later one"
+    assert caplog.text.count("b is loaded instead") == 1
+    for found in on_both(lambda engine: choose(engine, "c"), ranks):
+        assert isinstance(found, RestoreError)
+        assert "tag c is not loaded: rank 1: " in str(found)
+        assert "load another tag, such as 'd'" in str(found)
+    (tmp_path / "latest").write_text("gone")
+    assert on_both(choose, ranks) == ["d", "d"]
+    shutil.rmtree(tmp_path / "d")
+    shutil.rmtree(tmp_path / "c")
+    flip(tmp_path / "b" / "ftrain.json", 20)
+    flip(tmp_path / "a" / FILE, 4200)
+    for found in on_both(choose, ranks):
+        assert isinstance(found, RestoreError)
+        assert "no older tag can be loaded" in str(found)
+
+
+def test_a_tag_that_is_there_stays_when_latest_can_not_be_written(
+    engine: DurableEngine, tmp_path: Path
+) -> None:
+    save(engine, tmp_path, "last", state(1.0))
+    engine.wait()
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()  # in the way
+    save(engine, tmp_path, "last", state(2.0))
+    engine.wait()
+    (failure,) = engine.failures
+    assert "latest" in failure
+    assert verify(tmp_path, "last") > 0
+    assert moments(engine, tmp_path, "last") == 2.0
 
 
 def test_what_belongs_to_no_checkpoint_is_a_plain_file_at_once(

@@ -15,18 +15,20 @@ from typing import Any
 import pytest
 import torch
 
+from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.codec import encode_tree
 from ftrain.checkpoint.files import LocalFile, NewFile
 from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.checkpoint.segment_writer import plan_file, write_file
+from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
 from ftrain.comms.errors import CorruptionError, RestoreError, StateError, UsageError
-from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.runtime.deepspeed import complete_tags, tags, use, verify
-from ftrain.runtime.deepspeed.reading import read_state
+from ftrain.runtime.deepspeed.reading import read_state, read_torch_file
 from ftrain.runtime.deepspeed.shot import Room, Shot, changes_of
-from ftrain.runtime.deepspeed.tree import Folder, Skeleton
+from ftrain.runtime.deepspeed.tree import Folder, unfold
 from ftrain.runtime.deepspeed.writing import _InTurn
 
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -204,47 +206,57 @@ def test_a_state_that_contains_itself_is_refused() -> None:
 MARK = "\0ftrain"
 
 
-def small_of(tree: Any) -> bytes:
-    if isinstance(tree, dict) and "state" in tree:
-        tree = {**tree, "state": encode_tree(tree["state"])}
-    return encode_tree(tree)
-
-
 @pytest.mark.parametrize(
     "tree",
     [
-        {"state": (MARK, "object", "subprocess.Popen", {}), "tensors": []},
-        {"state": (MARK, "enum", "os.path", "x"), "tensors": []},
-        {"state": (MARK, "eval", "1"), "tensors": []},
-        {"state": (MARK, "tensor", 5), "tensors": []},
-        {"state": (MARK,), "tensors": []},
-        {"state": (MARK, "object", "argparse.Namespace", [1]), "tensors": []},
-        {"tensors": []},
-        {"state": {}, "tensors": [["a"]]},
-        [1, 2],
+        (MARK, "object", "subprocess.Popen", {}),
+        (MARK, "enum", "os.path", "x"),
+        (MARK, "eval", "1"),
+        (MARK, "tensor", "absent"),
+        (MARK, "tensor", []),
+        (MARK,),
+        (MARK, "object", "argparse.Namespace", [1]),
     ],
 )
 def test_a_file_that_asks_for_more_is_refused(tree: Any) -> None:
-    with pytest.raises(CorruptionError):
-        Skeleton(small_of(tree), "the file").state([])
+    with pytest.raises(CorruptionError, match="the file holds no state of DeepSpeed"):
+        unfold(encode_tree({"x": [tree]}), {}, "the file")
+    with pytest.raises(CorruptionError, match="the file holds no state of DeepSpeed"):
+        unfold(b"no tree", {}, "the file")
 
 
-def test_a_hostile_shape_takes_no_memory(tmp_path: Path) -> None:
-    state = {"optimizer_state_dict": torch.zeros(4)}
-    folded = Folder(state, "m")
-    for shape in ([2**60], [2**31, 2**31], [-4], [4, 0], [2]):
-        places = [["optimizer_state_dict", "float32", shape]]
-        folded.small = small_of({"state": (MARK, "tensor", 0), "tensors": places})
-        path = tmp_path / f"{len(shape)}{shape[0]}"
-        shot = Shot(path, folded, identity(), Room(), changes_of(state, lazy=True))
-        shot.complete()
-        planned = plan_file(shot.image())
-        with NewFile(path, planned.nbytes) as file:
-            write_file(planned, file, _InTurn(), Pace())
-        reader = opened(path)
-        with pytest.raises(CorruptionError, match="other tensors than its state names"):
-            read_state(reader)
-        reader.close()
+@pytest.mark.parametrize("shape", [(2**50,), (2**25, 2**25), (5,)])
+def test_a_hostile_shape_takes_no_memory(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    segment = Segment("x", "float32", shape, "file", 0, 16, Placement.whole(shape))
+    plan = ImagePlan(lay_out([segment]), (Share("file", 0, 0, 1),), 0, 4096)
+    with NewFile(tmp_path / MODEL) as file:
+        write_parts(file, identity(), plan, [bytes(16)], encode_tree((MARK, "tensor", "x")))
+    reader = opened(tmp_path / MODEL)
+    with pytest.raises(CorruptionError, match="holds a part of x only"):
+        read_state(reader)
+    reader.close()
+
+
+class Planted:
+    """What a pickle builds, if it may."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("built").absolute(),)
+
+
+def test_torch_files_are_read_without_building_what_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(model_state(2.0), tmp_path / MODEL)
+    assert same(model_state(2.0), read_torch_file(tmp_path / MODEL, "cpu"))
+    torch.save({"x": Planted()}, tmp_path / MODEL)
+    with pytest.raises(CorruptionError, match="objects of other kinds"):
+        read_torch_file(tmp_path / MODEL)
+    assert not (tmp_path / "built").exists()
+    (tmp_path / MODEL).write_bytes(bytes(5000))
+    with pytest.raises(CorruptionError, match="it is damaged"):
+        read_torch_file(tmp_path / MODEL)
 
 
 def test_every_damage_is_noticed(tmp_path: Path) -> None:
@@ -338,12 +350,12 @@ def test_a_tag_is_saved_again_without_a_moment_without_it(tmp_path: Path) -> Non
         (folder / name).write_bytes(content)
     assert value() == 2.0
     # The next save settles it, file by file.
-    tags.clear(folder / MODEL)
+    tags.clear(folder / MODEL, "other")
     assert value() == 2.0
     write(folder, MODEL, model_state(3.0), "3", 3)
     assert value() == 2.0
-    tags.clear(folder / MODEL)  # that one was never published
-    tags.clear(folder / OPTIMIZER)
+    tags.clear(folder / MODEL, "other")  # that one was never published
+    tags.clear(folder / OPTIMIZER, "other")
     assert value() == 2.0
     assert not list(folder.glob("*.new"))
 
