@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,10 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_script import run as run_script
 
 from ftrain.comms.errors import CorruptionError, RestoreError
 from ftrain.runtime.deepspeed import complete_tags, verify
@@ -31,42 +34,36 @@ pytestmark = [
     ),
 ]
 Losses = dict[int, str]
+FORKED = multiprocessing.get_context("forkserver")
 
 
 class Run:
     """One run of the job; its files are beside the checkpoints."""
 
-    def __init__(self, folder: Path, *options: str, world_size: int = 2, name: str = "run") -> None:
+    def __init__(self, folder: Path, *options: str, fresh: bool = False) -> None:
         self.checkpoints = folder / "checkpoints"
-        self.out = folder / name
-        self.world_size = world_size
+        self.out = folder / "run"
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = str(server.getsockname()[1])
-        command = [sys.executable, str(JOB), "--folder", str(self.checkpoints)]
-        command += ["--out", str(self.out), *options]
-        self.log = folder / f"{name}.log"
-        with self.log.open("ab") as log:
-            self.ranks = [
-                subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env={
-                        **os.environ,
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(world_size),
-                        "LOCAL_WORLD_SIZE": str(world_size),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                        "OMP_NUM_THREADS": "1",
-                        "DS_ACCELERATOR": "cpu",
-                        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-                    },
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                for rank in range(world_size)
-            ]
+        command = [str(JOB), "--folder", str(self.checkpoints), "--out", str(self.out), *options]
+        self.log = folder / "log"
+        self.ranks = [
+            FORKED.Process(target=run_script, args=(command, environment, self.log, fresh))
+            for environment in (
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": "2",
+                    "LOCAL_WORLD_SIZE": "2",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+                }
+                for rank in (0, 1)
+            )
+        ]
+        for process in self.ranks:
+            process.start()
 
     def records(self, rank: int = 0) -> list[dict[str, Any]]:
         path = self.out.with_suffix(f".{rank}.jsonl")
@@ -76,7 +73,7 @@ class Run:
     def losses(self) -> list[Losses]:
         """Of each rank; a step that was made again has to give the same."""
         found: list[Losses] = []
-        for rank in range(self.world_size):
+        for rank in (0, 1):
             losses: Losses = {}
             for record in self.records(rank):
                 if "step" in record:
@@ -91,23 +88,36 @@ class Run:
         return self.log.read_text(errors="replace")
 
     def end(self) -> None:
-        codes = [process.wait(200) for process in self.ranks]
-        assert codes == [0] * self.world_size, self.said()[-6000:]
+        for process in self.ranks:
+            process.join(200)
+        assert [process.exitcode for process in self.ranks] == [0, 0], self.said()[-6000:]
 
     def await_that(self, holds: Callable[[], bool]) -> None:
         while not holds():
-            assert all(process.poll() is None for process in self.ranks), self.said()[-6000:]
+            assert all(process.is_alive() for process in self.ranks), self.said()[-6000:]
             time.sleep(0.002)
 
     def kill(self) -> None:
-        for process in self.ranks:
-            process.send_signal(signal.SIGKILL)
-        assert [process.wait() for process in self.ranks] == [-signal.SIGKILL] * self.world_size
+        self.stop()
+        assert [process.exitcode for process in self.ranks] == [-signal.SIGKILL] * 2
 
     def stop(self) -> None:
         for process in self.ranks:
             process.kill()
-            process.wait()
+        for process in self.ranks:
+            process.join()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The process that the ranks are forked from: importing DeepSpeed takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
+            patch.setenv(name, value)
+        FORKED.set_forkserver_preload(["deepspeed", "ftrain.runtime.deepspeed"])
+        forkserver.ensure_running()
+        yield
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # by itself only at the end
 
 
 @pytest.fixture
@@ -115,9 +125,9 @@ def started() -> Iterator[Callable[..., Run]]:
     """Runs that are ended with the test, whatever happens."""
     runs: list[Run] = []
 
-    def start(folder: Path, *options: str, **more: Any) -> Run:
+    def start(folder: Path, *options: str, fresh: bool = False) -> Run:
         folder.mkdir(exist_ok=True)
-        runs.append(Run(folder, *options, **more))
+        runs.append(Run(folder, *options, fresh=fresh))
         return runs[-1]
 
     yield start
@@ -290,7 +300,8 @@ def test_a_script_that_just_ends_leaves_its_last_checkpoint(
     tmp_path: Path, started: Callable[..., Run]
 ) -> None:
     options = ["--stage", "1", "--width", "256", "--steps", "2", "--save-every", "2", "--just-end"]
-    run = started(tmp_path, *options, "--bytes-per-s", "500000")
+    # Multiprocessing ends its processes without what Python does at the end of an interpreter.
+    run = started(tmp_path, *options, "--bytes-per-s", "500000", fresh=True)
     run.end()
     assert (run.checkpoints / "latest").read_text() == "step2"
     assert verify(run.checkpoints, "step2") > 0
