@@ -58,28 +58,30 @@ class Stopwatch:
         self.total_s += time.monotonic() - began
 
 
-def train(engine: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Steps with a save now and then: how long all of it takes, and how long saves block."""
+def train(engine: Any, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Blocks of steps, of which every second one begins with a save and ends when that is written:
+    how long each takes, and how long saves block."""
     x = torch.randn(args.batch_size, args.width)
-    save_dir = args.out / "checkpoints"
     stopwatch = Stopwatch(engine)
-    blocked_s = total_s = 0.0
-    saves = 0
-    for step in range(1 - args.every, args.steps + 1):  # up to step 1 nothing counts
-        if step == 1:
-            dist.barrier()
-            total_s, blocked_s, saves, stopwatch.total_s = time.monotonic(), 0.0, 0, 0.0
-        loss = engine(x).square().mean()
-        engine.backward(loss)
-        engine.step()
-        if step % args.every == 0 and args.arm != "none" and step < args.steps:
-            began = time.monotonic()
-            engine.save_checkpoint(str(save_dir), tag=f"t{saves % 2}")
-            blocked_s += time.monotonic() - began
-            saves += 1
-    dist.barrier()
-    total_s = time.monotonic() - total_s
-    return {"total_s": total_s, "blocked_s": blocked_s + stopwatch.total_s, "saves": saves}
+    blocks = []
+    for number in range(2 * args.blocks + 2):
+        saves = number % 2 == 1
+        dist.barrier()
+        stopwatch.total_s = 0.0
+        began = saved = time.monotonic()
+        if saves:
+            engine.save_checkpoint(str(args.out / "checkpoints"), tag=f"t{number // 2 % 2}")
+            saved = time.monotonic()
+        for _ in range(args.steps):
+            loss = engine(x).square().mean()
+            engine.backward(loss)
+            engine.step()
+        if saves and args.arm == "ftrain":
+            engine.checkpoint_engine.wait()
+        dist.barrier()
+        block = {"total_s": time.monotonic() - began}
+        blocks.append(block | {"blocked_s": saved - began + stopwatch.total_s})
+    return blocks[2:]  # the first ones fill caches
 
 
 def until_durable(engine: Any, args: argparse.Namespace) -> tuple[float, int]:
@@ -116,16 +118,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--every", type=int, required=True)
+    parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     engine = engine_of(args.arm, args.width, args.layers)
-    found: dict[str, Any] = dict(train(engine, args))
-    if args.arm != "none":
-        alone = [until_durable(engine, args) for _ in range(4)][1:]
-        found["durable_s"] = sorted(seconds for seconds, _ in alone)[1]
-        found["checkpoint_bytes"] = alone[-1][1]
+    found: dict[str, Any] = {"blocks": train(engine, args)}
+    alone = [until_durable(engine, args) for _ in range(4)][1:]
+    found["durable_s"] = sorted(seconds for seconds, _ in alone)[1]
+    found["checkpoint_bytes"] = alone[-1][1]
     failures = getattr(engine.checkpoint_engine, "failures", [])
     engine.destroy()
     if failures:

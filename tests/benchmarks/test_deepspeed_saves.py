@@ -18,7 +18,7 @@ def test_both_engines_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.syspath_prepend(FOLDER)
     import deepspeed_saves
 
-    size = ["--width", "64", "--layers", "2", "--batch-size", "4", "--steps", "6", "--every", "2"]
+    size = ["--width", "64", "--layers", "2", "--batch-size", "4", "--steps", "2", "--blocks", "2"]
     options = ["--arms", "torch", "ftrain", "--rounds", "1", "--dir", str(tmp_path)]
     found = deepspeed_saves.main([*size, *options, "--no-results"])
     assert found["absent"] == {}
@@ -30,14 +30,21 @@ def test_both_engines_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_lost_time_is_what_training_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_time_is_what_a_block_with_a_save_takes_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     import deepspeed_saves
 
-    bare = [{"total_s": seconds, "saves": 0, "blocked_s": 0.0} for seconds in (10.0, 20.0)]
-    more = {"saves": 4, "blocked_s": 1.0, "durable_s": 0.5, "checkpoint_bytes": 2e6}
-    found = deepspeed_saves.summary([{"total_s": 12.0} | more, {"total_s": 22.4} | more], bare)
-    assert found["lost_ms_of_rounds"] == pytest.approx([500.0, 600.0])
-    assert found["lost_ms"] == pytest.approx(550.0)
+    def run(*lost_s: float) -> dict[str, object]:
+        blocks = []
+        for seconds in lost_s:
+            blocks += [{"total_s": 2.0, "blocked_s": 0.0}]
+            blocks += [{"total_s": 2.0 + seconds, "blocked_s": 0.25}]
+        return {"blocks": blocks, "durable_s": 0.5, "checkpoint_bytes": 2e6}
+
+    found = deepspeed_saves.summary([run(0.1, 0.3), run(0.2, 0.5, 0.4)])
+    assert found["lost_ms"] == pytest.approx(300.0)
+    assert found["lost_ms_quartiles"] == pytest.approx([200.0, 400.0])
     assert (found["blocking_ms"], found["durable_ms"]) == (250.0, 500.0)
-    assert found["checkpoint_mb"] == 2.0
+    assert (found["checkpoint_mb"], found["block_ms"], found["saves"]) == (2.0, 2000.0, 5)

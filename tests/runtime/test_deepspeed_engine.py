@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -237,6 +238,39 @@ def test_latest_names_a_tag_once_the_files_of_every_rank_are_durable(
     second.wait()
     assert [engine.statistics().durable for engine in ranks] == [1, 1]
     assert verify(tmp_path, "a") > 0
+
+
+def test_names_appear_once_what_they_stand_for_is_synced(
+    engine: DurableEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def record_sync(fd: int) -> None:
+        sync(fd)
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+
+    def record_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("named", target.name))
+
+    engine.makedirs(str(tmp_path / "a"))
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    save(engine, tmp_path, "a", state())
+    engine.wait()
+    names = [name if name != tmp_path.name else "." for _, name in done]
+    assert [(what, name) for (what, _), name in zip(done, names, strict=True)] == [
+        ("synced", f"{FILE}.{engine._peers.name}-1.new"),
+        ("synced", "a"),
+        ("synced", "ftrain.json.new"),
+        ("named", "ftrain.json"),
+        ("synced", "a"),
+        ("synced", "a"),
+        ("synced", "latest.new"),
+        ("named", "latest"),
+        ("synced", "."),
+    ]
 
 
 def test_a_failure_of_one_rank_is_one_of_all(
