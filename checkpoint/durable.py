@@ -12,8 +12,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,17 +34,20 @@ from ftrain.checkpoint.manifest import (
     FenceFile,
     FileRecord,
     Manifest,
+    PublishedVersion,
     decode_fence,
     decode_manifest,
     file_name,
-    read_manifest,
+    open_files,
+    stated_version,
 )
 from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.protocol.lineage import Fence, completed, next_fence, settling
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
-from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError, UsageError
+from ftrain.checkpoint.versions import Files, Survey, find_version, survey_of
+from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
 if TYPE_CHECKING:
@@ -57,28 +59,6 @@ NEW_SEGMENT_NAMES = re.compile(r"rank\d{1,10}\.seg\.\d+\.new")
 _NEW_RECORD = re.compile(r"(\d{1,19}|fence)\.json\.\d+\.new")
 _FENCE = "fence.json"
 _PIN = ".pin"
-_NAMED_MAX = 20  # steps in an error
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What a directory holds."""
-
-    versions: tuple[DurableVersion, ...]  # complete, of the history; newest first by (fence, step)
-    hidden: tuple[DurableVersion, ...]  # complete, published by what was over, or never granted
-    problems: tuple[str, ...]  # one sentence for each manifest that does not count
-    fence: int  # highest that anything is filed under; 0: nothing is
-    granted: int = 0  # newest that was begun; 0: none was
-
-    @property
-    def superseded(self) -> tuple[DurableVersion, ...]:
-        """The hidden ones, once nobody can need them: the newest epoch has a version of its own.
-
-        What it only goes on from may be removed at any time by a sweep that knows the hidden ones
-        as newer versions, because it began before the epoch.
-        """
-        own = any(version.fence == self.granted for version in self.versions)
-        return self.hidden if own else ()
 
 
 def unusable_text(directory: Path, problems: Sequence[str], step: int | None) -> str:
@@ -108,9 +88,16 @@ class DurableStore:
     ``pace`` limits how fast images are written.
     """
 
+    level = "L3"
+
     def __init__(self, directory: str | os.PathLike[str], pace: Pace | None = None) -> None:
         self.directory = Path(directory)
         self._pace = pace or Pace()
+
+    @property
+    def name(self) -> str:
+        """The directory, for people."""
+        return str(self.directory)
 
     # ---- writing
 
@@ -258,29 +245,34 @@ class DurableStore:
 
     # ---- reading
 
-    def survey(self) -> Survey:
-        """Published versions whose files are there, and the manifests that do not count.
+    def survey(self) -> Survey[DurableVersion]:
+        """Every version whose manifest can be read, and what is wrong with the rest.
 
         Raises:
             RunDirectoryError: the directory can't be read.
             StateError: it holds versions in another format.
         """
         fences, problems = self._fences()
-        complete: list[DurableVersion] = []
+        found: list[tuple[DurableVersion, str]] = []
         folders = numbered(self.directory, "")
         for _, folder in folders:
             for _, path in numbered(folder, ".json"):
                 try:
-                    complete.append(read_manifest(path))
+                    version = stated_version(path)
                 except CorruptionError as error:
                     problems.append(str(error))
-        complete.sort(key=lambda version: version.key, reverse=True)
-        begun = [version for version in complete if version.fence in fences]
-        record = settling(fences.values(), {version.version for version in begun})
-        seen = tuple(v for v in begun if record is not None and record.shows(v.version))
-        hidden = tuple(version for version in complete if version not in seen)
+                    continue
+                try:
+                    version.check()
+                except CorruptionError as error:
+                    found.append((version, str(error)))
+                else:
+                    found.append((version, ""))
         highest = max((fence for fence, _ in folders), default=0)
-        return Survey(seen, hidden, tuple(problems), highest, max(fences, default=0))
+        whole = [version for version, damage in found if not damage]
+        begun = {version.version for version in whole if version.fence in fences}
+        record = settling(fences.values(), begun)
+        return survey_of(found, fences, record, problems, highest)
 
     def versions(self) -> tuple[DurableVersion, ...]:
         """The versions of :meth:`survey`, newest first."""
@@ -294,15 +286,11 @@ class DurableStore:
             UsageError: there are others only.
             StateError: as :meth:`survey`.
         """
-        survey = self.survey()
-        if not survey.versions:
-            why = f": {survey.problems[0]}" if survey.problems else ""
-            raise RunDirectoryError(f"there is no complete version in {self.directory}{why}")
-        for version in survey.versions:
-            if step is None or version.step == step:
-                return version
-        there = ", ".join(str(version.step) for version in survey.versions[:_NAMED_MAX])
-        raise UsageError(f"there is no version of step {step} in {self.directory}: it has {there}")
+        return find_version(self.survey(), self.name, step)
+
+    def opened(self, version: PublishedVersion) -> AbstractContextManager[Files]:
+        """Every rank's file, its footer verified, or why it can't be used; closed in the end."""
+        return open_files(DurableVersion(self._manifest(version), version.manifest))
 
     def counts(self, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
@@ -373,7 +361,7 @@ class DurableStore:
                 removed += self._sweep_leftovers(fence, folder, survey, keep)
         return tuple(removed)
 
-    def remove(self, versions: Iterable[DurableVersion]) -> None:
+    def remove(self, versions: Iterable[PublishedVersion]) -> None:
         """Delete published versions: the manifest first, so that nobody can find them.
 
         Raises:
@@ -382,16 +370,17 @@ class DurableStore:
         with explained(self.directory, 0):
             self._make_safe()
             for version in versions:
-                folder = version.path.with_suffix("")
-                version.path.unlink(missing_ok=True)
-                sync_folder(version.path.parent)
+                manifest = self._manifest(version)
+                folder = manifest.with_suffix("")
+                manifest.unlink(missing_ok=True)
+                sync_folder(manifest.parent)
                 if folder.is_dir():
                     remove_matching(folder, SEGMENT_NAMES.fullmatch)
                     remove_empty(folder)
 
-    def pin(self, version: DurableVersion, *, pinned: bool = True) -> None:
+    def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says; ``RunDirectoryError``."""
-        path = version.path.with_suffix(_PIN)
+        path = self._manifest(version).with_suffix(_PIN)
         with explained(path, 0):
             if pinned:
                 put_once(path, b"")
@@ -436,7 +425,7 @@ class DurableStore:
         sync_folder(self.directory)
 
     def _sweep_leftovers(
-        self, fence: int, folder: Path, survey: Survey, keep: Collection[VersionKey]
+        self, fence: int, folder: Path, survey: Survey[DurableVersion], keep: Collection[VersionKey]
     ) -> list[Path]:
         """Remove what belongs to no version, and nobody can still want to publish."""
         removed: list[Path] = []
@@ -490,6 +479,9 @@ class DurableStore:
         if fence < 0 or step < 0:
             raise StateError(f"fence {fence} and step {step} can't be negative")
         return self.directory / str(fence) / str(step)
+
+    def _manifest(self, version: PublishedVersion) -> Path:
+        return _manifest_path(self._folder(version.fence, version.step))
 
 
 def _record(reader: SegmentReader) -> FileRecord:

@@ -327,15 +327,20 @@ def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
         CorruptionError: no manifest, or a file that it names is missing or has another size.
         StateError: a manifest in another format.
     """
-    path = Path(path)
+    version = stated_version(Path(path))
+    version.check()
+    return version
+
+
+def stated_version(path: Path) -> DurableVersion:
+    """The same, without a look at the files; raises as :func:`read_manifest`."""
     try:
         manifest = decode_manifest(path)
     except FileNotFoundError as error:
         raise _unreadable(path, error) from None
     require_place(manifest, path.parent.name, path.name, str(path))
-    version = DurableVersion(path, manifest)
-    version.check()
-    return version
+    manifest.require_all_ranks(str(path))
+    return DurableVersion(path, manifest)
 
 
 def require_place(manifest: Manifest, folder: str, name: str, where: str) -> None:

@@ -65,7 +65,7 @@ from ftrain.comms.errors import RestoreError, StateError, UsageError
 from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.configs.schema import SnapshotConfig
 from ftrain.runtime.interop.outline import DCP, all_items
-from ftrain.runtime.interop.whole import WholeVersion, opened
+from ftrain.runtime.interop.whole import WholeVersion, whole_version
 
 CheckpointId = str | os.PathLike[str] | int | None
 
@@ -235,7 +235,7 @@ class FtrainReader(StorageReader):
             CorruptionError: its files are damaged.
         """
         self._version = self._store.find(self._step)
-        with opened(self._version) as whole:
+        with whole_version(self._store.opened(self._version)) as whole:
             items = all_items(whole)
         self._tensors = {item.name: item.tensor for item in items if item.tensor is not None}
         self._values = {item.name: item.value for item in items if item.tensor is None}
@@ -286,7 +286,7 @@ class FtrainReader(StorageReader):
                 stored.append(item)
             else:
                 _copy(planner, item, self._values[name])
-        with opened(self._version) as whole:
+        with whole_version(self._store.opened(self._version)) as whole:
             for batch in _batches(stored):
                 self._fill(whole, batch, planner)
             self.repaired = whole.repaired

@@ -12,7 +12,6 @@ from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.checkpoint.manifest import FileRecord
-from ftrain.checkpoint.remote.reading import RemoteFile
 from ftrain.checkpoint.remote.store import RemoteStore, RemoteVersion
 from ftrain.checkpoint.remote.upload import object_name
 from ftrain.checkpoint.segment import HEADER, padded
@@ -81,20 +80,14 @@ def _fetch_file(
     target: DurableStore,
     progress: Callable[[int], None],
 ) -> FileRecord:
-    name = object_name(version.fence, version.step, rank)
-    expected = version.manifest.files[rank]
-    file = RemoteFile(store.place, name)
+    source = store.open(version, rank)
     try:
-        if file.nbytes != expected.nbytes:
-            raise CorruptionError(f"{file.where} has {file.nbytes} of {expected.nbytes} bytes")
-        source = SegmentReader(file, expected.digest)
-        version.require(source.identity, rank, source.where)
         planned = plan_copy(source)
-        path = target.directory / name
+        path = target.directory / object_name(version.fence, version.step, rank)
         if not _is_right(path, planned):
             _write(source, planned, path, store.place.limits.threads, progress)
     finally:
-        file.close()
+        source.close()
     return FileRecord(rank, planned.nbytes, planned.tail.digest)
 
 

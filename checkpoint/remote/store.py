@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ftrain.checkpoint.durable import NEW_SEGMENT_NAMES, SEGMENT_NAMES
@@ -26,9 +27,11 @@ from ftrain.checkpoint.manifest import (
 )
 from ftrain.checkpoint.protocol.lineage import Fence, completed, newest
 from ftrain.checkpoint.remote.place import Place
+from ftrain.checkpoint.remote.reading import RemoteFile
 from ftrain.checkpoint.remote.upload import Pace, object_name, require_object, upload
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
+from ftrain.checkpoint.versions import Files, Survey, find_version, survey_of
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
@@ -42,28 +45,25 @@ _NEW_RECORD = re.compile(rf"{_NUMBER}/({_NUMBER}|fence)\.json\.\d+\.new")
 
 @dataclass(frozen=True, slots=True)
 class RemoteVersion(PublishedVersion):
-    """A published version whose objects are there."""
+    """A published version."""
 
     where: str  # the manifest's URI, without anything secret
     manifest: Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteSurvey:
-    """What a place holds; as :class:`~ftrain.checkpoint.durable.Survey`."""
-
-    versions: tuple[RemoteVersion, ...]
-    hidden: tuple[RemoteVersion, ...]
-    problems: tuple[str, ...]
-    fence: int
-
-
 class RemoteStore:
     """Durable versions under a URI.  All methods raise ObjectStoreError besides what they say."""
+
+    level = "L4"
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self._pace = Pace(place.limits.bytes_per_s)
+
+    @property
+    def name(self) -> str:
+        """The URI, without anything secret."""
+        return self.place.name
 
     # ---- writing
 
@@ -155,8 +155,8 @@ class RemoteStore:
 
     # ---- reading
 
-    def survey(self) -> RemoteSurvey:
-        """Published versions whose objects are there, and the manifests that do not count.
+    def survey(self) -> Survey[RemoteVersion]:
+        """Every version whose manifest can be read, and what is wrong with the rest.
 
         Raises:
             StateError: it holds versions in another format.
@@ -167,11 +167,80 @@ class RemoteStore:
         """The versions of :meth:`survey`, newest first."""
         return self.survey().versions
 
+    def find(self, step: int | None = None) -> RemoteVersion:
+        """The newest version, or that of ``step``.
+
+        Raises:
+            RunDirectoryError: there is none.
+            UsageError: there are others only.
+            StateError: as :meth:`survey`.
+        """
+        return find_version(self.survey(), self.name, step)
+
+    def open(self, version: PublishedVersion, rank: int) -> SegmentReader:
+        """A rank's object, read over the network as it is asked for; its footer verified.
+
+        Raises:
+            CorruptionError: it is missing, cut off or another one.
+        """
+        expected = version.manifest.files[rank]
+        file = RemoteFile(self.place, object_name(version.fence, version.step, rank))
+        try:
+            if file.nbytes != expected.nbytes:
+                raise CorruptionError(f"{file.where} has {file.nbytes} of {expected.nbytes} bytes")
+            reader = SegmentReader(file, expected.digest)
+            version.require(reader.identity, rank, reader.where)
+        except BaseException:  # whatever it was: the connection goes with it
+            file.close()
+            raise
+        return reader
+
+    @contextmanager
+    def opened(self, version: PublishedVersion) -> Iterator[Files]:
+        """Every rank's object, or why it can't be used; closed in the end."""
+
+        def open_one(rank: int) -> SegmentReader | CorruptionError:
+            try:
+                return self.open(version, rank)
+            except CorruptionError as error:
+                return error
+
+        # When the store fails in one, pyarrow closes the others with the last reference to them.
+        found = self.place.side_by_side(open_one, range(version.world_size))
+        try:
+            yield found
+        finally:
+            for file in found:
+                if isinstance(file, SegmentReader):
+                    file.close()
+
     def fence_files(self) -> tuple[FenceFile, ...]:
         """The records of the fences that were granted, but for damaged ones; oldest first."""
         return tuple(self._fences(self.place.sizes())[1])
 
     # ---- tidying
+
+    def remove(self, versions: Iterable[PublishedVersion]) -> None:
+        """Delete published versions: the manifest first, so that nobody can find them."""
+        sizes = self.place.sizes()
+        for version in versions:
+            folder = f"{version.fence}/{version.step}"
+            inside = [name for name in sizes if name.startswith(f"{folder}/")]
+            names = [name[len(folder) + 1 :] for name in inside]
+            self.place.remove(f"{folder}.json")
+            self._remove_segments(folder, names, SEGMENT_NAMES)
+
+    def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
+        """Never delete this version, or do again as the policy says."""
+        name = f"{version.fence}/{version.step}.pin"
+        if pinned:
+            self.place.put(name, b"")
+        else:
+            self.place.remove(name)
+
+    def pinned(self) -> frozenset[VersionKey]:
+        """(fence, step) of the versions that are never deleted."""
+        return _keys(_PIN, self.place.sizes())
 
     def sweep(
         self, policy: Retention, run_id: str, *, active: Collection[VersionKey] = ()
@@ -223,34 +292,33 @@ class RemoteStore:
                 continue
             folder = f"{fence}/{step}"
             pattern = NEW_SEGMENT_NAMES if published else SEGMENT_NAMES
-            ours = [name for name in sorted(names) if pattern.fullmatch(name)]
-            if len(ours) == len(names):
-                self.place.remove_folder(folder)
-            else:  # somebody put something of his own there
-                for name in ours:
-                    self.place.remove(f"{folder}/{name}")
-            removed += [f"{folder}/{name}" for name in ours]
+            removed += self._remove_segments(folder, names, pattern)
         return removed
+
+    def _remove_segments(
+        self, folder: str, names: Collection[str], pattern: re.Pattern[str]
+    ) -> list[str]:
+        """Remove what is called so of the ``names`` that a version's folder holds."""
+        ours = [name for name in sorted(names) if pattern.fullmatch(name)]
+        if len(ours) == len(names):
+            self.place.remove_folder(folder)
+        else:  # somebody put something of his own there
+            for name in ours:
+                self.place.remove(f"{folder}/{name}")
+        return [f"{folder}/{name}" for name in ours]
 
     # ---- helpers
 
-    def _survey(self, sizes: Mapping[str, int]) -> RemoteSurvey:
+    def _survey(self, sizes: Mapping[str, int]) -> Survey[RemoteVersion]:
         fences, _, problems = self._fences(sizes)
-        latest = newest(fences.values())
         names = [name for name in sizes if _MANIFEST.fullmatch(name)]
-        versions: list[RemoteVersion] = []
-        hidden: list[RemoteVersion] = []
-        for found in self.place.side_by_side(lambda name: self._version(name, sizes), names):
-            if isinstance(found, CorruptionError):
-                problems.append(str(found))
-                continue
-            shown = latest is not None and found.fence in fences and latest.shows(found.version)
-            (versions if shown else hidden).append(found)
-        for some in (versions, hidden):
-            some.sort(key=lambda version: version.key, reverse=True)
+        stated = self.place.side_by_side(self._stated, names)
+        problems += [str(found) for found in stated if isinstance(found, CorruptionError)]
+        versions = [found for found in stated if isinstance(found, RemoteVersion)]
+        found = [(version, self._lacking(version, sizes)) for version in versions]
         numbers = (name.partition("/")[0] for name in sizes)
         highest = max((int(n) for n in numbers if re.fullmatch(_NUMBER, n)), default=0)
-        return RemoteSurvey(tuple(versions), tuple(hidden), tuple(sorted(problems)), highest)
+        return survey_of(found, fences, newest(fences.values()), sorted(problems), highest)
 
     def _fences(
         self, sizes: Mapping[str, int]
@@ -271,26 +339,29 @@ class RemoteStore:
         except CorruptionError as error:
             return error
 
-    def _version(self, name: str, sizes: Mapping[str, int]) -> RemoteVersion | CorruptionError:
+    def _stated(self, name: str) -> RemoteVersion | CorruptionError:
+        """What a manifest publishes, without a look at the objects."""
         where = self.place.where(name)
         try:
             manifest = parse_manifest(self._content(name), where)
             folder, _, last = name.partition("/")
             require_place(manifest, folder, last, where)
             manifest.require_all_ranks(where)
-            for record in manifest.files:
-                segment = object_name(manifest.fence, manifest.step, record.rank)
-                nbytes = sizes.get(segment)
-                if nbytes != record.nbytes:
-                    has = "is missing"
-                    if nbytes is not None:
-                        has = f"has {nbytes} of {record.nbytes} bytes"
-                    raise CorruptionError(
-                        f"{self.place.where(segment)} {has}: take the next older version"
-                    )
         except CorruptionError as error:
             return error
         return RemoteVersion(where, manifest)
+
+    def _lacking(self, version: RemoteVersion, sizes: Mapping[str, int]) -> str:
+        """What is wrong with the objects that a manifest names; "": nothing."""
+        for record in version.manifest.files:
+            name = object_name(version.fence, version.step, record.rank)
+            nbytes = sizes.get(name)
+            if nbytes != record.nbytes:
+                has = "is missing"
+                if nbytes is not None:
+                    has = f"has {nbytes} of {record.nbytes} bytes"
+                return f"{self.place.where(name)} {has}: take the next older version"
+        return ""
 
     def _content(self, name: str) -> bytes:
         content = self.place.get(name)

@@ -30,7 +30,7 @@ def appearing(out: Path, nbytes: int) -> Iterator[Path]:
         raise RunDirectoryError(
             f"there is no directory {out.absolute().parent} to put {out.name} in"
         )
-    fresh = out.with_name(f"{out.name}.{os.getpid()}.new")
+    fresh = _fresh(out)
     if shutil.disk_usage(out.absolute().parent).free < nbytes:
         raise _no_room(out, nbytes, "No space left on device")
     try:
@@ -44,16 +44,26 @@ def appearing(out: Path, nbytes: int) -> Iterator[Path]:
     except OSError as error:
         raise _no_room(out, nbytes, error.strerror or str(error)) from error
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh, ignore_errors=True)
-        else:
-            fresh.unlink(missing_ok=True)
+        discard(out)
+
+
+def discard(out: Path) -> None:
+    """Remove what this process has written of ``out`` so far, if it is not complete."""
+    fresh = _fresh(out)
+    if fresh.is_dir():
+        shutil.rmtree(fresh, ignore_errors=True)
+    else:
+        fresh.unlink(missing_ok=True)
 
 
 def failed_in_torch(error: BaseException) -> OSError:
     """What torch's writer, which says no more than that something failed, says of a full disk."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return OSError(errno.EIO, f"torch's writer failed: {first}")
+
+
+def _fresh(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{os.getpid()}.new")
 
 
 def _no_room(out: Path, nbytes: int, why: str) -> RunDirectoryError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.catalogue import SavedTensor, catalogue
 from ftrain.checkpoint.codec import decode_tree
-from ftrain.checkpoint.manifest import DurableVersion, open_files
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.tensors import StateTensor
+from ftrain.checkpoint.versions import Files, all_readable
 from ftrain.comms.errors import CorruptionError
 from ftrain.runtime.restore import Restoration
 
@@ -79,16 +79,11 @@ class WholeVersion:
 
 
 @contextmanager
-def opened(version: DurableVersion) -> Iterator[WholeVersion]:
-    """A version as whole tensors, its files open.
+def whole_version(opened: AbstractContextManager[Files]) -> Iterator[WholeVersion]:
+    """A version as whole tensors, while its files are open.
 
     Raises:
         CorruptionError: a file can't be read: what it held is not known.
     """
-    with open_files(version) as files:
-        readers = []
-        for file in files:
-            if isinstance(file, CorruptionError):
-                raise file
-            readers.append(file)
-        yield WholeVersion(readers)
+    with opened as files:
+        yield WholeVersion(all_readable(files))

@@ -14,9 +14,10 @@ from durable_samples import files, save
 from image_samples import make_identity, make_image
 
 from ftrain.checkpoint.digest import digest_of
-from ftrain.checkpoint.durable import DurableStore, Survey
+from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import DurableVersion
 from ftrain.checkpoint.retention import Retention
+from ftrain.checkpoint.versions import Survey
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
@@ -130,7 +131,7 @@ def test_a_sweep_touches_nothing_that_came_after_its_look(
         save(store, 3, step, world_size=1)
     newer: list[DurableVersion] = []
 
-    def survey_and_stand_still() -> Survey:
+    def survey_and_stand_still() -> Survey[DurableVersion]:
         survey = store.survey()
         store.begin_fence(4, "run", VersionId(3, 2))
         newer.extend(save(store, 4, step, world_size=1) for step in (6, 5))

@@ -20,7 +20,7 @@ from test_placing import TOPOLOGY, image_of, layout, whole_tensors
 from ftrain.checkpoint.codec import encode_tree
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.files import LocalFile
-from ftrain.checkpoint.manifest import DurableVersion, read_manifest
+from ftrain.checkpoint.manifest import DurableVersion, open_files, read_manifest
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.errors import CorruptionError, StateError, UsageError
@@ -29,7 +29,7 @@ from ftrain.launch.cli import main
 from ftrain.runtime.group import GroupView
 from ftrain.runtime.interop import dcp_directory, safetensors_files, torch_file
 from ftrain.runtime.interop.outline import model_items
-from ftrain.runtime.interop.whole import opened
+from ftrain.runtime.interop.whole import whole_version
 
 State = dict[str, torch.Tensor]
 KINDS = ("safetensors", "torch", "dcp")
@@ -212,7 +212,7 @@ def test_shards_have_the_index_that_loaders_read(tmp_path: Path) -> None:
     tensors = whole_tensors(torch.float32)
     version = publish(DurableStore(tmp_path / "store"), tensors, 0, 2)
     done: list[int] = []
-    with opened(version) as whole:
+    with whole_version(open_files(version)) as whole:
         items = model_items(whole)
         safetensors_files.write_safetensors(whole, items, tmp_path / "out", 4200, done.append)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -241,7 +241,7 @@ def test_a_damaged_chunk_is_taken_from_another_nodes_copy(tmp_path: Path) -> Non
     content = bytearray(path.read_bytes())
     content[4096 + 100] ^= 1
     path.write_bytes(content)
-    with opened(version) as whole:
+    with whole_version(open_files(version)) as whole:
         torch_file.write_torch(whole, model_items(whole), tmp_path / "x.pt", lambda n: None)
         (repaired,) = whole.repaired
     assert "chunk 0 does not match its digest" in repaired
@@ -258,7 +258,7 @@ def test_what_is_each_ranks_own_keeps_the_ranks_in_its_name(tmp_path: Path) -> N
         tensors: list[StateTensor] = [own("model/w", 10.0 + rank, rank)]
         store.write_image(1, VersionId(1, 5), rank, image_of(tensors, 2, rank, SMALL))
     version = read_manifest(store.publish_written(1, VersionId(1, 5), "run", 2))
-    with opened(version) as whole:
+    with whole_version(open_files(version)) as whole:
         torch_file.write_torch(whole, model_items(whole), tmp_path / "x.pt", lambda n: None)
     found = torch.load(tmp_path / "x.pt", weights_only=True)
     assert {name: tensor[0].item() for name, tensor in found.items()} == {"w@0": 10, "w@1": 11}

@@ -157,7 +157,7 @@ class StoreVersion:
 
 @dataclass(frozen=True, slots=True)
 class StoreVersions:
-    """What the store holds; as :class:`~ftrain.checkpoint.remote.store.RemoteSurvey`."""
+    """What the store holds; as :class:`~ftrain.checkpoint.versions.Survey`."""
 
     versions: tuple[StoreVersion, ...]
     hidden: tuple[StoreVersion, ...]
