@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from ftrain.launch.interrupting import ending_at_once
 from ftrain.launch.options import Parser
+from ftrain.launch.place import is_address
+from ftrain.runtime.interop.target import discard
 
 _EXAMPLES = """\
-RUN is a run's directory (ftrain-runs/train) or a directory of versions (what checkpoint.dir names).
+RUN is a run's directory (ftrain-runs/train), a directory of versions (what checkpoint.dir names) or
+the address of copies (what checkpoint.remote names: s3://, gs://, hdfs:// or file:///).
 
   ftrain checkpoints list RUN                      which versions there are
   ftrain checkpoints show RUN --step 400           what is in one: tensors, layout, files
@@ -18,6 +24,8 @@ RUN is a run's directory (ftrain-runs/train) or a directory of versions (what ch
   ftrain checkpoints export --to safetensors RUN weights/
   ftrain checkpoints import --from safetensors weights/ NEW_RUN
   ftrain checkpoints prune RUN --keep-last 3 --keep-every 1000 --dry-run
+  ftrain checkpoints list RUN --remote             and which copies there are in checkpoint.remote
+  ftrain checkpoints verify "s3://bucket/prefix?region=eu-central-1"
 
 Each takes --json for programs, and explains itself: ftrain checkpoints export --help
 """
@@ -28,6 +36,9 @@ _EXPORT = """\
         one file: model.load_state_dict(torch.load("model.pt", weights_only=True))
   ftrain checkpoints export --to dcp --all --step 400 RUN dcp/
         a directory for torch.distributed.checkpoint.load, with the optimizer's state
+
+  ftrain checkpoints export --to torch s3://bucket/prefix model.pt
+        from a copy in an object store, without one of it here
 
 Without --all it is one model: its parameters and buffers, named as in model.state_dict().
 OUT must not exist: it appears when everything is in it.
@@ -61,7 +72,14 @@ def checkpoints(tokens: Sequence[str]) -> int:
     """
     found = _parser().parse_args(tokens)
     run: Callable[[argparse.Namespace], int] = found.run
-    return run(found)
+    if not (is_address(found.place) or found.remote):
+        return run(found)
+    return ending_at_once(partial(run, found), partial(_tidy, found.out))
+
+
+def _tidy(out: str) -> None:
+    if out:
+        discard(Path(out))
 
 
 def _parser() -> Parser:
@@ -82,13 +100,14 @@ def _parser() -> Parser:
             epilog=more,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, remote=False, out="")
         command.add_argument("--json", action="store_true", help="one JSON object")
         return command
 
     of_step = {"type": int, "metavar": "N", "help": "the version of this step"}
     listing = add("list", _list, "which versions there are")
     listing.add_argument("--verify", action="store_true", help="read every byte of each")
+    listing.add_argument("--remote", action="store_true", help="and those in checkpoint.remote")
     showing = add("show", _show, "what is in a version (the newest)")
     showing.add_argument("--step", **of_step)
     verifying = add("verify", _verify, "read and compare every byte of every version")
@@ -102,7 +121,7 @@ def _parser() -> Parser:
     pruning.add_argument("--pin", type=int, action="append", default=[], metavar="STEP")
     pruning.add_argument("--unpin", type=int, action="append", default=[], metavar="STEP")
     for command in (listing, showing, verifying, pruning):
-        command.add_argument("place", metavar="RUN")
+        command.add_argument("place", metavar="RUN_OR_URI")
     _add_transfers(add, of_step)
     return parser
 
@@ -117,7 +136,7 @@ def _add_transfers(add: Callable[..., Any], of_step: dict[str, Any]) -> None:
     what.add_argument("--all", action="store_true", help="all models and optimizers")
     what.add_argument("--model", default="", metavar="NAME", help="another model than 'model'")
     exporting.add_argument("--shard-size", default="5GB", metavar="SIZE", help="(5GB) safetensors")
-    exporting.add_argument("place", metavar="RUN")
+    exporting.add_argument("place", metavar="RUN_OR_URI")
     exporting.add_argument("out", metavar="OUT")
     importing = add("import", _import, "begin a run with a model from another format", _IMPORT)
     importing.add_argument("--from", dest="kind", required=True, choices=kinds)
@@ -132,7 +151,7 @@ def _add_transfers(add: Callable[..., Any], of_step: dict[str, Any]) -> None:
 def _list(found: argparse.Namespace) -> int:
     from ftrain.launch.versions import list_versions
 
-    return list_versions(found.place, verify=found.verify, as_json=found.json)
+    return list_versions(found.place, remote=found.remote, verify=found.verify, as_json=found.json)
 
 
 def _show(found: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ Fault-tolerant training of PyTorch scripts.
   inject RUN_DIR kind=sigkill rank=1
                          break something in a running job, on purpose
   report RUN_DIR         what happened in a run
-  checkpoints list|show|verify|export|import|prune RUN
+  checkpoints list|show|verify|export|import|prune RUN_OR_URI
                          durable versions (ftrain checkpoints --help)
   doctor [train.py]      whether this machine and a script have what ftrain needs
 

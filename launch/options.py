@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ _NO_MEANING_FLAGS = {
     "--virtual-local-rank": "ranks see every device and choose by LOCAL_RANK: leave it out",
 }
 _NEAR = 0.75  # likeness from which an option may be meant; the script's own are less like ours
+_USER_OF_URI = re.compile(r"://\S*@")
 _BACKENDS = ("ftrain", "c10d", "static")
 
 
@@ -80,8 +82,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are :class:`UsageError`, one sentence each."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
-        raise UsageError(f"{message}; see {self.prog} --help")
+        """Raise instead of printing the usage and exiting; no password of a URI is repeated."""
+        raise UsageError(f"{_USER_OF_URI.sub('://', message)}; see {self.prog} --help")
 
 
 class _Refuse(argparse.Action):

@@ -1,58 +1,106 @@
-"""What the user means by RUN_OR_URI: a run's directory, or one of versions."""
+"""What RUN_OR_URI means: a run's directory, one of versions, or the address of copies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ftrain.checkpoint.directory import numbered
 from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.versions import VersionStore
 from ftrain.comms.errors import RunDirectoryError, UsageError
 from ftrain.comms.job import read_job
 
 _VERSIONS = "checkpoints"  # in a run directory, unless checkpoint.dir says something else
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where versions are kept."""
-
-    store: DurableStore
-    level: str
+# Somebody waits for the command: he is told sooner than a run would be that a store is not there.
+# pyarrow tries each request three times by itself.
+_CONNECT_S_MAX, _SILENT_S_MAX, _ATTEMPTS = 5.0, 15.0, 3
+_LOOK_SILENT_S_MAX = 5.0
 
 
-def open_place(text: str) -> Place:
-    """The place of that name, which has to be there.
+def is_address(text: str) -> bool:
+    """Whether it is a URI, and what it names may not answer."""
+    return "://" in text
+
+
+@contextmanager
+def open_place(text: str, *, patient: bool = True) -> Iterator[VersionStore]:
+    """The versions at the place of that name, which has to be there if it is a directory.
+
+    ``patient``: ask a store again that does not answer; else it is given up after some 15 s.
 
     Raises:
-        UsageError: it is of a kind that can't be opened.
-        RunDirectoryError: there is nothing, or nothing of ours.
+        UsageError: no URI of a kind that is known.
+        RunDirectoryError: there is no such directory, or nothing of ours in it.
     """
-    path = _path(text)
+    if not is_address(text):
+        yield _directory(text)
+        return
+    from ftrain.checkpoint.remote.place import Place
+    from ftrain.checkpoint.remote.protocol.limits import Limits
+    from ftrain.checkpoint.remote.store import RemoteStore
+
+    limits = Limits(
+        connect_timeout_s=_CONNECT_S_MAX,
+        request_timeout_s=_SILENT_S_MAX if patient else _LOOK_SILENT_S_MAX,
+        attempts=_ATTEMPTS if patient else 1,
+    )
+    place = Place(text, limits, _tell)
+    try:
+        yield RemoteStore(place)
+    finally:
+        place.close()
+
+
+def new_place(text: str) -> DurableStore:
+    """The directory of that name, which need not be there yet; raises as :func:`open_place`."""
+    if is_address(text):
+        raise UsageError(
+            f"{place_text(text)} is an address: import into a run directory, and begin that with "
+            "ftrain launch --run-dir DIRECTORY checkpoint.remote=URI, which copies it there"
+        )
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{text} is no directory: name a run directory")
+    return DurableStore(_folders(path)[0])
+
+
+def place_text(text: str) -> str:
+    """RUN_OR_URI for people: nothing secret is in it."""
+    from ftrain.checkpoint.remote.filesystems import place_name
+
+    return place_name(text) if is_address(text) else text
+
+
+def copies_of(text: str) -> str:
+    """URI of the copies of that run (``checkpoint.remote``); "": it has none.
+
+    It may have something secret in it.
+    """
+    path = Path(text) / "job.json"
+    if is_address(text) or not path.is_file():
+        return ""
+    return read_job(path).config.checkpoint.remote
+
+
+def _directory(text: str) -> DurableStore:
+    path = Path(text)
     if not path.is_dir():
         what = "is no directory" if path.exists() else "does not exist"
-        raise RunDirectoryError(f"{text} {what}: name a run directory, or one of versions")
+        raise RunDirectoryError(
+            f"{text} {what}: name a run directory, one of versions, or an address such as "
+            "s3://bucket/prefix"
+        )
     for folder in _folders(path):
         if folder.is_dir():
-            return Place(DurableStore(folder), "L3")
+            return DurableStore(folder)
     raise RunDirectoryError(
         f"{text} is neither a run directory nor one of versions: it has neither {_VERSIONS}/ nor a "
         "numbered directory"
     )
-
-
-def new_place(text: str) -> Place:
-    """The place of that name, which need not be there yet; raises as :func:`open_place`."""
-    path = _path(text)
-    if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"{text} is no directory: name a run directory")
-    return Place(DurableStore(_folders(path)[0]), "L3")
-
-
-def _path(text: str) -> Path:
-    if "://" in text:
-        raise UsageError(f"{text} is an address: this command takes directories")
-    return Path(text)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -63,3 +111,9 @@ def _folders(path: Path) -> list[Path]:
     if path.is_dir() and numbered(path, ""):
         return [path]
     return [path / _VERSIONS]
+
+
+def _tell(text: str) -> None:
+    """Say that an attempt failed, to somebody who sees nothing happen."""
+    if sys.stderr.isatty():
+        print(f"ftrain: {text}", file=sys.stderr)

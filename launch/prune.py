@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.manifest import DurableVersion
-from ftrain.checkpoint.retention import Retention
+from ftrain.checkpoint.manifest import PublishedVersion
+from ftrain.checkpoint.retention import Retention, VersionKey
+from ftrain.checkpoint.versions import Survey, VersionStore, find_version
 from ftrain.comms.errors import UsageError
 from ftrain.launch.place import open_place
 from ftrain.launch.words import size_text
@@ -32,23 +32,29 @@ def prune(place: str, request: PruneRequest, *, as_json: bool) -> int:
     Raises:
         UsageError: there is nothing to do, or a step is unknown.
         RunDirectoryError: something can't be deleted, or there is no version.
+        ObjectStoreError: the store can't be used.
     """
     if request.keep_last is None and not (request.pin or request.unpin):
         raise UsageError("say how many versions to keep: --keep-last 3 (try it with --dry-run)")
     if request.keep_last is None and request.keep_every:
         raise UsageError("--keep-every is what to keep besides --keep-last: give that as well")
-    store = open_place(place).store
-    pins = [(store.find(step), True) for step in request.pin]
-    pins += [(store.find(step), False) for step in request.unpin]
+    with open_place(place) as store:
+        return _prune(store, request, as_json=as_json)
+
+
+def _prune(store: VersionStore, request: PruneRequest, *, as_json: bool) -> int:
+    survey = store.survey()
+    pins = [(find_version(survey, store.name, step), True) for step in request.pin]
+    pins += [(find_version(survey, store.name, step), False) for step in request.unpin]
     pinned = set(store.pinned())
     for version, wanted in pins:
         (pinned.add if wanted else pinned.discard)(version.key)
         if not request.dry_run:
             store.pin(version, pinned=wanted)
-    doomed = _doomed(store, request, frozenset(pinned))
+    doomed = _doomed(survey, request, frozenset(pinned))
     if doomed and not request.dry_run:
         store.remove(doomed)
-    kept = [v.step for v in store.versions() if v not in doomed]
+    kept = [version.step for version in survey.versions if version not in doomed]
     if as_json:
         told = {
             "dry_run": request.dry_run,
@@ -70,8 +76,8 @@ def prune(place: str, request: PruneRequest, *, as_json: bool) -> int:
 
 
 def _doomed(
-    store: DurableStore, request: PruneRequest, pinned: frozenset[tuple[int, int]]
-) -> list[DurableVersion]:
+    survey: Survey[PublishedVersion], request: PruneRequest, pinned: frozenset[VersionKey]
+) -> list[PublishedVersion]:
     if request.keep_last is None:
         return []
     try:
@@ -81,7 +87,6 @@ def _doomed(
             f"--keep-last {request.keep_last} --keep-every {request.keep_every}: at least the "
             "newest version stays, and steps are counted from 1"
         ) from None
-    survey = store.survey()
     retired = policy.retired(version.key for version in survey.versions) - pinned
     doomed = [version for version in survey.versions if version.key in retired]
     if policy.satisfied(version.key for version in survey.versions):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftrain.checkpoint.dtypes import item_bytes
 from ftrain.comms.errors import RunDirectoryError, UsageError
-from ftrain.launch.place import new_place, open_place
+from ftrain.launch.place import is_address, new_place, open_place
 from ftrain.launch.words import parse_size, progress_bar, size_text
+
+if TYPE_CHECKING:
+    from ftrain.runtime.interop.outline import Item
+    from ftrain.runtime.interop.whole import WholeVersion
 
 
 def export_version(
@@ -27,34 +32,26 @@ def export_version(
     Raises:
         RunDirectoryError: ``out`` is there already or can't be written, or there is no version.
         CorruptionError: a part is damaged, and there is no other copy of it.
+        ObjectStoreError: the store can't be used.
         UsageError, StateError: it can't be exported so.
     """
     shard_bytes = parse_size("--shard-size", shard_size)
+    _refuse_address("OUT", out)
     target = Path(out)
     if target.exists():  # before a version is looked for in a large directory
         raise RunDirectoryError(f"{out} exists already: choose a new name, nothing is overwritten")
-    version = open_place(place).store.find(step)
-    from ftrain.runtime.interop.outline import all_items, model_items
-    from ftrain.runtime.interop.whole import opened
+    with open_place(place) as store:
+        version = store.find(step)
+        from ftrain.runtime.interop.outline import all_items, model_items
+        from ftrain.runtime.interop.whole import whole_version
 
-    with opened(version) as whole:
-        items = all_items(whole) if everything else model_items(whole, model)
-        tensors = [item for item in items if item.is_tensor]
-        total = sum(item.nbytes for item in tensors)
-        with progress_bar(f"exporting step {version.step}", total) as progress:
-            if kind == "safetensors":
-                from ftrain.runtime.interop.safetensors_files import write_safetensors
-
-                write_safetensors(whole, items, target, shard_bytes, progress)
-            elif kind == "torch":
-                from ftrain.runtime.interop.torch_file import write_torch
-
-                write_torch(whole, items, target, progress)
-            else:
-                from ftrain.runtime.interop.dcp_directory import write_dcp
-
-                write_dcp(whole, items, target, progress)
-        repaired = list(whole.repaired)
+        with whole_version(store.opened(version)) as whole:
+            items = all_items(whole) if everything else model_items(whole, model)
+            tensors = [item for item in items if item.is_tensor]
+            total = sum(item.nbytes for item in tensors)
+            with progress_bar(f"exporting step {version.step}", total) as progress:
+                _write(kind, whole, items, target, shard_bytes, progress)
+            repaired = list(whole.repaired)
     text = [f"{text}: taken from another copy" for text in repaired]
     text.append(
         f"step {version.step}: {len(tensors)} tensors, {size_text(total)}, written to {out}"
@@ -70,6 +67,34 @@ def export_version(
     }
 
 
+def _write(
+    kind: str,
+    whole: WholeVersion,
+    items: list[Item],
+    target: Path,
+    shard_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    if kind == "safetensors":
+        from ftrain.runtime.interop.safetensors_files import write_safetensors
+
+        write_safetensors(whole, items, target, shard_bytes, progress)
+    elif kind == "torch":
+        from ftrain.runtime.interop.torch_file import write_torch
+
+        write_torch(whole, items, target, progress)
+    else:
+        from ftrain.runtime.interop.dcp_directory import write_dcp
+
+        write_dcp(whole, items, target, progress)
+
+
+def _refuse_address(name: str, text: str) -> None:
+    """What other formats are read from and written to is on a file system."""
+    if is_address(text):
+        raise UsageError(f"{name} is an address: name a file or directory of this machine")
+
+
 def import_version(path: str, place: str, kind: str, *, model: str, dtype: str) -> dict[str, Any]:
     """Make the first version of a new run from ``path``; returns what was done.
 
@@ -81,7 +106,8 @@ def import_version(path: str, place: str, kind: str, *, model: str, dtype: str) 
         item_bytes(dtype)  # refuses what is none
         if "float" not in dtype:
             raise UsageError(f"--dtype {dtype} is no floating-point type: float32, bfloat16, …")
-    store = new_place(place).store
+    _refuse_address("PATH", path)
+    store = new_place(place)
     from ftrain.runtime.interop.importing import import_model
 
     if kind == "safetensors":

@@ -6,16 +6,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from ftrain.checkpoint.catalogue import SavedTensor, catalogue
-from ftrain.checkpoint.directory import numbered
-from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.manifest import DurableVersion, decode_manifest, open_files
+from ftrain.checkpoint.manifest import PublishedVersion
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.comms.errors import CorruptionError
-from ftrain.launch.place import Place, open_place
+from ftrain.checkpoint.versions import VersionStore, all_readable
+from ftrain.comms.errors import CorruptionError, ObjectStoreError, UsageError
+from ftrain.launch.place import copies_of, open_place, place_text
 from ftrain.launch.words import age_text, print_table, progress_bar, size_text
 
 _COLUMNS = ("step", "age", "level", "ranks", "size", "complete", "verified", "")
@@ -25,13 +25,14 @@ _COLUMNS = ("step", "age", "level", "ranks", "size", "complete", "verified", "")
 class _Row:
     """A version whose manifest can be read."""
 
-    version: DurableVersion
-    counts: bool  # as part of the run's history
+    store: VersionStore
+    version: PublishedVersion
+    counts: bool = True  # as part of the run's history; of a damaged one it is not asked
     damage: str = ""  # a file that is missing or has another size
     pinned: bool = False
     found: list[str] | None = None  # damage that was found in reading all of it; None: not read
 
-    def told(self, level: str, now_s: float) -> dict[str, Any]:
+    def told(self, now_s: float) -> dict[str, Any]:
         """For programs."""
         manifest = self.version.manifest
         return {
@@ -41,7 +42,7 @@ class _Row:
             "run_id": manifest.run_id,
             "written_s": manifest.written_s,
             "age_s": now_s - manifest.written_s,
-            "level": level,
+            "level": self.store.level,
             "world_size": manifest.world_size,
             "bytes": self.version.nbytes,
             "complete": not self.damage,
@@ -49,17 +50,17 @@ class _Row:
             "damage": self.found or [],
             "counts": self.counts,
             "pinned": self.pinned,
-            "manifest": str(self.version.path),
+            "manifest": f"{_folder(self.store, self.version)}.json",
         }
 
-    def cells(self, level: str, now_s: float) -> tuple[str, ...]:
+    def cells(self, now_s: float) -> tuple[str, ...]:
         """For people."""
         remarks = ["pinned"] * self.pinned + ["not of the run's history"] * (not self.counts)
         verified = "" if self.found is None else ("no" if self.found else "yes")
         return (
             str(self.version.step),
             age_text(now_s - self.version.manifest.written_s),
-            level,
+            self.store.level,
             str(self.version.world_size),
             size_text(self.version.nbytes),
             "no" if self.damage else "yes",
@@ -68,36 +69,56 @@ class _Row:
         )
 
 
-def list_versions(place: str, *, verify: bool, as_json: bool) -> int:
+def list_versions(place: str, *, remote: bool, verify: bool, as_json: bool) -> int:
     """Print which versions there are; returns 1 if something is damaged, else 0.
 
+    ``remote``: also those that the run copied to its ``checkpoint.remote``; 1 as well if that can't
+    be looked at.
+
     Raises:
-        RunDirectoryError, StateError, UsageError: as :func:`open_place`, or there is none.
+        RunDirectoryError, StateError, UsageError, ObjectStoreError: as :func:`open_place` and
+            :class:`VersionStore`, or the run has no copies.
     """
-    opened = open_place(place)
-    rows, problems = _rows(opened.store)
-    if verify:
-        whole = [row for row in rows if not row.damage]
-        total = sum(row.version.nbytes for row in whole)
-        with progress_bar("verifying", total) as progress:
-            for row in whole:
-                row.found = damage_of(row.version, progress)
-                problems += row.found
+    copies = copies_of(place)
+    if remote and not copies:
+        raise UsageError(f"no copies are known of: {place_text(place)} has no checkpoint.remote")
+    with ExitStack() as stack:
+        store = stack.enter_context(open_place(place, patient=verify))
+        rows, problems = _rows(store)
+        places = [store.name]
+        if remote:
+            copied = stack.enter_context(open_place(copies, patient=verify))
+            places.append(copied.name)
+            try:
+                more, wrong = _rows(copied)
+            except ObjectStoreError as error:
+                more, wrong = [], [str(error)]
+            rows += more
+            problems += wrong
+            rows.sort(key=lambda row: row.version.key, reverse=True)
+        if verify:
+            problems += _verify(rows)
+        _print_list(rows, problems, places, "" if remote else copies, as_json=as_json)
+    return 1 if problems else 0
+
+
+def _print_list(
+    rows: list[_Row], problems: list[str], places: list[str], copies: str, *, as_json: bool
+) -> None:
+    """``copies``: URI of what is not among the rows."""
     now_s = time.time()
     if as_json:
-        told = [row.told(opened.level, now_s) for row in rows]
-        directory = str(opened.store.directory)
-        print(
-            json.dumps({"directory": directory, "versions": told, "problems": problems}, indent=2)
-        )
+        told = [row.told(now_s) for row in rows]
+        print(json.dumps({"places": places, "versions": told, "problems": problems}, indent=2))
+        return
+    if rows:
+        print_table([_COLUMNS, *(row.cells(now_s) for row in rows)])
     else:
-        if rows:
-            print_table([_COLUMNS, *(row.cells(opened.level, now_s) for row in rows)])
-        else:
-            print(f"no version in {opened.store.directory}")
-        for problem in problems:
-            print(problem)
-    return 1 if problems else 0
+        print(f"no version in {' or '.join(places)}")
+    if copies:
+        print(f"copies are in {place_text(copies)}: list them too with --remote")
+    for problem in problems:
+        print(problem)
 
 
 def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
@@ -105,29 +126,26 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
     there is any, else 0.
 
     Raises:
-        RunDirectoryError, StateError, UsageError: as :func:`open_place`, or there is none.
+        RunDirectoryError, StateError, UsageError, ObjectStoreError: as :func:`open_place` and
+            :class:`VersionStore`, or there is none.
     """
-    opened = open_place(place)
-    rows, problems = _rows(opened.store)
-    if step is not None:
-        rows = [row for row in rows if row.version.step == step]
-        problems = [row.damage for row in rows if row.damage]
-    if not rows:
-        opened.store.find(step)  # says what there is
-    whole = [row for row in rows if not row.damage]
-    total = sum(row.version.nbytes for row in whole)
-    began_s = time.monotonic()
-    with progress_bar("verifying", total) as progress:
-        for row in whole:
-            row.found = damage_of(row.version, progress)
-            problems += row.found
-    took_s = time.monotonic() - began_s
+    with open_place(place) as store:
+        rows, problems = _rows(store)
+        if step is not None:
+            rows = [row for row in rows if row.version.step == step]
+            problems = [row.damage for row in rows if row.damage]
+        if not rows:
+            store.find(step)  # says what there is
+        began_s = time.monotonic()
+        problems += _verify(rows)
+        took_s = time.monotonic() - began_s
     if as_json:
-        told = [row.told(opened.level, time.time()) for row in rows]
+        told = [row.told(time.time()) for row in rows]
         print(json.dumps({"versions": told, "damage": problems, "seconds": took_s}, indent=2))
         return 1 if problems else 0
     for problem in problems:
         print(problem)
+    total = sum(row.version.nbytes for row in rows if row.found is not None)
     good = sum(row.found == [] for row in rows)
     rate = f", {size_text(int(total / took_s))}/s" if took_s > 0.1 else ""
     print(
@@ -137,16 +155,29 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
     return 1 if problems else 0
 
 
-def damage_of(version: DurableVersion, progress: Callable[[int], None]) -> list[str]:
+def _verify(rows: Sequence[_Row]) -> list[str]:
+    """Read all of those whose files are there; what is wrong with them."""
+    whole = [row for row in rows if not row.damage]
+    problems: list[str] = []
+    with progress_bar("verifying", sum(row.version.nbytes for row in whole)) as progress:
+        for row in whole:
+            row.found = damage_of(row.store, row.version, progress)
+            problems += row.found
+    return problems
+
+
+def damage_of(
+    store: VersionStore, version: PublishedVersion, progress: Callable[[int], None]
+) -> list[str]:
     """One sentence for everything in a version's files that is not as it was written."""
     found: list[str] = []
-    with open_files(version) as files:
+    with store.opened(version) as files:
         readers = [file for file in files if isinstance(file, SegmentReader)]
         found += [str(file) for file in files if isinstance(file, CorruptionError)]
         for reader in readers:
             found += [str(error) for error in reader.damage(progress)]
         if len(readers) == len(files):
-            found += _lacking(version, readers)
+            found += _lacking(f"{_folder(store, version)}.json", readers)
     return found
 
 
@@ -154,19 +185,16 @@ def show_version(place: str, step: int | None, *, as_json: bool) -> int:
     """Print what is in a version; returns 0.
 
     Raises:
-        RunDirectoryError, StateError, UsageError: as :func:`open_place`, or there is none.
+        RunDirectoryError, StateError, UsageError, ObjectStoreError: as :func:`open_place` and
+            :class:`VersionStore`, or there is none.
         CorruptionError: the end of a file, which says what is in it, is damaged.
     """
-    opened = open_place(place)
-    version = opened.store.find(step)
-    with open_files(version) as files:
-        readers = []
-        for file in files:
-            if isinstance(file, CorruptionError):
-                raise file
-            readers.append(file)
+    with ExitStack() as stack:
+        store = stack.enter_context(open_place(place))
+        version = store.find(step)
+        readers = all_readable(stack.enter_context(store.opened(version)))
         tensors = catalogue(readers)
-        told = _told(opened, version, readers, tensors)
+        told = _told(store, version, readers, tensors)
     if as_json:
         print(json.dumps(told, indent=2))
         return 0
@@ -176,7 +204,7 @@ def show_version(place: str, step: int | None, *, as_json: bool) -> int:
         f"step {manifest.step} of run {manifest.run_id}, written {written} by "
         f"{manifest.world_size} ranks in epoch {manifest.epoch} (fence {manifest.fence})"
     )
-    print(f"{size_text(version.nbytes)} in {version.path.with_suffix('')}")
+    print(f"{size_text(version.nbytes)} in {_folder(store, version)}")
     for key, value in manifest.extra.items():
         print(f"{key}: {value}")
     print()
@@ -202,34 +230,30 @@ def layout_text(tensor: SavedTensor) -> str:
     return f"{len(boxes)} shards along dimension {dims}"
 
 
-def _rows(store: DurableStore) -> tuple[list[_Row], list[str]]:
+def _rows(store: VersionStore) -> tuple[list[_Row], list[str]]:
     """Every version whose manifest can be read, newest first, and a sentence for each damage."""
     survey = store.survey()
-    counting = {version.key for version in survey.versions}
     pinned = store.pinned()
-    rows: list[_Row] = []
-    for _, folder in numbered(store.directory, ""):
-        for _, path in numbered(folder, ".json"):
-            try:
-                version = DurableVersion(path, decode_manifest(path))
-            except CorruptionError:  # one of the problems
-                continue
-            row = _Row(version, version.key in counting, pinned=version.key in pinned)
-            try:
-                version.check()
-            except CorruptionError as error:
-                row.damage = str(error)
-                row.counts = True  # as far as one can tell
-            rows.append(row)
+    rows = [_Row(store, version) for version in survey.versions]
+    rows += [_Row(store, version, counts=False) for version in survey.hidden]
+    rows += [_Row(store, one.version, damage=one.damage) for one in survey.damaged]
+    for row in rows:
+        row.pinned = row.version.key in pinned
+    rows.sort(key=lambda row: row.version.key, reverse=True)
     return rows, list(survey.problems)
 
 
-def _lacking(version: DurableVersion, readers: Iterable[SegmentReader]) -> Iterator[str]:
+def _folder(store: VersionStore, version: PublishedVersion) -> str:
+    """Where its files lie; the manifest lies beside it."""
+    return f"{store.name}/{version.fence}/{version.step}"
+
+
+def _lacking(manifest: str, readers: Iterable[SegmentReader]) -> Iterator[str]:
     try:
         for tensor in catalogue(readers):
             if tensor.missing_bytes:
                 gap = f"{tensor.missing_bytes} bytes of {tensor.label}"
-                yield f"{version.path}: {gap} are in no file"
+                yield f"{manifest}: {gap} are in no file"
     except CorruptionError as error:
         yield str(error)
 
@@ -242,13 +266,13 @@ def _file_cells(readers: Sequence[SegmentReader]) -> Iterator[tuple[str, ...]]:
 
 
 def _told(
-    place: Place,
-    version: DurableVersion,
+    store: VersionStore,
+    version: PublishedVersion,
     readers: Sequence[SegmentReader],
     tensors: Sequence[SavedTensor],
 ) -> dict[str, Any]:
     """What :func:`show_version` shows, for programs."""
-    row = _Row(version, counts=True, pinned=version.key in place.store.pinned())
+    row = _Row(store, version, pinned=version.key in store.pinned())
     files = [
         {
             "rank": reader.identity.rank,
@@ -261,7 +285,7 @@ def _told(
         for reader in readers
     ]
     return {
-        **row.told(place.level, time.time()),
+        **row.told(time.time()),
         "topology": version.manifest.topology,
         "extra": version.manifest.extra,
         "files": files,
