@@ -66,22 +66,28 @@ class VersionStore(Protocol):
     def name(self) -> str:
         """The place, for people: nothing secret is in it. A manifest lies at
         ``<name>/<fence>/<step>.json``."""
+        ...
 
     @property
     def level(self) -> str:
         """L3: on a file system; L4: an object store."""
+        ...
 
     def survey(self) -> Survey[PublishedVersion]:
         """Every version whose manifest can be read, and what is wrong with the rest."""
+        ...
 
     def find(self, step: int | None = None) -> PublishedVersion:
         """See :func:`find_version`."""
+        ...
 
     def opened(self, version: PublishedVersion) -> AbstractContextManager[Files]:
         """Every rank's file, its footer verified, or why it can't be used."""
+        ...
 
     def pinned(self) -> frozenset[VersionKey]:
         """(fence, step) of the versions that are never deleted."""
+        ...
 
     def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says."""

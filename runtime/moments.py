@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.optim import optimizer as optimizers
+import torch.optim.optimizer as optimizers
 
 from ftrain.runtime.group import local_part
 
