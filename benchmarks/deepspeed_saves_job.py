@@ -39,7 +39,8 @@ def engine_of(arm: str, width: int, layers: int) -> Any:
         "steps_per_print": 1_000_000,
     }
     if arm in WRITERS:
-        config["checkpoint"] = {"writer": WRITERS[arm]}
+        # With any other unit, or none, some ranks' optimizer states are left out, or it fails.
+        config["checkpoint"] = {"writer": WRITERS[arm] | {"data_parallel": "replica"}}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 

@@ -44,13 +44,24 @@ class TorchFiles:
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
+HELD: list[Held] = []
+
+
 class Held:
     """Keeps one of the engine's threads busy until it is let go."""
 
     def __init__(self, engine: DurableEngine, queue: str) -> None:
         self._go = threading.Event()
+        HELD.append(self)
         getattr(engine._started(), queue).put(self._go.wait)
         self.let_go = self._go.set
+
+
+def let_all_go() -> None:
+    """So that a test that failed ends."""
+    for held in HELD:
+        held.let_go()
+    HELD.clear()
 
 
 @pytest.fixture
@@ -59,6 +70,7 @@ def group() -> Iterator[None]:
     torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
+    let_all_go()
     dist.destroy_process_group()
 
 
@@ -66,6 +78,7 @@ def group() -> Iterator[None]:
 def engine(group: None) -> Iterator[DurableEngine]:
     engine = DurableEngine(None, TorchFiles, Options())
     yield engine
+    let_all_go()
     engine.cleanup()
 
 
@@ -76,6 +89,7 @@ def ranks(group: None) -> Iterator[tuple[DurableEngine, DurableEngine]]:
     peers = [Peers(rank, 2, "abc", store) for rank in (0, 1)]
     first, second = (DurableEngine(None, TorchFiles, Options(), peers=one) for one in peers)
     yield first, second
+    let_all_go()
     on_both(DurableEngine.cleanup, (first, second))
 
 

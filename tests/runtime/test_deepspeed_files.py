@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import sys
 import threading
 from collections import OrderedDict
@@ -147,6 +148,20 @@ def test_what_the_optimizer_does_not_own_is_copied_at_once(tmp_path: Path) -> No
         reader = opened(shot.path)
         assert same(states, read_state(reader))
         reader.close()
+
+
+def test_a_script_may_call_its_own_state_as_deepspeed_does(tmp_path: Path) -> None:
+    """In ``client_state``, another optimizer's."""
+    state = model_state() | {"optimizer_state_dict": torch.ones(3)}
+    shot = shoot(state, tmp_path / MODEL)
+    state["optimizer_state_dict"].fill_(9)
+    shot.complete()
+    planned = plan_file(shot.image())
+    with NewFile(shot.path, planned.nbytes) as file:
+        write_file(planned, file, _InTurn(), Pace())
+    reader = opened(shot.path)
+    assert same(torch.ones(3), read_state(reader)["optimizer_state_dict"])
+    reader.close()
 
 
 def test_a_commit_waits_for_the_copy(tmp_path: Path) -> None:
@@ -297,6 +312,16 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
     (folder / MODEL).unlink()
     with pytest.raises(CorruptionError):
         verify(tmp_path, "t")
+
+
+def test_a_sound_file_of_another_tag_is_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_tag(tmp_path / f"step{number}", float(number), str(number))
+    shutil.copy(tmp_path / "step1" / MODEL, tmp_path / "step2" / MODEL)
+    assert complete_tags(tmp_path) == ["step2", "step1"], "of the same size"
+    for look in (lambda: verify(tmp_path, "step2"), lambda: load(tmp_path / "step2" / MODEL)):
+        with pytest.raises(CorruptionError, match="not the file that its manifest names"):
+            look()
 
 
 def test_an_incomplete_tag_is_refused_and_a_complete_one_named(tmp_path: Path) -> None:
