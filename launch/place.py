@@ -17,7 +17,7 @@ _VERSIONS = "checkpoints"  # in a run directory, unless checkpoint.dir says some
 
 # Somebody waits for the command: he is told sooner than a run would be that a store is not there.
 # pyarrow tries each request three times by itself.
-_CONNECT_S_MAX, _SILENT_S_MAX, _ATTEMPTS = 5.0, 15.0, 3
+_CONNECT_S_MAX, _SILENT_S_MAX, _ATTEMPTS = 5.0, 15.0, 2
 _LOOK_SILENT_S_MAX = 5.0
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from image_samples import TOPOLOGY, content, make_identity
+from image_samples import content, make_identity
 
 from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageWriter
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.checkpoint.manifest import DurableVersion, read_manifest
-from ftrain.checkpoint.remote.store import RemoteStore, RemoteVersion
 from ftrain.comms.protocol.messages import Share, VersionId
 
 SMALL = b"random numbers and counters" * 10
@@ -58,19 +57,6 @@ def save(
         writer.seal()
         store.write_image(fence, VersionId(fence, step), rank, buffer)
     return read_manifest(store.publish_written(fence, VersionId(fence, step), "run", world_size))
-
-
-def send(remote: RemoteStore, version: DurableVersion) -> RemoteVersion:
-    """Upload and publish a version from disk, as the records of the fences there say."""
-    remote.begin_fences(DurableStore(version.path.parent.parent).fence_files())
-    files = []
-    for rank in range(version.world_size):
-        reader = version.open(rank)
-        files.append(remote.upload(version.fence, reader))
-        reader.close()
-    return remote.publish(
-        version.fence, version.version, "run", TOPOLOGY, version.world_size, files
-    )
 
 
 def segments_of(folder: Path) -> dict[str, bytes]:

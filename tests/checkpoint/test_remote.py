@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from image_samples import TOPOLOGY
-from remote_samples import names_in, save, segments_of, send
+from remote_samples import names_in, save, segments_of
 from s3_server import S3Server
+from sending import send
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import FileRecord, read_manifest

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from remote_samples import names_in, save, segments_of, send
+from remote_samples import names_in, save, segments_of
 from s3_server import KEY, SECRET, S3Server, free_port
+from sending import send
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.remote.fetch import fetch
