@@ -160,12 +160,12 @@ def test_a_removed_version_is_gone_its_manifest_first(case: Case) -> None:
     if case.s3 is None:
         (case.folder / "1/5/notes.txt").write_text("the user's")
         kept.add("1/5/notes.txt")
-        case.store.remove(doomed)
+        case.store.remove([doomed])
         # Nothing else happens to a folder than that names go from it: the manifest's went before.
         times = [(case.folder / name).stat().st_mtime_ns for name in ("1", "1/5")]
         assert times[0] <= times[1]
     for _ in range(10):  # see s3_server about folder marks
-        case.store.remove(doomed)
+        case.store.remove([doomed])
         assert not (case.folder / "1/5.json").exists()
         case.settle()
         assert keys(case.store.survey().versions) == [(1, 6)]
