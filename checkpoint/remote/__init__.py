@@ -2,7 +2,8 @@
 
 pyarrow is imported only when a place is opened.  It has threads of its own, so a process that forks
 must not have it, and it may hang, so nobody whose answer is waited for should: a run has
-worker.py's process do it, and a command ends at Ctrl-C whatever it waits for (launch/interrupting.py).
+worker.py's process do it, and a command ends at Ctrl-C whatever it waits for
+(launch/interrupting.py).
 """
 
 from __future__ import annotations
