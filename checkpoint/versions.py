@@ -40,7 +40,7 @@ class Survey(Generic[_V_co]):
     versions: tuple[_V_co, ...]  # complete, of the history; newest first by (fence, step)
     hidden: tuple[_V_co, ...]  # complete, published by what was over, or never granted
     damaged: tuple[Damaged[_V_co], ...]
-    problems: tuple[str, ...]  # one sentence for each record that does not count
+    problems: tuple[str, ...]  # a sentence for each that does not count, the newest version's first
     fence: int  # highest that anything is filed under; 0: nothing is
     granted: int = 0  # newest that was begun; 0: none was
 
@@ -126,7 +126,7 @@ def survey_of(
         tuple(shown),
         tuple(hidden),
         tuple(damaged),
-        (*problems, *(one.damage for one in damaged)),
+        (*(one.damage for one in damaged), *problems),
         highest,
         max(fences, default=0),
     )

@@ -126,7 +126,7 @@ def test_stop_saves_and_the_next_launch_goes_on(
     saved = re.search(r"with step (\d+) saved", launch.shown)
     assert saved
     past = read_status(launch.run_dir).past
-    assert past == PastStatus(75, int(saved[1]), int(saved[1]))
+    assert past == PastStatus(75, int(saved[1]), int(saved[1]), "")
     monkeypatch.setenv("STEPS", "200")
     again = Launch(tmp_path)
     assert again.wait() == 0, again.shown
