@@ -13,9 +13,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from s3_server import ENVIRONMENT, S3Server
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 # Inherited by whatever a test starts, so that processes whose parent is gone are found as well.
 SESSION_VARIABLE = "PYTEST_OF_FTRAIN_SESSION"  # FTRAIN_… is not handed down
@@ -136,6 +139,8 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment that an S3 client of the test server needs."""
+    from s3_server import ENVIRONMENT
+
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
@@ -143,6 +148,8 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def s3(tmp_path: Path, s3_credentials: None) -> Iterator[S3Server]:
     """An S3 server with a bucket called ``bucket``, and its credentials in the environment."""
+    from s3_server import S3Server
+
     (tmp_path / "served" / "bucket").mkdir(parents=True)
     server = S3Server(tmp_path / "served")
     server.start()

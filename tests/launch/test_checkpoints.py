@@ -153,7 +153,6 @@ def test_what_is_not_there_is_said_in_a_sentence(shown: Shown, run: Path, tmp_pa
         assert "does not exist" in shown.refused(*command, tmp_path / "gone", *more)
     (tmp_path / "other").mkdir()
     assert "neither a run directory" in shown.refused("list", tmp_path / "other")
-    assert "is an address" in shown.refused("list", "s3://bucket/run")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     assert "there is no complete version" in shown.refused("show", tmp_path / "empty")
     assert "there is no complete version" in shown.refused("verify", tmp_path / "empty")
