@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RAW = "raw"
 _LEVEL = 1
 _WIDTHS = (1, 2, 4, 8)
+_PIECE_BYTES = 256 * 1024  # that a plane is unpacked in
 _WORTH_IT = 0.98  # a plane that shrinks less is kept as it is
 
 
@@ -56,7 +57,7 @@ class PlaneCodec:
         return struct.pack(f"<{self.width}I", *map(len, stored)) + b"".join(stored)
 
     def decode(self, stored: memoryview, raw: memoryview) -> None:
-        """Fill ``raw`` from its stored form; no more memory than ``raw`` twice is ever taken.
+        """Fill ``raw`` from its stored form; some hundred KiB are taken meanwhile.
 
         Raises:
             CorruptionError: ``stored`` is not the stored form of so many bytes.
@@ -72,7 +73,7 @@ class PlaneCodec:
         planes = np.frombuffer(raw, dtype=np.uint8).reshape(-1, self.width)
         at = head
         for number, size in enumerate(sizes):
-            planes[:, number] = _plane(stored[at : at + size], len(planes))
+            _fill(planes[:, number], stored[at : at + size])
             at += size
 
 
@@ -90,16 +91,22 @@ def codec_of(name: str) -> PlaneCodec | None:
     raise StateError(f"chunks are stored as {name!r}: use an ftrain that knows this codec")
 
 
-def _plane(stored: memoryview, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _fill(plane: np.ndarray[tuple[int], np.dtype[np.uint8]], stored: memoryview) -> None:
     import numpy as np
     import zstandard
 
-    if len(stored) == nbytes:
-        return np.frombuffer(stored, dtype=np.uint8)
+    if len(stored) == len(plane):
+        plane[:] = np.frombuffer(stored, dtype=np.uint8)
+        return
+    piece, done = np.empty(_PIECE_BYTES, dtype=np.uint8), 0
     try:
-        # The size that the frame states is allocated: it is looked at before.
-        if zstandard.get_frame_parameters(stored).content_size != nbytes:
+        if zstandard.get_frame_parameters(stored).content_size != len(plane):
             raise CorruptionError("a plane has another size than its chunk")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(stored), dtype=np.uint8)
+        with zstandard.ZstdDecompressor().stream_reader(stored) as frame:
+            while nbytes := frame.readinto(piece[: len(plane) - done].data):
+                plane[done : done + nbytes] = piece[:nbytes]
+                done += nbytes
     except zstandard.ZstdError as error:
         raise CorruptionError(f"a plane can't be decompressed ({error})") from None
+    if done < len(plane):
+        raise CorruptionError("a plane is cut off")

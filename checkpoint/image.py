@@ -234,6 +234,11 @@ class ImageReader:
         return self.header.whole
 
     @property
+    def packed(self) -> bool:
+        """Whether chunks have to be decoded: never."""
+        return False
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """What lies in the data."""
         return self.plan.segments

@@ -101,6 +101,11 @@ class SegmentReader:
         return self.footer.data_chunks
 
     @property
+    def packed(self) -> bool:
+        """Whether chunks have to be decoded."""
+        return any(codec is not None for codec in self._codecs)
+
+    @property
     def nbytes(self) -> int:
         """Size of the file."""
         return self._file.nbytes

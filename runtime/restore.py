@@ -42,6 +42,8 @@ class Source(Protocol):
     @property
     def whole(self) -> bool: ...
     @property
+    def packed(self) -> bool: ...
+    @property
     def identity(self) -> ImageIdentity: ...
     @property
     def plan(self) -> ImagePlan: ...
@@ -206,7 +208,7 @@ class Restoration:
     ) -> Iterator[tuple[_Work, CorruptionError | None]]:
         """All of the work, done; the first is begun before the last is known."""
         scratches = local()
-        if self._readers == 1:
+        if self._readers == 1 or image.packed:  # which takes two chunks of memory for each thread
             for one in work:
                 yield one, self._do(image, one, scratches)
             return

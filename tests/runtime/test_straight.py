@@ -47,10 +47,10 @@ def blank(tensors: list[StateTensor]) -> list[StateTensor]:
     return [StateTensor(t.name, torch.full_like(t.tensor, -7), t.share, t.place) for t in tensors]
 
 
-def write(path: Path, plan: ImagePlan, data: bytes) -> None:
+def write(path: Path, plan: ImagePlan, data: bytes, *, compress: bool = False) -> None:
     identity = ImageIdentity("run", TOPOLOGY, VersionId(1, 5), 0, 1, 0, 1)
     with path.open("wb") as file:
-        stream = SegmentStream(file.write, identity, plan)
+        stream = SegmentStream(file.write, identity, plan, compress=compress)
         for chunk in range(plan.layout.chunks):
             start, stop = plan.layout.chunk_range(chunk)
             stream.add(memoryview(data)[start:stop])
@@ -180,12 +180,15 @@ fill(64 << 20)
 """
 
 
-def test_a_load_takes_two_chunks_of_memory_at_most(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_load_takes_two_chunks_of_memory_at_most(tmp_path: Path, packed: bool) -> None:
     """On top of the state, however large that is; imports and threads are in it."""
     path = tmp_path / "large.seg"
-    saved = StateTensor.whole("w", torch.ones(16 << 20), "0")
+    saved = StateTensor.whole("w", torch.randn(16 << 20), "0")
+    saved.tensor[-1] = 1
     plan = plan_image([saved], lambda key: SHARE, 0, 16 << 20)
-    write(path, plan, bytes(tensor_view(saved.tensor)))
+    write(path, plan, bytes(tensor_view(saved.tensor)), compress=packed)
+    assert packed == (path.stat().st_size < (60 << 20))
     words = [sys.executable, "-c", PEAK, str(path), str(Path(__file__).parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
