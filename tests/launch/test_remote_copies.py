@@ -43,7 +43,7 @@ for step, batch in session.steps():
 """
 
 
-@pytest.fixture(params=["s3", "file"])
+@pytest.fixture(params=["s3", pytest.param("file", marks=pytest.mark.soak)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place that works."""
     if request.param == "file":
@@ -156,7 +156,7 @@ def test_what_is_damaged_here_is_repaired_from_the_copy(uri: str, tmp_path: Path
     assert sorted(losses(again.run_dir)) == list(range(120))
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_file_that_is_gone_or_cut_off_comes_from_the_copy(
     s3: S3Server, tmp_path: Path, cut: bool
 ) -> None:
