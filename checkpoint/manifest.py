@@ -208,13 +208,14 @@ class FenceFile:
     run_id: str
     fence: _Natural
     ancestors: tuple[VersionId, ...]
+    rests_on: VersionId | None = None
     began_s: float  # Unix time
     xxh3: str = ""  # as in the manifest
 
     @property
     def record(self) -> Fence:
         """What it says."""
-        return Fence(self.fence, self.ancestors)
+        return Fence(self.fence, self.ancestors, self.rests_on)
 
     def encode(self) -> bytes:
         """As JSON for people and programs."""

@@ -6,16 +6,16 @@ each epoch before it what came up to the version that its successor went on from
 process of an epoch that is over still publishes later than that can't be seen, whenever it arrives
 and wherever it is put; no lock and no conditional write is needed.
 
-A record settles nothing while its epoch has published nothing and what it goes on from is in no
-complete version (:func:`settling`).  That was only in memory, or is gone: a process of the epoch
-before did not know of the record yet when it swept, and had newer versions.  Those are the history
-then, and nothing is lost.
+A record also says which durable version was the newest of that history when it was made.  It
+settles nothing while its epoch has published nothing and that version's manifest is gone
+(:func:`settling`): a process of the epoch before did not know of the record yet when it swept, and
+had newer versions.  Those are the history then, and nothing is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftrain.comms.protocol.messages import VersionId
 
@@ -29,11 +29,14 @@ class Fence:
 
     fence: int
     ancestors: tuple[VersionId, ...] = ()  # by epoch: the last version of each that counts
+    # Newest of them that was durable then. None: nothing was; of its own epoch: only others were.
+    rests_on: VersionId | None = None
 
-    def stands(self, complete: Collection[VersionId]) -> bool:
-        """Whether it can settle the history, if these versions are complete."""
-        own = any(version.epoch == self.fence for version in complete)
-        return own or (bool(self.ancestors) and self.ancestors[-1] in complete)
+    def stands(self, durable: Collection[VersionId]) -> bool:
+        """Whether it can settle the history, if there are manifests of these versions."""
+        if self.rests_on is None or self.rests_on in durable:
+            return True
+        return any(version.epoch == self.fence for version in durable)
 
     def shows(self, version: VersionId) -> bool:
         """Whether ``version`` is of the history up to now, if this is the newest fence."""
@@ -50,21 +53,37 @@ def newest(fences: Iterable[Fence]) -> Fence | None:
     return max(fences, key=lambda fence: fence.fence, default=None)
 
 
-def settling(fences: Iterable[Fence], complete: Collection[VersionId]) -> Fence | None:
-    """The record that settles what the history is, if these versions are complete: the newest one
-    that stands.  None shows nothing: there is nothing."""
-    return newest(fence for fence in fences if fence.stands(complete))
+def settling(fences: Iterable[Fence], durable: Collection[VersionId]) -> Fence | None:
+    """The record that settles what the history is, if there are manifests of these versions: the
+    newest one that stands.  None shows nothing: there is nothing."""
+    return newest(fence for fence in fences if fence.stands(durable))
 
 
-def next_fence(fence: int, parent: VersionId | None, before: Iterable[Fence]) -> Fence:
+def next_fence(
+    fence: int,
+    parent: VersionId | None,
+    before: Iterable[Fence],
+    durable: Iterable[VersionId] = (),
+) -> Fence:
     """The record of an epoch that goes on from ``parent`` (None: begins anew), after those
-    ``before``."""
+    ``before``, when there are manifests of the versions ``durable``."""
+    earlier, durable = list(before), set(durable)
+    settled = settling(earlier, durable)
+    record = Fence(fence, _ancestors(parent, earlier))
+    seen = {version for version in durable if settled is not None and settled.shows(version)}
+    shown = [version for version in seen if record.shows(version)]
+    if seen and not shown:  # published, or chosen among, while the epoch was being granted
+        return replace(record, rests_on=VersionId(fence, 0))
+    return replace(record, rests_on=max(shown, default=None))
+
+
+def _ancestors(parent: VersionId | None, before: Iterable[Fence]) -> tuple[VersionId, ...]:
     if parent is None:
-        return Fence(fence)
+        return ()
     known = sorted(before, key=lambda record: (record.shows(parent), record.fence))
     older = known[-1].ancestors if known else ()  # the newest record that has ``parent``
     kept = [last for last in older if last.epoch < parent.epoch]
-    return Fence(fence, (*kept[1 - _ANCESTORS_MAX :], parent))
+    return (*kept[1 - _ANCESTORS_MAX :], parent)
 
 
 def completed(found: Mapping[int, Fence | None]) -> dict[int, Fence]:

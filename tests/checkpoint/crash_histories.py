@@ -40,16 +40,18 @@ class World:
         self._store = DurableStore(root / "checkpoints")
         self._fence = self._step = 0
         self._under_way: Key = (0, 0)  # written, and perhaps published
+        self._held: VersionId | None = None  # in memory
 
     def run(self) -> None:
         """All of it."""
-        for life in range(self._chance.randrange(2, 5)):
-            zombie = self._fence, self._step + 20
+        for _ in range(self._chance.randrange(2, 5)):
+            before = self._held  # of an epoch that was begun
             if self._chance.random() < 0.3:
                 begin = len(self.recorder.trace) + self._chance.randrange(LIFE_OPERATIONS)
                 self.recorder.full = range(begin, begin + self._chance.randrange(5, 60))
             runs: list[Callable[[], None]] = [self._newcomer]
-            if life and self._chance.random() < 0.4:
+            if before is not None and self._chance.random() < 0.4:
+                zombie = before.epoch, before.step + 20
                 runs.append(lambda zombie=zombie: self._late(*zombie))  # type: ignore[misc]
             deaths = (
                 Death(operations=self._chance.randrange(1, LIFE_OPERATIONS)),
@@ -72,6 +74,8 @@ class World:
         survey = self._store.survey()
         self._fence = survey.fence + 1
         parent = survey.versions[0].version if survey.versions else None
+        if self._held is not None and self._chance.random() < 0.5:
+            parent = max(self._held, parent or self._held)
         self._step = parent.step if parent else 0
         words = f"{self._fence} {parent.epoch if parent else 0} {self._step}"
         self.recorder.say(f"begins {words}")
@@ -79,6 +83,7 @@ class World:
         self.recorder.say(f"begun {words}")
         for _ in range(4):
             self._step += self._chance.randrange(1, 3)
+            self._held = VersionId(self._fence, self._step + self._chance.randrange(3))
             self._save(self._fence, self._step)
             self._sweep()
 

@@ -22,6 +22,7 @@ from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.manifest import DurableVersion
 from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.segment_reader import Scratch
+from ftrain.comms.protocol.messages import VersionId
 
 HERE = Path(__file__).parent
 DISK_MIB = 16
@@ -173,7 +174,11 @@ def check(store: DurableStore, ledger: Ledger, *, zombies: bool = False) -> None
     shown = {version.key for version in survey.versions}
     there = shown | {version.key for version in survey.hidden}
     epochs = {fence for fence, _ in there}
-    standing = [f for f in records if f in epochs or ledger.begins.get(f) in there]
+    standing = [
+        file.fence
+        for file in store.fence_files()
+        if file.fence in epochs or key_of(file.rests_on) in {None, *there}
+    ]
     history = ledger.history(max(standing, default=newest))
 
     def counts(key: Key) -> bool:
@@ -198,6 +203,11 @@ def check(store: DurableStore, ledger: Ledger, *, zombies: bool = False) -> None
     store.sweep(Retention(KEEP), RUN)
     check_swept(store, fence)
     assert store.versions() == survey.versions[:KEEP]
+
+
+def key_of(version: VersionId | None) -> Key | None:
+    """Where it lies: here each is published under the epoch in which it was captured."""
+    return None if version is None else (version.epoch, version.step)
 
 
 def key_in(problem: str) -> Key:

@@ -98,12 +98,14 @@ class Writer:
         self._countdown = countdown
         self._fence = self._store.survey().fence
         self._step = 0
+        self._held: VersionId | None = None  # in memory
 
     def run(self) -> None:
         """Until the power is gone, or all is done."""
         self._begin()
         for _ in range(VERSIONS):
             self._step += self._chance.randrange(1, 4)
+            self._held = VersionId(self._fence, self._step + self._chance.randrange(3))
             self._save(self._fence, self._step)
             self._store.sweep(Retention(KEEP), RUN)
             if self._chance.random() < 0.25:
@@ -116,6 +118,8 @@ class Writer:
         survey = self._store.survey()
         self._fence = survey.fence + 1
         parent = survey.versions[0].version if survey.versions else None
+        if self._held is not None and self._chance.random() < 0.5:
+            parent = max(self._held, parent or self._held)
         self._step = parent.step if parent else 0
         words = f"{self._fence} {parent.epoch if parent else 0} {self._step}"
         self._say(f"begins {words}")

@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -220,6 +220,17 @@ def hides_what_a_late_sweep_left(patch: Patch) -> None:
     patch.setattr(durable_module, "settling", newest)
 
 
+def rests_on_what_it_goes_on_from(patch: Patch) -> None:
+    """As the store once did: what was only in memory is in no file, so that the record is passed
+    over until its epoch publishes."""
+
+    def stands(fence: Fence, durable: Collection[VersionId]) -> bool:
+        own = any(version.epoch == fence.fence for version in durable)
+        return own or (bool(fence.ancestors) and fence.ancestors[-1] in durable)
+
+    patch.setattr(Fence, "stands", stands)
+
+
 def shows_what_is_over(patch: Patch) -> None:
     patch.setattr(Fence, "shows", lambda fence, version: True)
 
@@ -250,6 +261,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "sweeps before what stays is safe": sweeps_unsafe_versions,
     "sweeps before the record that hides it is safe": sweeps_for_an_unsafe_record,
     "hides what a late sweep left": hides_what_a_late_sweep_left,
+    "passes over what goes on from memory": rests_on_what_it_goes_on_from,
     "shows what an epoch that is over published": shows_what_is_over,
     "begins without a record": begins_without_a_record,
     "says that it is published when the disk is full": says_it_all_the_same,

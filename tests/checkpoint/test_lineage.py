@@ -30,16 +30,32 @@ def test_a_fresh_start_has_no_history() -> None:
     assert next_fence(9, None, [Fence(8, (VersionId(7, 3),))]) == Fence(9)
 
 
-def test_the_newest_record_settles_it_that_has_a_version_or_what_it_goes_on_from() -> None:
-    first = Fence(3)
-    second, third = (next_fence(fence, VersionId(3, 50), [first]) for fence in (7, 11))
+def test_the_newest_record_settles_it_that_has_a_version_or_what_it_rests_on() -> None:
+    first, parent = Fence(3), VersionId(3, 50)
+    second, third = (next_fence(fence, parent, [first], [parent]) for fence in (7, 11))
     records = [second, third, first]
     assert settling(records, {VersionId(3, 50), VersionId(3, 90)}) == third
     assert settling(records, {VersionId(3, 40), VersionId(3, 90)}) == first  # 50 was swept
     assert settling(records, {VersionId(3, 90), VersionId(7, 60)}) == second
     assert settling(records, {VersionId(3, 90), VersionId(11, 55)}) == third
-    assert settling([*records, Fence(12)], {VersionId(3, 50)}) == third  # 12 began anew
-    assert settling(records, set()) is None
+    assert settling([*records, Fence(12)], {VersionId(3, 50)}) == Fence(12)  # it began anew
+    assert settling(records[:2], set()) is None
+
+
+def test_what_goes_on_from_memory_hides_what_the_epoch_before_publishes_late() -> None:
+    first, held, late = Fence(3), VersionId(3, 95), VersionId(3, 100)
+    durable = [VersionId(3, step) for step in (60, 80, 99)]
+    second = next_fence(7, held, [first], durable)
+    assert second.rests_on == VersionId(3, 80)
+    assert settling([first, second], {*durable, late}) == second
+    assert not second.shows(late)
+    assert settling([first, second], {VersionId(3, 60), late}) == first  # 80 was swept for it
+    third = next_fence(8, VersionId(7, 97), [first, second], [*durable, late])
+    assert third.rests_on == VersionId(3, 80)
+    assert settling([first, next_fence(9, held, [first])], {late}) != first  # nothing to lose
+    fourth = next_fence(9, held, [first], [late])  # published and swept while 9 was being granted
+    assert settling([first, fourth], {late}) == first
+    assert settling([first, fourth], {late, VersionId(9, 96)}) == fourth
 
 
 def test_history_is_that_of_the_record_which_showed_the_parent() -> None:
