@@ -61,25 +61,25 @@ _FENCE = "fence.json"
 _PIN = ".pin"
 
 
-def unusable_text(directory: Path, problems: Sequence[str], step: int | None) -> str:
-    """What is wrong with the versions there, what follows and what to do; empty if nothing is.
-
-    ``step``: of the version that is gone on from; None: there is none.
-    """
-    if not problems:
-        return ""
-    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    named = f"`ftrain checkpoints list {directory}` names"
-    if step is None:
-        return (
-            f"no version in {directory} can be used ({problems[0]}{more}): training begins at step "
-            f"0; to go on from what was saved, end it, put back what {named}, and delete what was "
-            "saved since"
-        )
+def none_usable_text(directory: Path, problems: Sequence[str]) -> str:
+    """Why training does not begin anew where there are versions, and what to do."""
     return (
-        f"not every version in {directory} can be used ({problems[0]}{more}): training goes on "
-        f"from step {step}; {named} what is damaged"
+        f"no version in {directory} can be used ({_named(problems)}): put back what `ftrain "
+        f"checkpoints list {directory}` names, or move {directory} away to begin at step 0"
     )
+
+
+def not_all_usable_text(directory: Path, problems: Sequence[str], step: int) -> str:
+    """What is wrong with some of the versions there; training goes on from ``step``."""
+    return (
+        f"not every version in {directory} can be used ({_named(problems)}): training goes on "
+        f"from step {step}; `ftrain checkpoints list {directory}` names what is damaged"
+    )
+
+
+def _named(problems: Sequence[str]) -> str:
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}"
 
 
 class DurableStore:
@@ -112,9 +112,14 @@ class DurableStore:
         """
         folder = self.directory / str(fence)
         earlier = [record for record in self._fences()[0].values() if record.fence < fence]
-        record = next_fence(fence, parent, earlier)
+        durable = [version.version for version in self._stated()[0]]
+        record = next_fence(fence, parent, earlier, durable)
         content = FenceFile(
-            run_id=run_id, fence=fence, ancestors=record.ancestors, began_s=time.time()
+            run_id=run_id,
+            fence=fence,
+            ancestors=record.ancestors,
+            rests_on=record.rests_on,
+            began_s=time.time(),
         ).encode()
         with explained(folder, len(content)):
             make_folders(folder)
@@ -253,26 +258,19 @@ class DurableStore:
             StateError: it holds versions in another format.
         """
         fences, problems = self._fences()
+        stated, unreadable = self._stated()
         found: list[tuple[DurableVersion, str]] = []
-        folders = numbered(self.directory, "")
-        for _, folder in folders:
-            for _, path in numbered(folder, ".json"):
-                try:
-                    version = stated_version(path)
-                except CorruptionError as error:
-                    problems.append(str(error))
-                    continue
-                try:
-                    version.check()
-                except CorruptionError as error:
-                    found.append((version, str(error)))
-                else:
-                    found.append((version, ""))
-        highest = max((fence for fence, _ in folders), default=0)
-        whole = [version for version, damage in found if not damage]
-        begun = {version.version for version in whole if version.fence in fences}
+        for version in stated:
+            try:
+                version.check()
+            except CorruptionError as error:
+                found.append((version, str(error)))
+            else:
+                found.append((version, ""))
+        highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
+        begun = {version.version for version in stated if version.fence in fences}
         record = settling(fences.values(), begun)
-        return survey_of(found, fences, record, problems, highest)
+        return survey_of(found, fences, record, [*problems, *unreadable], highest)
 
     def versions(self) -> tuple[DurableVersion, ...]:
         """The versions of :meth:`survey`, newest first."""
@@ -294,10 +292,8 @@ class DurableStore:
 
     def counts(self, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
-        fences = self._fences()[0].values()
-        survey = self.survey()
-        complete = {known.version for known in (*survey.versions, *survey.hidden)}
-        record = settling(fences, complete | {version})
+        durable = {known.version for known in self._stated()[0]}
+        record = settling(self._fences()[0].values(), durable | {version})
         return record is not None and record.shows(version)
 
     def fence_files(self) -> tuple[FenceFile, ...]:
@@ -463,6 +459,18 @@ class DurableStore:
                 problems.append(str(error))
                 found[fence] = None
         return completed(found), problems
+
+    def _stated(self) -> tuple[list[DurableVersion], list[str]]:
+        """The versions whose manifests can be read, and what is wrong with the others."""
+        found: list[DurableVersion] = []
+        problems: list[str] = []
+        for _, folder in numbered(self.directory, ""):
+            for _, path in numbered(folder, ".json"):
+                try:
+                    found.append(stated_version(path))
+                except CorruptionError as error:
+                    problems.append(str(error))
+        return found, problems
 
     def _written(self, fence: int, version: VersionId, rank: int) -> SegmentReader:
         """A rank's file, not verified beyond its footer; closed, so that only that can be read."""

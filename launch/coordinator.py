@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from ftrain.checkpoint.durable import DurableStore, unusable_text
+from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_usable_text
 from ftrain.checkpoint.retention import Retention
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
@@ -30,8 +30,8 @@ from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
 from ftrain.comms.process import die_with_parent
-from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Publish
-from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
+from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Obstacle, Publish
+from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
     Formation,
     JoinAnswer,
@@ -42,7 +42,9 @@ from ftrain.comms.protocol.messages import (
     StopRequest,
     VersionId,
 )
+from ftrain.comms.protocol.records import MembershipHard
 from ftrain.comms.protocol.roster import ranks_to_nodes
+from ftrain.comms.protocol.transitions import Phase
 from ftrain.launch.advice import History, advise
 from ftrain.launch.incidents import (
     Account,
@@ -126,7 +128,7 @@ class Coordinator:
         self._failed_starts = FailedStarts(config.launch.max_restarts)
         self._total_steps = 0
         self._disk_refuses = False
-        self._told_unusable: tuple[tuple[str, ...], bool] | None = None
+        self._told_unusable: tuple[str, ...] = ()
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._rate = _Rate()
@@ -260,11 +262,15 @@ class Coordinator:
             port = await self._stores.take()
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
-            world_size = sum(place.local_world for place in effect.places)
-            held = dict(effect.held)
-            restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
+            world, held = sum(place.local_world for place in effect.places), dict(effect.held)
+            restore = choose_restore(held, world, newest, self._bad.memory, remarks)
         except (FtrainError, RuntimeError) as error:
-            self._input(self._machine.formed, effect.epoch, None, str(error))
+            self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
+            return
+        unusable = (*problems, *remarks)
+        if restore.level == "fresh" and unusable:
+            why = none_usable_text(self._durable.directory, unusable)
+            self._input(self._machine.formed, effect.epoch, Obstacle(why, lasting=True))
             return
         await self._begin_fence(effect.epoch, restore.parent)
         formation = Formation(
@@ -281,18 +287,15 @@ class Coordinator:
             self._announce(Notice("info", text, {}))
             if advice := advise(self._job.config.checkpoint, self._history):
                 self._announce(Notice("info", advice, {}))
-        if restore.level != "memory":
-            self._tell_unusable((*problems, *remarks), restore.version)
+        if restore.level == "durable" and restore.version is not None and unusable:
+            self._tell_unusable(unusable, restore.version.step)
         self._input(self._machine.formed, effect.epoch, formation)
 
-    def _tell_unusable(self, problems: tuple[str, ...], version: VersionId | None) -> None:
+    def _tell_unusable(self, problems: tuple[str, ...], step: int) -> None:
         """What of the durable versions can't be used, whenever that is news."""
-        news = (problems, version is None)
-        if news == self._told_unusable:
-            return
-        self._told_unusable = news
-        step = None if version is None else version.step
-        if text := unusable_text(self._durable.directory, problems, step):
+        if problems != self._told_unusable:
+            self._told_unusable = problems
+            text = not_all_usable_text(self._durable.directory, problems, step)
             self._announce(Notice("warning", text, {}))
 
     async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:

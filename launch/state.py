@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ftrain.comms.errors import RunDirectoryError
-from ftrain.comms.protocol.membership import MembershipHard
+from ftrain.comms.protocol.records import MembershipHard
 from ftrain.comms.wire import BAD_INPUT
 
 _DIGITS = 20

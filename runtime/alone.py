@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
-from ftrain.checkpoint.durable import DurableStore, unusable_text
+from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_usable_text
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.manifest import DurableVersion, open_files
 from ftrain.checkpoint.retention import Retention
@@ -206,10 +206,11 @@ class AloneKeeper:
         survey = self._store.survey()
         versions = survey.versions
         # A launcher's epoch is a fence that was granted, and above every one in the directory.
-        count, self._fence = self._agreement.share(
-            [len(versions), self._granted or survey.fence + 1]
+        count, self._fence, damaged = self._agreement.share(
+            [len(versions), self._granted or survey.fence + 1, len(survey.problems)]
         )
         self.epoch = self._fence
+        problems = list(survey.problems)
         for version in versions[:count]:
             small, problem = self._put_back(state, version)
             if small is not None and IMPORTED in small and version is not versions[0]:
@@ -225,18 +226,17 @@ class AloneKeeper:
                 self._saved_step = version.step
                 self._parent = version.version
                 return small
+            problems.append(problem or f"step {version.step} is damaged")
             self._note(f"the version of step {version.step} is not used: {problem or 'damaged'}")
-        if versions[:count]:
-            raise RestoreError(
-                f"no version in {self._store.directory} can be put back; move it away to begin anew"
-            )
-        self._tell_unusable(survey.problems, None)
+        if count or damaged:
+            problems = problems or ["another rank finds them damaged"]
+            raise RestoreError(none_usable_text(self._store.directory, problems))
         return None
 
-    def _tell_unusable(self, problems: Sequence[str], step: int | None) -> None:
-        text = unusable_text(self._store.directory, problems, step)
-        if text and self._environment.rank == 0 and self._environment.context is None:
-            self._note(text)  # a launch says it by itself
+    def _tell_unusable(self, problems: Sequence[str], step: int) -> None:
+        if problems and self._environment.rank == 0 and self._environment.context is None:
+            # A launch says it by itself.
+            self._note(not_all_usable_text(self._store.directory, problems, step))
 
     def _put_back(
         self, state: TrainingState, version: DurableVersion

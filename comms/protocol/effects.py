@@ -37,6 +37,14 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a formation can't be made: an answer to :class:`Form`."""
+
+    why: str
+    lasting: bool = False  # trying again is of no use
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Publish the manifest of a version whose files all of ``nodes`` have written under ``fence``.
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from ftrain.comms.errors import LocalProtocolError
 from ftrain.comms.protocol import saving
 from ftrain.comms.protocol.directives import AT_REST, Outbox, directive_of
-from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
+from ftrain.comms.protocol.effects import Announce, EndJob, Form, Obstacle, Publish
 from ftrain.comms.protocol.flush import FlushRound, due
 from ftrain.comms.protocol.messages import (
     Formation,
@@ -52,10 +52,7 @@ from ftrain.comms.protocol.records import (
 from ftrain.comms.protocol.roster import Roster, Trouble, places_of
 from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
 
-__all__ = ["TRANSITIONS", "Event", "Membership", "MembershipHard", "Phase"]
-
-_FLUSH_TRIES = 6
-_SAVE_TRIES = 3
+_FLUSH_TRIES, _SAVE_TRIES = 6, 3
 _WRITE_PAUSE_TICKS = 10  # before the end of the run is tried to be written again
 _RUNS = (NodeState.RUNNING, NodeState.DONE)
 
@@ -164,26 +161,29 @@ class Membership:
             self._ask_stop(message.cause)
         self._advance()
 
-    def formed(self, epoch: int, formation: Formation | None, why: str = "") -> None:
-        """Answer to :class:`Form`; without a formation, ``why`` says what is in the way."""
+    def formed(self, epoch: int, formation: Formation | Obstacle) -> None:
+        """Answer to :class:`Form`."""
         if self._phase is not Phase.FORMING or epoch != self._hard.epoch:
             return  # overtaken by a failure
-        if formation is None:
-            self._hard = count_failure(self._hard, self._committed, f"no formation: {why}")
+        if isinstance(formation, Obstacle) and formation.lasting:
+            self._end(EXIT_FAILED, formation.why)
+        elif isinstance(formation, Obstacle):
+            why = f"the group can't be formed: {formation.why}"
+            self._hard = count_failure(self._hard, self._committed, why)
             if self._hard.failures_in_row > self._max_restarts:
-                self._give_up(Event.NOT_FORMED, EXIT_FAILED, f"the group can't be formed: {why}")
+                self._give_up(Event.NOT_FORMED, EXIT_FAILED, why)
             else:
                 self._wait_ticks = self._resend_ticks
-                self._enter(Event.NOT_FORMED, f"the group can't be formed yet: {why}")
+                self._enter(Event.NOT_FORMED, why)
         else:
             step = formation.restore.version.step if formation.restore.version else 0
-            hard = self._hard
+            incident = self._hard.incident
             self._hard = replace(
-                hard,
-                durable=saving.durable_now(hard.durable, formation.restore),
+                self._hard,
+                durable=saving.durable_now(self._hard.durable, formation.restore),
                 formation=formation,
-                formations=hard.formations + 1,
-                incident=hard.incident and hard.incident.rewound(self._reached, step),
+                formations=self._hard.formations + 1,
+                incident=incident and incident.rewound(self._reached, step),
             )
             self._reached = self._kept = step
             self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
@@ -556,7 +556,7 @@ class Membership:
             silent += self._roster.unheard()
         if waiting := bool(silent) or not self._at_rest():
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
-        if self._publishing is not None or waiting or self._wait_ticks:
+        if waiting or self._publishing is not None or self._wait_ticks:
             return
         durable, giving_up = self._hard.durable, self._hard.giving_up
         newest = saving.newest_everywhere(self._roster.present(), self._nodes)
@@ -584,8 +584,8 @@ class Membership:
         self._end(self._hard.exit_code(EXIT_SAVED), text)
 
     def _end_unsaved(self, why: str) -> None:
-        stopped = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
-        self._end(self._hard.exit_code(EXIT_FAILED), f"{stopped}, but {why}")
+        ended = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
+        self._end(self._hard.exit_code(EXIT_FAILED), f"{ended}, but {why}")
 
     # ------------------------------------------------------------------ directives
 

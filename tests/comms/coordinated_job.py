@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ftrain.comms.protocol.effects import Announce, Form
-from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
+from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
@@ -19,6 +19,8 @@ from ftrain.comms.protocol.messages import (
     RestorePlan,
     VersionId,
 )
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.transitions import Phase
 
 LEASE = 10
 IDLE, STARTING, RUNNING = NodeState.IDLE, NodeState.STARTING, NodeState.RUNNING

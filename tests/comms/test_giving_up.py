@@ -8,7 +8,6 @@ from typing import Any
 from coordinated_job import STOPPED, Job, running
 
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Publish
-from ftrain.comms.protocol.membership import Phase
 from ftrain.comms.protocol.messages import (
     Formation,
     Held,
@@ -18,6 +17,7 @@ from ftrain.comms.protocol.messages import (
     RestorePlan,
     VersionId,
 )
+from ftrain.comms.protocol.transitions import Phase
 
 
 def test_a_job_that_is_given_up_saves_first_and_has_a_limit() -> None:

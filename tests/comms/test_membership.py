@@ -8,8 +8,7 @@ import pytest
 from coordinated_job import DONE, IDLE, LEASE, RUNNING, STARTING, STOPPED, Job, running
 
 from ftrain.comms.errors import LocalProtocolError
-from ftrain.comms.protocol.effects import EndJob, Form, Incident, Publish
-from ftrain.comms.protocol.membership import Event, MembershipHard, Phase
+from ftrain.comms.protocol.effects import EndJob, Form, Incident, Obstacle, Publish
 from ftrain.comms.protocol.messages import (
     Formation,
     Held,
@@ -21,6 +20,8 @@ from ftrain.comms.protocol.messages import (
     StopRequest,
     VersionId,
 )
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.transitions import Event, Phase
 
 
 def test_all_nodes_then_an_epoch_then_run() -> None:
@@ -184,13 +185,22 @@ def test_formations_that_fail() -> None:
     job = Job(max_restarts=1)
     job.say()
     for epoch in (1, 2):
-        job.machine.formed(job.effects.pop().epoch, None, "no port is free")
+        job.machine.formed(job.effects.pop().epoch, Obstacle("no port is free"))
         job.take()
         if epoch == 1:
             job.tick(3)
             job.say(state=STOPPED, epoch=1)  # as told meanwhile
     (end,) = job.effects
     assert (end.exit_code, end.reason) == (1, "the group can't be formed: no port is free")
+
+
+def test_an_obstacle_that_lasts_ends_the_job_at_once() -> None:
+    job = Job(max_restarts=5)
+    job.say()
+    job.machine.formed(job.effects.pop().epoch, Obstacle("no version can be used", lasting=True))
+    job.take()
+    (end,) = job.effects
+    assert (end.exit_code, end.reason) == (1, "no version can be used")
 
 
 def test_stale_formations_are_not_taken() -> None:

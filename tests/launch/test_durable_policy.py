@@ -131,15 +131,18 @@ def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Pa
     for manifest in folder.glob("*/[0-9]*.json"):
         if manifest.stem != str(steps[-1]):
             manifest.write_text("{")
-    line = begins(*never)
-    assert line.startswith(f"no version in {folder} can be used ({newest} is missing, and ")
-    assert "training begins at step 0; to go on from what was saved, end it, put back" in line
-    assert begins(*never, "snapshot=off") == line  # also the second time
+    for mode in ((), ("snapshot=off",)):
+        with launched(tmp_path, script("40"), *TWO, *never, *mode) as launch:
+            assert launch.wait() == 1, launch.shown
+            (line,) = (line for line in launch.shown.splitlines() if "can be used" in line)
+            assert line.startswith(f"ftrain: no version in {folder} can be used ({newest} is missi")
+            assert f": put back what `ftrain checkpoints list {folder}` names, or move " in line
+            assert "Traceback" not in launch.shown
     status = [sys.executable, "-m", "ftrain.launch.cli", "status", "run"]
     said = subprocess.run(status, cwd=tmp_path, capture_output=True, text=True).stdout
     assert f"no version can be used ({newest} is missing)" in said
 
-    newest.write_bytes(whole)  # put back: nothing was saved since
+    newest.write_bytes(whole)  # put back
     with launched(tmp_path, script("20"), *TWO) as launch:
         assert launch.wait() == 0, launch.shown
         assert f"resumes at step {steps[-1]} from the durable version" in launch.shown

@@ -7,8 +7,8 @@ import pytest
 from launching import small_disk
 
 from ftrain.comms.errors import RunDirectoryError
-from ftrain.comms.protocol.membership import MembershipHard
 from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.protocol.records import MembershipHard
 from ftrain.launch.state import HardStore
 
 HARD = MembershipHard(launch="1", epoch=7, durable=VersionId(6, 40), failures_in_row=2)

@@ -129,11 +129,14 @@ def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Pa
     folder = tmp_path / "ftrain-runs/job/checkpoints/1"
     for step in (5, 10):
         (folder / f"{step}/rank0.seg").unlink()
-    again = run(tmp_path, loop(12))
+    again = run(tmp_path, loop(12), check=False)
+    assert again.returncode == 1
     (line,) = (line for line in again.stderr.splitlines() if "can be used" in line)
-    assert line.startswith(f"ftrain: no version in {folder.parent} can be used")
-    assert "1/10/rank0.seg is missing, and 1 more): training begins at step 0; " in line
-    assert line.endswith(" names, and delete what was saved since")
+    assert f"no version in {folder.parent} can be used" in line
+    assert "1/10/rank0.seg is missing, and 1 more): put back what " in line
+    assert line.endswith(f", or move {folder.parent} away to begin at step 0")
+    folder.parent.rename(tmp_path / "away")
+    assert "end 12" in run(tmp_path, loop(12)).stdout
 
 
 def test_another_models_run_directory_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 from ftrain.checkpoint.protocol.commit import VersionCommit
 from ftrain.checkpoint.protocol.lineage import Fence, next_fence, settling
 from ftrain.comms.driver import Driver
-from ftrain.comms.protocol.effects import EndJob, Form, Incident, Publish
-from ftrain.comms.protocol.membership import Membership, MembershipHard, Phase
+from ftrain.comms.protocol.effects import EndJob, Form, Incident, Obstacle, Publish
+from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
@@ -34,6 +34,8 @@ from ftrain.comms.protocol.messages import (
     VersionId,
 )
 from ftrain.comms.protocol.node import NodeMember
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.transitions import Phase
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
 SETTLE_TICKS_MAX = 900
@@ -245,17 +247,15 @@ class Cluster:
 
     def _form(self, membership: Membership, form: Form) -> None:
         if self.take("form_fails"):
-            membership.formed(form.epoch, None, "no port is free")
+            membership.formed(form.epoch, Obstacle("no port is free"))
             return
         world = sum(p.local_world for p in form.places)
-        record = settling(self.fences, {v for _, v in self.checkers.published})
-        published = [
-            (f, v)
-            for f, v in self.checkers.published
-            if record is not None and record.shows(v) and v not in self.withdrawn
-        ]
+        there = {v for _, v in self.checkers.published}
+        record = settling(self.fences, there) or Fence(0)
+        good = {v for v in there - self.withdrawn if record.shows(v)}
         durable = None
-        if published:
+        if good:
+            published = [(f, v) for f, v in self.checkers.published if v in good]
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
             durable = DurableVersion(fence, version.step, "p", world, version.epoch)
         refused = frozenset(self.withdrawn)
@@ -267,7 +267,7 @@ class Cluster:
             self.checkers.steps_lost += max(0, self.reached - step)
             self.reached = step
         if all(fence.fence < form.epoch for fence in self.fences):
-            self.fences.append(next_fence(form.epoch, plan.parent, self.fences))
+            self.fences.append(next_fence(form.epoch, plan.parent, self.fences, there))
         formation = Formation(form.epoch, form.places, "h", form.epoch, plan, form.restarts)
         membership.formed(form.epoch, formation)
 

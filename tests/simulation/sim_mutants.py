@@ -11,9 +11,9 @@ from sim_cluster import Machines
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.driver import Driver
 from ftrain.comms.protocol.directives import Outbox
-from ftrain.comms.protocol.effects import Form
+from ftrain.comms.protocol.effects import Form, Obstacle
 from ftrain.comms.protocol.flush import FlushRound
-from ftrain.comms.protocol.membership import Event, Membership, MembershipHard
+from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
@@ -27,6 +27,8 @@ from ftrain.comms.protocol.node import NodeMember
 from ftrain.comms.protocol.node import Phase as NodePhase
 from ftrain.comms.protocol.quorum import Tally
 from ftrain.comms.protocol.ready import Ready
+from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.transitions import Event
 from ftrain.recovery.protocol.plan import choose_restore
 
 # ---------------------------------------------------------------- version commit
@@ -161,8 +163,8 @@ class DoesNotWaitForPublication(Membership):
 class TakesAnyFormation(Membership):
     """A formation that was made for an older epoch is taken."""
 
-    def formed(self, epoch: int, formation: Formation | None, why: str = "") -> None:
-        super().formed(self._hard.epoch, formation, why)
+    def formed(self, epoch: int, formation: Formation | Obstacle) -> None:
+        super().formed(self._hard.epoch, formation)
 
 
 class _OneShot(Outbox):
