@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 import torch
 
@@ -68,6 +69,16 @@ def tensor_view(tensor: torch.Tensor) -> memoryview:
     if not plain.numel():
         return memoryview(b"")
     return plain.view(torch.uint8).numpy().data.cast("B")
+
+
+def tensor_in(
+    memory: memoryview, dtype: str, shape: tuple[int, ...], offset: int = 0
+) -> torch.Tensor:
+    """A tensor whose elements, and no others, are the bytes of ``memory`` from ``offset`` on."""
+    kind = getattr(torch, dtype)
+    if not prod(shape):
+        return torch.empty(shape, dtype=kind)  # torch.frombuffer wants elements
+    return torch.frombuffer(memory, dtype=kind, count=prod(shape), offset=offset).reshape(shape)
 
 
 def plan_image(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import collections
 import io
+import os
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,23 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ftrain.checkpoint.boxes import Box, disjoint
 from ftrain.comms.errors import CorruptionError, FtrainError, UsageError
 from ftrain.runtime.interop.outline import Item, each, tree_of
-from ftrain.runtime.interop.source import Origin
+from ftrain.runtime.interop.source import Origin, Reused
 from ftrain.runtime.interop.target import Progress, appearing, failed_in_torch
 from ftrain.runtime.interop.whole import WholeVersion
 
 _METADATA_BYTES_MAX = 1 << 30
+_DATA = "__0_0.distcp"  # as torch calls the first file of rank 0
 
 
 def write_dcp(version: WholeVersion, items: Sequence[Item], out: Path, progress: Progress) -> None:
@@ -52,12 +55,11 @@ def write_dcp(version: WholeVersion, items: Sequence[Item], out: Path, progress:
         for item in items
     }
     with appearing(out, sum(item.nbytes for item in tensors)) as folder:
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        planner = _OneByOne(tensors, each(version, tensors), progress)
+        writer = _OneByOne(folder, version, tensors, progress)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is no process group
-                save(tree_of(items, values), storage_writer=writer, planner=planner, no_dist=True)
+                save(tree_of(items, values), storage_writer=writer, no_dist=True)
         except CheckpointException as error:  # not even an Exception
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, FtrainError | OSError):
@@ -78,12 +80,17 @@ def read_dcp(path: Path) -> Origin:
     names = _model_names(found)
     reader = FileSystemReader(path)
     reader.set_up_storage_reader(found, True)
+    shapes = {}
+    for name, key in names.items():
+        told = found.state_dict_metadata[key]
+        assert isinstance(told, TensorStorageMetadata)
+        dtype = str(told.properties.dtype).removeprefix("torch.")
+        shapes[name] = (dtype, tuple(told.size))
+    memory = Reused(shapes.values())
 
     def read(name: str) -> torch.Tensor:
         key = names[name]
-        told = found.state_dict_metadata[key]
-        assert isinstance(told, TensorStorageMetadata)
-        tensor = torch.empty(told.size, dtype=told.properties.dtype)
+        tensor = memory.tensor(*shapes[name])
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: tensor}, found, True)
         try:
@@ -93,47 +100,52 @@ def read_dcp(path: Path) -> Origin:
             raise CorruptionError(f"{path}: {name} can't be read ({first})") from error
         return tensor
 
-    shapes = {}
-    for name, key in names.items():
-        told = found.state_dict_metadata[key]
-        assert isinstance(told, TensorStorageMetadata)
-        dtype = str(told.properties.dtype).removeprefix("torch.")
-        shapes[name] = (dtype, tuple(told.size))
     return Origin(shapes, read)
 
 
-class _OneByOne(DefaultSavePlanner):
-    """Gives tensors as they come; the state that is saved has none with memory."""
+class _OneByOne(FileSystemWriter):
+    """Writes tensors as they come; in the state that is saved they have no memory.
+
+    Torch's own ``write_data`` keeps every tensor of a file until the file is complete.
+    """
 
     def __init__(
-        self,
-        items: Sequence[Item],
-        tensors: Iterator[tuple[Item, torch.Tensor]],
-        progress: Progress,
+        self, folder: Path, version: WholeVersion, tensors: Sequence[Item], progress: Progress
     ) -> None:
-        super().__init__()
-        self._places = {item.name: number for number, item in enumerate(items)}
+        super().__init__(folder)
+        self._file = folder / _DATA
+        self._version = version
         self._tensors = tensors
         self._progress = progress
-        self._ready: dict[str, torch.Tensor] = {}
 
-    def create_local_plan(self) -> SavePlan:
-        """In the order in which the tensors come, so that none has to be kept for later."""
-        plan = super().create_local_plan()
-        places = self._places
-        items = sorted(plan.items, key=lambda item: places.get(item.index.fqn, len(places)))
-        return replace(plan, items=items)
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """The same file as torch's own: first what is here already, then the tensors."""
+        by_name = {item.index.fqn: item for item in plan.items}
+        coming = [by_name.pop(item.name) for item in self._tensors]
+        results: list[WriteResult] = []
+        with self._file.open("xb") as file:
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The tensor that is wanted; all before it in the version are read on the way."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            return super().resolve_data(write_item)
-        name = write_item.index.fqn
-        while name not in self._ready:
-            item, tensor = next(self._tensors)
-            self._ready[item.name] = tensor
-            self._progress(item.nbytes)
-        return self._ready.pop(name)
+            def put(item: WriteItem, data: torch.Tensor | io.BytesIO) -> None:
+                begin = file.tell()
+                if isinstance(data, io.BytesIO):
+                    file.write(data.getbuffer())
+                else:
+                    torch.save(data, file)
+                nbytes = file.tell() - begin
+                place = filesystem._StorageInfo(_DATA, begin, nbytes)
+                results.append(WriteResult(item.index, nbytes, place))
+
+            for item in by_name.values():
+                put(item, planner.resolve_data(item))
+            tensors = each(self._version, self._tensors)
+            for item, (source, tensor) in zip(coming, tensors, strict=True):
+                put(item, tensor)
+                self._progress(source.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
 
 _CLASSES: dict[tuple[str, str], Any] = {

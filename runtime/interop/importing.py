@@ -21,7 +21,7 @@ from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.configs.schema import SnapshotConfig
 from ftrain.runtime.imported import imported_state
-from ftrain.runtime.interop.source import Origin
+from ftrain.runtime.interop.source import Origin, Reused
 from ftrain.runtime.interop.target import Progress
 from ftrain.runtime.state import plain_name
 
@@ -100,6 +100,11 @@ def _plan(origin: Origin, model: str, dtype: str) -> list[_Tensor]:
 
 
 def _parts(origin: Origin, tensors: list[_Tensor], progress: Progress) -> Iterator[memoryview]:
+    memory = Reused(
+        (wanted.segment.dtype, wanted.segment.place.shape)
+        for wanted in tensors
+        if wanted.segment.dtype != origin.tensors[wanted.source][0]
+    )
     for wanted in tensors:
         try:
             tensor = origin.read(wanted.source)
@@ -108,5 +113,7 @@ def _parts(origin: Origin, tensors: list[_Tensor], progress: Progress) -> Iterat
         found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if found != origin.tensors[wanted.source]:
             raise CorruptionError(f"{wanted.source} is {found}, not what the list of contents says")
-        yield tensor_view(tensor.to(getattr(torch, wanted.segment.dtype)))
+        if found[0] != wanted.segment.dtype:
+            tensor = memory.tensor(wanted.segment.dtype, found[1]).copy_(tensor.detach())
+        yield tensor_view(tensor)
         progress(wanted.segment.nbytes)

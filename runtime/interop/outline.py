@@ -144,13 +144,17 @@ def _lengthen(place: list[Any], to: int) -> None:
 
 
 def each(version: WholeVersion, items: Sequence[Item]) -> Iterator[tuple[Item, torch.Tensor]]:
-    """The tensors of these items, one after the other, in their order."""
+    """The tensors of these items, one after the other, in their order.
+
+    Each has a storage of its own, of just its elements; what it holds is gone when the next one is
+    asked for.
+    """
     stored = version.read(item.tensor for item in items if item.tensor is not None)
     for item in items:
         if item.tensor is not None:
-            yield item, next(stored)[1]
+            yield item, next(stored)
         elif item.is_tensor:
-            yield item, item.value
+            yield item, item.value.contiguous().clone()
 
 
 def _saved_by_dcp(version: WholeVersion, *, tensors_only: bool = False) -> list[Item]:

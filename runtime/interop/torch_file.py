@@ -48,9 +48,7 @@ def write_torch(
             ):
                 file.write_record(name, content, len(content))
             for item, tensor in each(version, tensors):
-                # A storage of its own, of just its elements.
-                plain = tensor if item.tensor is not None else tensor.contiguous().clone()
-                storage = plain.untyped_storage()
+                storage = tensor.untyped_storage()
                 file.write_record(f"data/{keys[item.path]}", storage, item.nbytes)
                 progress(item.nbytes)
             for number, plain in others.items():

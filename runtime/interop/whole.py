@@ -12,14 +12,16 @@ import torch
 from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.catalogue import SavedTensor, catalogue
 from ftrain.checkpoint.codec import decode_tree
+from ftrain.checkpoint.files import page_buffer
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.checkpoint.tensors import StateTensor
+from ftrain.checkpoint.tensors import StateTensor, tensor_in
 from ftrain.checkpoint.versions import Files, all_readable
 from ftrain.comms.errors import CorruptionError
 from ftrain.runtime.restore import Restoration
 
 _BATCH_BYTES = 64 * 1024 * 1024  # read together, so that a chunk of small tensors is read once
 _READERS = 2
+_ALIGNMENT = 64  # of a tensor in memory, as torch's own allocator has it
 
 
 @dataclass(slots=True)
@@ -42,23 +44,29 @@ class WholeVersion:
             raise CorruptionError(f"{reader.where} holds no training state")
         return tree
 
-    def read(self, wanted: Iterable[SavedTensor]) -> Iterator[tuple[SavedTensor, torch.Tensor]]:
+    def read(self, wanted: Iterable[SavedTensor]) -> Iterator[torch.Tensor]:
         """Each of these tensors, verified; best in the order of :attr:`tensors`.
 
-        Some are read ahead; no more than 64 MiB, or one tensor, is held here.
+        Some are read ahead, into memory of 64 MiB, or of the largest tensor, that is used again and
+        again: what a tensor holds is gone when the next one is asked for.
 
         Raises:
             CorruptionError: some bytes are damaged, and there is no other copy of them.
         """
-        batch: list[SavedTensor] = []
-        held = 0
-        for tensor in wanted:
-            if batch and held + tensor.nbytes > _BATCH_BYTES:
-                yield from self._fill(batch)
-                batch, held = [], 0
-            batch.append(tensor)
-            held += tensor.nbytes
-        yield from self._fill(batch)
+        tensors = list(wanted)
+        rooms = [_aligned(tensor.nbytes) for tensor in tensors]
+        memory = page_buffer(min(sum(rooms), max(_BATCH_BYTES, *rooms)) if rooms else 0)
+        batch: list[StateTensor] = []
+        end = 0
+        for tensor, room in zip(tensors, rooms, strict=True):
+            if batch and end + room > _BATCH_BYTES:
+                yield from self._filled(batch)
+                batch, end = [], 0
+            place = Placement.whole(tensor.shape, tensor.owner)
+            live = tensor_in(memory, tensor.dtype, tensor.shape, end)
+            batch.append(StateTensor(tensor.name, live, "all", place))
+            end += room
+        yield from self._filled(batch)
 
     def fill(self, targets: Sequence[StateTensor]) -> None:
         """Fill these tensors, or parts of tensors; raises as :meth:`read`."""
@@ -66,16 +74,10 @@ class WholeVersion:
         restoration.fill(targets)
         self.repaired += [text for text in restoration.damage if text not in self.repaired]
 
-    def _fill(self, batch: list[SavedTensor]) -> Iterator[tuple[SavedTensor, torch.Tensor]]:
-        memory = [torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for t in batch]
-        self.fill(
-            [
-                StateTensor(t.name, m, "all", Placement.whole(t.shape, t.owner))
-                for t, m in zip(batch, memory, strict=True)
-            ]
-        )
-        for tensor in batch:
-            yield tensor, memory.pop(0)
+    def _filled(self, batch: Sequence[StateTensor]) -> Iterator[torch.Tensor]:
+        self.fill(batch)
+        for target in batch:
+            yield target.tensor
 
 
 @contextmanager
@@ -87,3 +89,7 @@ def whole_version(opened: AbstractContextManager[Files]) -> Iterator[WholeVersio
     """
     with opened as files:
         yield WholeVersion(all_readable(files))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

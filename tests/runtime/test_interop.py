@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from test_placing import TOPOLOGY, image_of, layout, whole_tensors
+from test_placing import image_of, layout, whole_tensors
 
 from ftrain.checkpoint.codec import encode_tree
 from ftrain.checkpoint.durable import DurableStore
@@ -28,7 +28,7 @@ from ftrain.comms.protocol.messages import VersionId
 from ftrain.launch.cli import main
 from ftrain.runtime.group import GroupView
 from ftrain.runtime.interop import dcp_directory, safetensors_files, torch_file
-from ftrain.runtime.interop.outline import model_items
+from ftrain.runtime.interop.outline import Item, model_items
 from ftrain.runtime.interop.whole import whole_version
 
 State = dict[str, torch.Tensor]
@@ -264,49 +264,27 @@ def test_what_is_each_ranks_own_keeps_the_ranks_in_its_name(tmp_path: Path) -> N
     assert {name: tensor[0].item() for name, tensor in found.items()} == {"w@0": 10, "w@1": 11}
 
 
-@pytest.mark.slow
-def test_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
-    """192 MB in tensors of 16 MB are exported by a process that may have 64 MB beside a chunk."""
-    store = DurableStore(tmp_path / "run/checkpoints")
-    tensors = {f"w{n}": torch.full((4_000_000,), float(n)) for n in range(12)}
-    publish_in_chunks(store, tensors)
-    script = (
-        "import resource, sys, torch, torch._subclasses.fake_tensor\n"
-        "from ftrain.launch.cli import main\n"
-        "import ftrain.runtime.interop.dcp_directory, ftrain.runtime.interop.torch_file\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert main(sys.argv[1:]) == 0\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000)\n"
-    )
-    for kind in KINDS:
-        command = ["checkpoints", "export", "--to", kind, str(tmp_path / "run")]
-        done = subprocess.run(
-            [sys.executable, "-c", script, *command, str(tmp_path / kind)],
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=True,
-        )
-        assert int(done.stdout.splitlines()[-1]) < 150, f"{kind}: {done.stdout} MB"
-
-
-def publish_in_chunks(store: DurableStore, tensors: State) -> None:
-    from ftrain.checkpoint.boxes import Placement
-    from ftrain.checkpoint.header import ImageIdentity
-    from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
-    from ftrain.checkpoint.tensors import tensor_view
-    from ftrain.comms.protocol.messages import Share
-
-    segments = lay_out(
-        Segment(f"model/{n}", "float32", tuple(t.shape), "0", 0, t.nbytes, Placement.whole(t.shape))
-        for n, t in tensors.items()
-    )
-    plan = ImagePlan(segments, (Share("0", 0, 0, 1),), 0, 16 << 20)
-    identity = ImageIdentity("run", TOPOLOGY, VersionId(1, 5), 0, 1, 0, os.getpid())
-    store.begin_fence(1, "run", None)
-    views = (tensor_view(tensor) for tensor in tensors.values())
-    store.write_tensors(1, identity, plan, views, SMALL)
-    store.publish_written(1, VersionId(1, 5), "run", 1)
+def test_a_dcp_directory_is_the_one_that_torch_writes(tmp_path: Path) -> None:
+    """The same bytes, and a tensor within another value has its place as well."""
+    tensors = whole_tensors(torch.bfloat16)
+    version = publish(DurableStore(tmp_path / "store"), tensors, 0, 2)
+    others: list[Any] = [torch.tensor(0.25), 0.5]
+    with whole_version(open_files(version)) as whole:
+        items = model_items(whole)
+        plain = [*items, Item(("step",), value=7)]
+        dcp_directory.write_dcp(whole, plain, tmp_path / "plain", lambda nbytes: None)
+        nested = [*items, Item(("betas",), value=others)]
+        dcp_directory.write_dcp(whole, nested, tmp_path / "nested", lambda nbytes: None)
+    found = {"betas": [torch.tensor(0.0), 0.0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        named = {item.name: tensors[item.name] for item in items}
+        dcp.save({**named, "step": 7}, checkpoint_id=tmp_path / "torch")
+        dcp.load(found, checkpoint_id=tmp_path / "nested")
+    ours = (tmp_path / "plain/__0_0.distcp").read_bytes()
+    assert ours == (tmp_path / "torch/__0_0.distcp").read_bytes()
+    assert found == {"betas": others}
+    assert_same(load("dcp", tmp_path / "nested", tensors), tensors)
 
 
 def test_parts_are_laid_over_chunks_as_the_plan_says(tmp_path: Path) -> None:
