@@ -29,6 +29,7 @@ the address of copies (what checkpoint.remote names: s3://, gs://, hdfs:// or fi
 
 Each takes --json for programs, and explains itself: ftrain checkpoints export --help
 """
+_PLACE = "a run's directory, one of versions, or an address such as s3://bucket/prefix"
 _EXPORT = """\
   ftrain checkpoints export --to safetensors RUN weights/
         a folder that Hugging Face's loaders read: shards of at most --shard-size, and their index
@@ -90,7 +91,9 @@ def _parser() -> Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog=parser.prog
+    )
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> Any:
         command = commands.add_parser(
@@ -118,10 +121,10 @@ def _parser() -> Parser:
         "--keep-every", type=int, default=0, metavar="N", help="and one in N steps"
     )
     pruning.add_argument("--dry-run", action="store_true", help="only say what would go")
-    pruning.add_argument("--pin", type=int, action="append", default=[], metavar="STEP")
-    pruning.add_argument("--unpin", type=int, action="append", default=[], metavar="STEP")
+    for name, text in (("--pin", "never delete this step"), ("--unpin", "as any other again")):
+        pruning.add_argument(name, type=int, action="append", default=[], metavar="STEP", help=text)
     for command in (listing, showing, verifying, pruning):
-        command.add_argument("place", metavar="RUN_OR_URI")
+        command.add_argument("place", metavar="RUN_OR_URI", help=_PLACE)
     _add_transfers(add, of_step)
     return parser
 
@@ -129,23 +132,23 @@ def _parser() -> Parser:
 def _add_transfers(add: Callable[..., Any], of_step: dict[str, Any]) -> None:
     kinds = ("safetensors", "dcp", "torch")
     exporting = add("export", _export, "write a version in another format", _EXPORT)
-    exporting.add_argument("--to", required=True, choices=kinds)
+    exporting.add_argument("--to", required=True, choices=kinds, help="the format")
     exporting.add_argument("--step", **of_step)
     what = exporting.add_mutually_exclusive_group()
     what.add_argument("--model-only", action="store_true", help="one model (the default)")
     what.add_argument("--all", action="store_true", help="all models and optimizers")
     what.add_argument("--model", default="", metavar="NAME", help="another model than 'model'")
     exporting.add_argument("--shard-size", default="5GB", metavar="SIZE", help="(5GB) safetensors")
-    exporting.add_argument("place", metavar="RUN_OR_URI")
-    exporting.add_argument("out", metavar="OUT")
+    exporting.add_argument("place", metavar="RUN_OR_URI", help=_PLACE)
+    exporting.add_argument("out", metavar="OUT", help="a new file (torch) or directory here")
     importing = add("import", _import, "begin a run with a model from another format", _IMPORT)
-    importing.add_argument("--from", dest="kind", required=True, choices=kinds)
+    importing.add_argument("--from", dest="kind", required=True, choices=kinds, help="its format")
     importing.add_argument("--model", default="model", metavar="NAME", help="as Session calls it")
     importing.add_argument(
         "--dtype", default="", metavar="TYPE", help="of floating-point tensors, such as float32"
     )
-    importing.add_argument("path", metavar="PATH")
-    importing.add_argument("place", metavar="RUN")
+    importing.add_argument("path", metavar="PATH", help="what to import: a file or a directory")
+    importing.add_argument("place", metavar="RUN", help="a run directory without versions")
 
 
 def _list(found: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftrain.checkpoint.dtypes import item_bytes
+from ftrain.checkpoint.dtypes import ITEM_BYTES
 from ftrain.comms.errors import RunDirectoryError, UsageError
 from ftrain.launch.place import is_address, new_place, open_place
 from ftrain.launch.words import parse_size, progress_bar, size_text
@@ -102,10 +102,9 @@ def import_version(path: str, place: str, kind: str, *, model: str, dtype: str) 
         RunDirectoryError: the run has versions already, or can't be written.
         UsageError, CorruptionError, StateError: ``path`` is not what it is said to be.
     """
-    if dtype:
-        item_bytes(dtype)  # refuses what is none
-        if "float" not in dtype:
-            raise UsageError(f"--dtype {dtype} is no floating-point type: float32, bfloat16, …")
+    if dtype and (dtype not in ITEM_BYTES or "float" not in dtype):
+        floats = ", ".join(name for name in ITEM_BYTES if "float" in name)
+        raise UsageError(f"--dtype {dtype} is no floating-point type: it is one of {floats}")
     _refuse_address("PATH", path)
     store = new_place(place)
     from ftrain.runtime.interop.importing import import_model

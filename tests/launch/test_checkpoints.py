@@ -170,6 +170,11 @@ def test_what_is_not_there_is_said_in_a_sentence(shown: Shown, run: Path, tmp_pa
         "export", "--to", "torch", run, tmp_path / "no/x"
     )
     assert "there is no file" in shown.refused("import", "--from", "torch", "gone", tmp_path / "n")
+    for dtype in ("int8", "flout32"):
+        assert f"--dtype {dtype} is no floating-point type: it is one of" in shown.refused(
+            "import", "--from", "torch", "--dtype", dtype, "gone", tmp_path / "n"
+        )
+    assert shown.refused("show").endswith("; see ftrain checkpoints show --help\n")
     assert not (tmp_path / "x").exists()
 
 
