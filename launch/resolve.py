@@ -281,7 +281,10 @@ def _check_ranges(config: FtrainConfig) -> None:
     if config.checkpoint.remote:
         if not config.checkpoint.enabled:
             raise ConfigError("checkpoint.remote copies durable versions: leave checkpoint=off out")
-        place_name(config.checkpoint.remote)
+        try:
+            place_name(config.checkpoint.remote)
+        except ConfigError as error:
+            raise ConfigError(f"checkpoint.remote: {error}") from None
     launch = config.launch
     if launch.local_nodes and launch.nnodes not in (1, launch.local_nodes):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
@@ -13,6 +14,7 @@ from ftrain.comms.errors import ConfigError
 _EXAMPLES = "s3://bucket/prefix, gs://bucket/prefix, hdfs://host:port/path or file:///path"
 _S3_OPTIONS = frozenset({"endpoint_override", "scheme", "region", "tls_ca_file_path"})
 _SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "file"})
+_USER_OF_URI = re.compile(r"(?<=://).*@", re.DOTALL)
 _SDK_ATTEMPTS = 3  # of one request; the whole operation is tried again as well
 
 
@@ -35,13 +37,20 @@ def place_name(uri: str) -> str:
         parts = urlsplit(uri)
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
-        parts, port = urlsplit(""), ""
+        parts, port = urlsplit("")._replace(path=uri), ""
     if parts.scheme not in _SCHEMES:
-        raise ConfigError(f"a place for checkpoints is a URI such as {_EXAMPLES}")
+        given = _USER_OF_URI.sub("", uri).partition("?")[0]
+        encode = " with %2F for each / in a secret" if "@" in parts.path else ""
+        raise ConfigError(
+            f"'{given}' is no place for checkpoints: write a URI such as {_EXAMPLES}{encode}"
+        )
     if not (parts.hostname or parts.scheme in {"file", "hdfs"}):
         raise ConfigError(f"a {parts.scheme}:// URI without a bucket: write {_EXAMPLES}")
     if parts.scheme == "file" and not parts.path.strip("/"):
         raise ConfigError("file:// without a path: write file:///path")
+    if parts.scheme == "file" and parts.netloc:
+        host = parts.netloc.rpartition("@")[2]
+        raise ConfigError(f"file://{host} would be a host: write file:/// and the absolute path")
     host = parts.netloc.rpartition("@")[2].partition(":")[0] + port
     return urlunsplit((parts.scheme, host, unquote(parts.path).rstrip("/"), "", ""))
 

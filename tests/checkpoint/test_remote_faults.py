@@ -262,8 +262,11 @@ def test_a_full_server_is_said(local: DurableStore, small_disk: Path, s3_credent
     [
         ("ftp://host/x", "a URI such as s3://bucket/prefix, "),
         ("/just/a/path", "a URI such as s3://"),
+        ("s4://key:abc@bucket/x?y=abc", "^'s4://bucket/x' is no place for checkpoints: write"),
+        ("s3://key:abc/de@bucket/x", "^'s3://bucket/x' is no place .* with %2F for each / in a s"),
         ("s3:///prefix", "without a bucket"),
         ("file://", "without a path"),
+        ("file://mnt/copies", "file://mnt would be a host: write file:/// and"),
         ("s3://bucket/x?secret_key=abc", "s3://bucket/x: no option is called secret_key, use"),
         ("s3://bucket:notaport/x", "a URI such as s3://"),
         ("file:///x y%zz\n", "no URI that can be used"),

@@ -106,6 +106,7 @@ def test_schedule_and_single_fault_add_up() -> None:
         ("faults.schedule=3", ["must be a list of faults"]),
         ("faults.schedule=[{kind:a,at_stp:5}]", ["no key 'at_stp'", "did you mean 'at_step'"]),
         ("faults.schedule=[{kind:a,at_step:x}]", ["faults.schedule[0].at_step must be a whole"]),
+        ("checkpoint.remote=/mnt/x", ["checkpoint.remote: '/mnt/x' is no place for checkpoints"]),
         ("no-override", ["is not an override"]),
     ],
 )

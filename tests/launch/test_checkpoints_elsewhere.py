@@ -205,7 +205,7 @@ def test_what_is_wrong_elsewhere_is_said_in_a_sentence(
     nobody = f"s3://bucket/run?endpoint_override=127.0.0.1:{free_port()}&scheme=http"
     assert "s3://bucket/run can't be reached" in shown.refused("list", nobody, code=1)
     assert "no option is called nonsense" in shown.refused("list", "s3://bucket/run?nonsense=1")
-    assert "is a URI such as" in shown.refused("list", "http://bucket/run")
+    assert "a URI such as" in shown.refused("list", "http://bucket/run")
     wrong = s3.uri("bucket/run").replace("s3://", f"s3://{KEY}:guessed@")
     for command in (("list",), ("prune", "--keep-last", "1"), ("export", "--to", "torch")):
         more = (tmp_path / "x.pt",) if command[0] == "export" else ()

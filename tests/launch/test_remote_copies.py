@@ -207,7 +207,7 @@ def test_a_store_that_refuses_is_said_before_anything_starts(
         assert len(launch.shown.splitlines()) == 1
     with launched(tmp_path, TRAINING, "checkpoint.remote=/just/a/path") as launch:
         assert launch.wait() == 2, launch.shown
-        assert launch.shown.startswith("ftrain: a place for checkpoints is a URI such as s3://")
+        assert launch.shown.startswith("ftrain: checkpoint.remote: '/just/a/path' is no place")
     with launched(tmp_path, TRAINING, "checkpoint=off", "checkpoint.remote=file:///x") as launch:
         assert launch.wait() == 2, launch.shown
         assert "leave checkpoint=off out" in launch.shown
