@@ -38,6 +38,7 @@ _REFUSED = re.compile(
     r"|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE|MISSING_AUTHENTICATION|NOT_INITIALIZED"
     r"|EXPIRED|TIME_TOO_SKEWED|INVALID_TOKEN|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED"
     r"|AccessControlException|Could not create a OAuth2 access token"
+    r"|UnsupportedAlgorithm"  # what rclone's server says to a request without a signature
 )
 _UNREACHABLE = re.compile(
     r"NETWORK_CONNECTION|curlCode|REQUEST_TIMEOUT|timed out|Connection refused|ConnectException"
@@ -47,6 +48,13 @@ _UNREACHABLE = re.compile(
 _BUSY = re.compile(
     r"SLOW_DOWN|THROTTL|INTERNAL_FAILURE|INTERNAL_ERROR|SERVICE_UNAVAILABLE|HTTP status 5\d\d", re.I
 )
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+_PLAIN_HTTP = "wrong version number"  # what TLS says when the answer is none of its own
+_NO_HADOOP = re.compile(r"Unable to load lib(jvm|hdfs)")
 _FULL_NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED_NUMBERS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
@@ -76,21 +84,32 @@ def sentence(place: str, error: BaseException) -> ObjectStoreError:
     if number in _FULL_NUMBERS or _FULL.search(text):
         return StoreFullError(f"{place} is full ({detail}): make room there, or raise its quota")
     if number in _REFUSED_NUMBERS or _REFUSED.search(text):
-        return StoreRefusedError(
-            f"{place} refuses access ({detail}): give credentials that may list, read, write and "
-            "delete there, where the store's own tools look for them "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
-        )
+        return StoreRefusedError(f"{place} refuses access ({detail}): {_give_access(place)}")
     if _UNREACHABLE.search(text):
-        return StoreUnreachableError(
-            f"{place} can't be reached ({detail}): look at the network, and at the URI's endpoint"
-        )
+        advice = "look at the network, and at the URI's endpoint"
+        if _PLAIN_HTTP in text:
+            advice = "if it has no TLS, write scheme=http into the URI"
+        return StoreUnreachableError(f"{place} can't be reached ({detail}): {advice}")
     if _BUSY.search(text):
         return StoreUnreachableError(f"{place} can't serve now ({detail}): try again later")
     advice = "look at the store and at the URI"
     if _NEEDS_CHECKSUM_OFF.search(text):
         advice = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required for it"
+    elif _NO_HADOOP.search(text):
+        advice = "install Java and Hadoop's libhdfs, and set JAVA_HOME, HADOOP_HOME and CLASSPATH"
     return ObjectStoreError(f"{place} can't be used ({detail}): {advice}")
+
+
+def _give_access(place: str) -> str:
+    """What to do when it is refused."""
+    scheme = place.partition(":")[0]
+    if scheme == "file":
+        return "whoever runs this has to be allowed to list, read, write and delete there"
+    where = f" ({_CREDENTIALS[scheme]})" if scheme in _CREDENTIALS else ""
+    return (
+        "give credentials that may list, read, write and delete there, where the store's own tools "
+        f"look for them{where}"
+    )
 
 
 def _detail(error: BaseException) -> str:

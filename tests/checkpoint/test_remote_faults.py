@@ -3,6 +3,7 @@ training's versions are none the worse for it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -288,6 +289,32 @@ def test_hdfs_without_java_is_said() -> None:
     with pytest.raises(ObjectStoreError, match=r"^hdfs://host:1/p can't be used \(") as caught:
         Place("hdfs://host:1/p", ONCE).sizes()
     assert len(str(caught.value).splitlines()) == 1
+    assert "install Java" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "advice"),
+    [
+        ("gs://b", OSError("PERMISSION_DENIED"), "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("s3://b", OSError("ACCESS_DENIED"), "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("hdfs://b", OSError("AccessControlException"), "give credentials"),
+        ("file:///b", PermissionError(errno.EACCES, "no"), "has to be allowed to list, read, wr"),
+        ("s3://b", OSError("curlCode: 35; TLS: wrong version number"), "scheme=http"),
+    ],
+)
+def test_what_to_do_fits_the_store(place: str, error: OSError, advice: str) -> None:
+    assert advice in str(sentence(place, error))
+
+
+def test_a_server_over_http_and_requests_without_credentials(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreUnreachableError, match="write scheme=http into the URI"):
+        Place(s3.uri("bucket/run").replace("&scheme=http", ""), ONCE).sizes()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StoreRefusedError, match="give credentials"):
+        Place(s3.uri("bucket/run"), ONCE).sizes()
 
 
 @pytest.mark.parametrize(
