@@ -270,7 +270,7 @@ class DurableStore:
         highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
         begun = {version.version for version in stated if version.fence in fences}
         record = settling(fences.values(), begun)
-        return survey_of(found, fences, record, [*problems, *unreadable], highest)
+        return survey_of(self.name, found, fences, record, [*problems, *unreadable], highest)
 
     def versions(self) -> tuple[DurableVersion, ...]:
         """The versions of :meth:`survey`, newest first."""

@@ -97,6 +97,7 @@ class VersionStore(Protocol):
 
 
 def survey_of(
+    name: str,
     found: Iterable[tuple[_V, str]],
     fences: Mapping[int, Fence],
     latest: Fence | None,
@@ -106,6 +107,7 @@ def survey_of(
     """What a store holds, put in order.
 
     Args:
+        name: of the store.
         found: each version with what is wrong with its files; "": nothing.
         fences: those that were granted.
         latest: the one that settles what the history is.
@@ -122,13 +124,20 @@ def survey_of(
             shown.append(version)
         else:
             hidden.append(version)
+    granted = max(fences, default=0)
+    unbegun = {v.fence for v in hidden if v.fence not in fences}
+    lost = [
+        f"{name}/{fence}/fence.json is missing, without which no version in {name}/{fence} counts"
+        for fence in sorted(unbegun, reverse=True)
+        if fence > granted or not shown  # else it was swept, and what came after is here
+    ]
     return Survey(
         tuple(shown),
         tuple(hidden),
         tuple(damaged),
-        (*(one.damage for one in damaged), *problems),
+        (*lost, *(one.damage for one in damaged), *problems),
         highest,
-        max(fences, default=0),
+        granted,
     )
 
 
@@ -146,7 +155,10 @@ def find_version(survey: Survey[_V], name: str, step: int | None) -> _V:
         if step is None or version.step == step:
             return version
     there = ", ".join(str(version.step) for version in survey.versions[:_NAMED_MAX])
-    raise UsageError(f"there is no version of step {step} in {name}: it has {there}")
+    why = next((f" ({one.damage})" for one in survey.damaged if one.version.step == step), "")
+    if any(version.step == step for version in survey.hidden):
+        why = " that is of the run's history"
+    raise UsageError(f"there is no version of step {step} in {name}{why}: it has {there}")
 
 
 def all_readable(files: Files) -> list[SegmentReader]:

@@ -318,7 +318,9 @@ class RemoteStore:
         found = [(version, self._lacking(version, sizes)) for version in versions]
         numbers = (name.partition("/")[0] for name in sizes)
         highest = max((int(n) for n in numbers if re.fullmatch(_NUMBER, n)), default=0)
-        return survey_of(found, fences, newest(fences.values()), sorted(problems), highest)
+        return survey_of(
+            self.name, found, fences, newest(fences.values()), sorted(problems), highest
+        )
 
     def _fences(
         self, sizes: Mapping[str, int]

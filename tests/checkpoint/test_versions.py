@@ -102,8 +102,30 @@ def test_a_survey_sorts_versions_by_what_they_are_good_for(case: Case) -> None:
     assert (survey.fence, survey.granted) == (2, 2)
     assert case.store.find().key == (1, 8)
     assert case.store.find(5).key == (1, 5)
-    with pytest.raises(UsageError, match=r"no version of step 7 in .*: it has 8, 5"):
+    with pytest.raises(UsageError, match=r"no version of step 7 in .* missing.*\): it has 8, 5"):
         case.store.find(7)
+    with pytest.raises(UsageError, match=r"no version of step 9 in .* history: it has 8, 5"):
+        case.store.find(9)
+
+
+def test_an_epoch_without_its_record_is_told(case: Case) -> None:
+    """All that it published is as good as gone, which must not look like an empty store."""
+    case.save(1, 5)
+    case.begin(2, VersionId(1, 5))
+    case.save(2, 6)
+    (case.folder / "2/fence.json").unlink()
+    case.settle()
+    survey = case.store.survey()
+    assert keys(survey.versions) == [(1, 5)]
+    (problem,) = survey.problems
+    assert problem.startswith(f"{case.store.name}/2/fence.json is missing, without which")
+    (case.folder / "1/fence.json").unlink()
+    case.settle()
+    assert [problem.split(",")[0] for problem in case.store.survey().problems] == [
+        f"{case.store.name}/{fence}/fence.json is missing" for fence in (2, 1)
+    ]
+    with pytest.raises(RunDirectoryError, match=r"no complete version in .*: .*2/fence\.json is"):
+        case.store.find()
 
 
 def test_opened_files_are_those_that_were_written(case: Case) -> None:
