@@ -75,6 +75,18 @@ def place_text(text: str) -> str:
     return place_name(text) if is_address(text) else text
 
 
+def versions_folder(run: Path) -> Path:
+    """Where the versions of a run are that was launched; ``RunDirectoryError``.
+
+    ``job.json`` names it as it was at the launch.  In a run's directory that was moved or copied
+    since they are those beside it: at the old place may be another run's by now.
+    """
+    job = read_job(run / "job.json")
+    named = Path(job.config.checkpoint.dir or Path(job.run_dir, _VERSIONS))
+    inside = named.is_relative_to(job.run_dir)
+    return run / named.relative_to(job.run_dir) if inside else named
+
+
 def copies_of(text: str) -> str:
     """URI of the copies of that run (``checkpoint.remote``); "": it has none.
 
@@ -106,8 +118,7 @@ def _directory(text: str) -> DurableStore:
 def _folders(path: Path) -> list[Path]:
     """Where the versions may be, the likeliest first."""
     if (path / "job.json").is_file():
-        named = read_job(path / "job.json").config.checkpoint.dir
-        return [Path(named) if named else path / _VERSIONS]
+        return [versions_folder(path)]
     if path.is_dir() and numbered(path, ""):
         return [path]
     return [path / _VERSIONS]

@@ -17,9 +17,9 @@ from pathlib import Path
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.events import read_events
-from ftrain.comms.job import read_job
 from ftrain.comms.process import start_ticks
 from ftrain.comms.telemetry import Phase, TelemetryPage, Word
+from ftrain.launch.place import versions_folder
 from ftrain.launch.run_directory import RunRecord, read_run_record
 from ftrain.launch.saved import SavedStatus, read_saved, saved_text
 from ftrain.launch.words import print_table
@@ -190,8 +190,7 @@ def _past(path: Path, record: RunRecord) -> PastStatus:
 def _newest_durable(path: Path) -> tuple[int, str]:
     """Its step; or -1, and the first reason why no version can be used."""
     try:
-        folder = read_job(path / "job.json").config.checkpoint.dir
-        survey = DurableStore(folder or path / "checkpoints").survey()
+        survey = DurableStore(versions_folder(path)).survey()
     except FtrainError:
         return -1, ""  # never launched, or the directory is gone
     if survey.versions:

@@ -62,8 +62,8 @@ def copied(request: pytest.FixtureRequest, tmp_path: Path) -> Copied:
     return make_copies(tmp_path / "run", s3.uri("bucket/run"), s3.folder / "bucket/run")
 
 
-def named_by_job(run: Path, uri: str) -> None:
-    config = FtrainConfig(checkpoint=CheckpointConfig(remote=uri))
+def named_by_job(run: Path, uri: str, folder: str = "") -> None:
+    config = FtrainConfig(checkpoint=CheckpointConfig(remote=uri, dir=folder))
     write_job(
         JobSpec(
             run_id="run",
@@ -192,6 +192,25 @@ def test_copies_that_can_not_be_looked_at_do_not_hide_the_versions(
     code, text = shown("list", tmp_path / "run")
     assert code == 0
     assert SECRET not in text
+
+
+def test_a_copy_of_a_run_is_another_run(shown: Shown, tmp_path: Path) -> None:
+    """What is done to the copy must not be done to the versions of the run at the old place."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    for step in (10, 20):
+        save(DurableStore(run / "checkpoints"), 1, step, rows=4)
+    named_by_job(run, "", str(run / "checkpoints"))
+    shutil.copytree(run, copy)
+    shown("prune", copy, "--keep-last", "1")
+    assert [v["step"] for v in shown.told("list", copy)["versions"]] == [20]
+    assert [v["step"] for v in shown.told("list", run)["versions"]] == [20, 10]
+    shutil.rmtree(run)
+    assert [v["step"] for v in shown.told("list", copy)["versions"]] == [20]
+    run.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    copy.joinpath("checkpoints").rename(elsewhere)
+    named_by_job(run, "", str(elsewhere))
+    assert shown.told("list", run)["places"] == [str(elsewhere)]
 
 
 def test_what_is_wrong_elsewhere_is_said_in_a_sentence(
