@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from ftrain.runtime.interop.target import Progress, appearing, failed_in_torch
 from ftrain.runtime.interop.whole import WholeVersion
 
 _ALIGNMENT = 64
+_FOREIGN = re.compile(r"GLOBAL (\S+)")  # in what torch says of a class or function in a pickle
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
@@ -68,6 +70,8 @@ def read_torch(path: Path) -> Origin:
         UsageError: there is no such file, or no such thing in it.
         CorruptionError: it can't be read without running what is in it, or at all.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory: name a file of torch.save, or say --from dcp")
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     tree = _load(path)
@@ -131,10 +135,19 @@ def _load(path: Path) -> Any:
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6
     except Exception as error:  # whatever a damaged file makes of torch's reader
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        text = str(error).strip()
+        foreign = _FOREIGN.search(text)
+        if foreign is not None:
+            raise CorruptionError(
+                f"{path} holds {foreign[1]}, and nothing but tensors and plain values is read: "
+                "save the model's state_dict()"
+            ) from None
+        # What torch says of pickles is advice to run what is in them.
+        is_advice = type(error).__name__ == "UnpicklingError"
+        why = "" if is_advice or not text else f" ({text.splitlines()[0].partition('. ')[0]})"
         raise CorruptionError(
-            f"{path} can't be read as tensors and plain values ({first[0]}): it is damaged, or "
-            "holds objects of other kinds; save the model's state_dict()"
+            f"{path} can't be read as tensors and plain values{why}: it is damaged, or no file of "
+            "torch.save"
         ) from None
 
 
