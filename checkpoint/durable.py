@@ -65,7 +65,7 @@ def none_usable_text(directory: Path, problems: Sequence[str]) -> str:
     """Why training does not begin anew where there are versions, and what to do."""
     return (
         f"no version in {directory} can be used ({_named(problems)}): put back what `ftrain "
-        f"checkpoints list {directory}` names, or move {directory} away to begin at step 0"
+        f"checkpoints verify {directory}` names, or move {directory} away to begin at step 0"
     )
 
 
@@ -73,7 +73,7 @@ def not_all_usable_text(directory: Path, problems: Sequence[str], step: int) -> 
     """What is wrong with some of the versions there; training goes on from ``step``."""
     return (
         f"not every version in {directory} can be used ({_named(problems)}): training goes on "
-        f"from step {step}; `ftrain checkpoints list {directory}` names what is damaged"
+        f"from step {step}; `ftrain checkpoints verify {directory}` names what is damaged"
     )
 
 

@@ -126,7 +126,7 @@ def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Pa
     never = ("checkpoint.durable_every_s=1000",)
     line = begins(*never)
     assert line.startswith(f"not every version in {folder} can be used ({newest} is missing)")
-    assert f"goes on from step {steps[-2]}; `ftrain checkpoints list {folder}` names" in line
+    assert f"goes on from step {steps[-2]}; `ftrain checkpoints verify {folder}` names" in line
 
     for manifest in folder.glob("*/[0-9]*.json"):
         if manifest.stem != str(steps[-1]):
@@ -136,7 +136,7 @@ def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Pa
             assert launch.wait() == 1, launch.shown
             (line,) = (line for line in launch.shown.splitlines() if "can be used" in line)
             assert line.startswith(f"ftrain: no version in {folder} can be used ({newest} is missi")
-            assert f": put back what `ftrain checkpoints list {folder}` names, or move " in line
+            assert f": put back what `ftrain checkpoints verify {folder}` names, or move " in line
             assert "Traceback" not in launch.shown
     status = [sys.executable, "-m", "ftrain.launch.cli", "status", "run"]
     said = subprocess.run(status, cwd=tmp_path, capture_output=True, text=True).stdout
