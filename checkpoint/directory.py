@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from ftrain.checkpoint.files import NewFile, sync_folder
 from ftrain.comms.errors import FtrainError, RunDirectoryError
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")  # and the next one fits into 64 bits as well
 
 
@@ -24,9 +26,14 @@ def explained(folder: Path, nbytes: int) -> Iterator[None]:
     except FtrainError:
         raise
     except OSError as error:
+        advice = "change that, or set checkpoint.dir"
+        if error.errno in _NO_ROOM:
+            advice = (
+                f"{nbytes} bytes were needed, {free_bytes(folder)} are free; make room, or set "
+                "checkpoint.dir"
+            )
         raise RunDirectoryError(
-            f"{folder} can't be written to ({error.strerror}): {nbytes} bytes were needed, "
-            f"{free_bytes(folder)} are free; make room, or set checkpoint.dir"
+            f"{folder} can't be written to ({error.strerror}): {advice}"
         ) from error
 
 

@@ -161,7 +161,8 @@ def _read(path: Path) -> RunRecord | None:
         return None
     except BAD_INPUT as error:
         raise RunDirectoryError(
-            f"{path / 'run.json'} is not readable as a run's record ({error}): choose another"
+            f"{path / 'run.json'} is not readable as a run's record ({error}): delete it and give"
+            f" --run-id what `ftrain checkpoints show {path}` calls the run, or choose another"
             " directory with --run-dir"
         ) from None
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ftrain.checkpoint.files import sync_folder
@@ -29,6 +29,11 @@ def appearing(out: Path, nbytes: int) -> Iterator[Path]:
     if not out.absolute().parent.is_dir():
         raise RunDirectoryError(
             f"there is no directory {out.absolute().parent} to put {out.name} in"
+        )
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise RunDirectoryError(
+            f"{out} can't be written: {out.absolute().parent} is read-only for you; choose another "
+            "place"
         )
     fresh = _fresh(out)
     if shutil.disk_usage(out.absolute().parent).free < nbytes:
@@ -53,7 +58,8 @@ def discard(out: Path) -> None:
     if fresh.is_dir():
         shutil.rmtree(fresh, ignore_errors=True)
     else:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # what made the export fail is what is told
+            fresh.unlink(missing_ok=True)
 
 
 def failed_in_torch(error: BaseException) -> OSError:

@@ -391,7 +391,7 @@ def _refusal(directory: Path, how: str) -> str:
         [sys.executable, "-c", _REFUSED, directory, how], cwd=HERE, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    assert "bytes were needed" in done.stdout
+    assert ("bytes were needed" in done.stdout) == (how == "limit")
     assert len(done.stdout.splitlines()) == 1
     return done.stdout
 
@@ -423,6 +423,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a file system")
     yield place
     subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_read_only_wants_no_room(small_disk: Path) -> None:
+    store = DurableStore(small_disk)
+    version = save(store, 3, 1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for action in (lambda: store.pin(version), lambda: store.remove([version])):
+        with pytest.raises(RunDirectoryError, match=r"Read-only file system\): change that"):
+            action()
 
 
 def test_a_full_disk_is_said_and_older_versions_stay(small_disk: Path) -> None:

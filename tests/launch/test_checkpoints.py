@@ -210,6 +210,14 @@ def test_a_full_disk_leaves_nothing_behind(shown: Shown, run: Path, tmp_path: Pa
         fill(True)
 
 
+def test_nothing_is_exported_to_what_is_read_only(shown: Shown, run: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k"):
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
+        for kind in ("safetensors", "torch", "dcp"):
+            sentence = shown.refused("export", "--to", kind, run, tmp_path / "disk/out")
+            assert f"out can't be written: {tmp_path / 'disk'} is read-only for you" in sentence
+
+
 LIMITED = """
 import resource, signal, sys
 from ftrain.launch.cli import main
