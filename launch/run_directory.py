@@ -110,6 +110,23 @@ def check_log_directory(path: Path) -> None:
         ) from None
 
 
+def check_versions_directory(path: Path) -> None:
+    """:class:`RunDirectoryError` when no durable version can be put there: better known now than
+    after hours of training.  It is not made yet."""
+    try:
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        why = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only for you"
+        if not there.is_dir():
+            why = f"{there} is no directory"
+    except OSError as error:
+        why = str(error.strerror)
+    if why:
+        raise RunDirectoryError(
+            f"no durable version can be put into {path} ({why}): choose another directory with"
+            " checkpoint.dir, or train without any: checkpoint=off"
+        )
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Replace a small file atomically; it is on stable storage when this returns."""
     fresh = path.with_name(path.name + ".new")

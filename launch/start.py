@@ -32,7 +32,12 @@ from ftrain.launch.options import LaunchRequest, parse_launch
 from ftrain.launch.own_process import in_own_process
 from ftrain.launch.remote_copies import copy_last, fetch_newest
 from ftrain.launch.resolve import resolve, to_yaml
-from ftrain.launch.run_directory import RunDirectory, check_log_directory, open_run_directory
+from ftrain.launch.run_directory import (
+    RunDirectory,
+    check_log_directory,
+    check_versions_directory,
+    open_run_directory,
+)
 from ftrain.launch.script import Script, check_script
 from ftrain.recovery.faults import check_schedule
 
@@ -71,6 +76,8 @@ def launch(tokens: Sequence[str]) -> int:
             run_id=settings.run_id,
             node_rank=settings.node_rank,
         )
+        if config.checkpoint.enabled and listener is not None:
+            check_versions_directory(_durable_folder(config, directory))
         if config.checkpoint.remote and listener is not None:
             asyncio.run(_fetch(config, directory))
         secret = secret or secrets.token_hex(32)

@@ -161,6 +161,12 @@ def test_run_directory_is_a_file(refused: Refused) -> None:
     assert "can't be written" in refused("launch", "--run-dir", "train.py/x", "train.py")
 
 
+def test_no_versions_can_be_put_into_a_file(refused: Refused, folder: Path) -> None:
+    sentence = refused("launch", "checkpoint.dir=train.py/x", "train.py")
+    assert f"can be put into {folder / 'train.py/x'} ({folder / 'train.py'} is no dir" in sentence
+    assert "checkpoint.dir" in sentence
+
+
 def test_foreign_run_directory(refused: Refused, folder: Path) -> None:
     run = folder / "run"
     open_run_directory(run, check_script("train.py", module=False), world_size=1).close()

@@ -55,8 +55,11 @@ def test_what_ranks_print_is_shown_although_no_log_can_be_written(
     assert os.strerror(errno.ENOSPC) in launch.shown
 
 
-def test_a_log_directory_that_is_read_only_is_refused_at_start(tmp_path: Path, disk: Path) -> None:
+def test_a_directory_that_is_read_only_is_refused_at_start(tmp_path: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with launched(tmp_path, TALKING, "--log-dir", str(disk / "logs")) as launch:
         assert launch.wait() == 2, launch.shown
     assert "choose another with --log-dir" in launch.shown
+    with launched(tmp_path, TALKING, f"checkpoint.dir={disk}/versions") as launch:
+        assert launch.wait() == 2, launch.shown
+    assert f"({disk} is read-only for you): choose another directory with" in launch.shown
