@@ -34,12 +34,15 @@ The command line has three parts:
 
   ftrain launch --nproc-per-node 2 train.py --steps 200
   ftrain launch --nproc-per-node 2 faults=kill_rank faults.at_step=50 train.py
+  ftrain launch checkpoint.durable_every_steps=500 checkpoint.keep_last=3 train.py
+  ftrain launch checkpoint.remote=s3://bucket/prefix train.py
   ftrain launch --local-nodes 2 --nproc-per-node 2 launch.max_restarts=5 -m my.package.train
   ftrain launch -- odd=name.py            (-- when the script's name contains '=')
   ftrain launch --cfg job snapshot=off    (print the resolved configuration)
 
-Exit codes: 0 done · 1 the script failed · 2 wrong command line, configuration or run directory ·
-75 stopped on request and saved, run the same command again to go on · 130 forced to stop
+Exit codes: 0 done · 1 the script failed, or the end of the run could not be saved · 2 wrong command
+line, configuration or run directory, or no memory for snapshots · 75 stopped on request and saved,
+run the same command again to go on · 130 forced to stop
 """
 
 # Torchrun options that mean nothing here, and what to do instead.
