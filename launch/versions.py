@@ -113,8 +113,10 @@ def _print_list(
         return
     if rows:
         print_table([_COLUMNS, *(row.cells(now_s) for row in rows)])
-    else:
-        print(f"no version in {' or '.join(places)}")
+    held = {row.store.name for row in rows}
+    empty = [place for place in places if place not in held]
+    if empty and not (rows and problems):  # else it is told why nothing is seen there
+        print(f"no version in {' or '.join(empty)}")
     if copies:
         print(f"copies are in {place_text(copies)}: list them too with --remote")
     for problem in problems:

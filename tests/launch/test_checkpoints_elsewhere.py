@@ -178,6 +178,14 @@ def test_list_shows_a_runs_copies_when_it_is_asked_to(shown: Shown, tmp_path: Pa
     ]
 
 
+def test_that_there_is_no_copy_is_said(shown: Shown, tmp_path: Path) -> None:
+    save(DurableStore(tmp_path / "run/checkpoints"), 1, 10)
+    copies = (tmp_path / "copies").as_uri()
+    named_by_job(tmp_path / "run", copies)
+    code, text = shown("list", tmp_path / "run", "--remote")
+    assert (code, text.splitlines()[-1]) == (0, f"no version in {copies}")
+
+
 def test_copies_that_can_not_be_looked_at_do_not_hide_the_versions(
     shown: Shown, tmp_path: Path, s3_credentials: None
 ) -> None:
