@@ -243,11 +243,16 @@ async def copy_last(config: CheckpointConfig, folder: Path, run_id: str, say: Sa
     """Copy the newest version once the run is over, within ``checkpoint.remote_end_s``; a stop
     signal ends it as well."""
     loop = asyncio.get_running_loop()
+
+    def copied(fields: dict[str, object]) -> None:
+        patience.cancel()  # what is left is to remove older ones
+        say(f"step {fields['step']} was copied to {fields['place']}")
+
     copies = RemoteCopies(
         config,
         DurableStore(folder),
         run_id,
-        on_copied=lambda fields: say(f"step {fields['step']} was copied to {fields['place']}"),
+        on_copied=copied,
         on_failed=lambda text, kind, again: say(text),
         on_told=say,
     )

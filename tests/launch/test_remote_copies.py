@@ -110,6 +110,7 @@ def test_a_stop_copies_what_it_saved(s3: S3Server, tmp_path: Path) -> None:
         saved = re.search(r"with step (\d+) saved", launch.shown)
         assert saved
         assert f"step {saved[1]} was copied to s3://bucket/run\n" in launch.shown
+        assert "copying the last version" not in launch.shown.partition("was copied to")[2]
         assert launch.gone_after(0)
 
 
