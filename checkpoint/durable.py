@@ -47,7 +47,7 @@ from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
 from ftrain.checkpoint.versions import Files, Survey, find_version, survey_of
-from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
 if TYPE_CHECKING:
@@ -284,7 +284,10 @@ class DurableStore:
             UsageError: there are others only.
             StateError: as :meth:`survey`.
         """
-        return find_version(self.survey(), self.name, step)
+        survey = self.survey()
+        if survey.fence == 0 and not survey.problems and (why := self._why_nothing()):
+            raise RunDirectoryError(f"there is no complete version in {self.name}: {why}")
+        return find_version(survey, self.name, step)
 
     def opened(self, version: PublishedVersion) -> AbstractContextManager[Files]:
         """Every rank's file, its footer verified, or why it can't be used; closed in the end."""
@@ -412,6 +415,13 @@ class DurableStore:
             finally:
                 fresh.unlink(missing_ok=True)
             sync_folder(folder)
+
+    def _why_nothing(self) -> str:
+        """Why nobody can have put a version there; empty: it may be."""
+        inside = self.directory / "checkpoints"
+        if inside.is_dir():
+            return f"it is a run's directory, whose versions are in {inside}"
+        return "" if self.directory.is_dir() else "there is no such directory"
 
     def _make_safe(self) -> None:
         """Sync the names of all records and manifests, before anything is removed because of them:

@@ -314,6 +314,14 @@ def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) ->
     assert not (store.directory / "1").exists()
 
 
+def test_a_directory_that_is_none_of_versions_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"version in .*/gone: there is no such dir"):
+        DurableStore(tmp_path / "gone").find()
+    save(DurableStore(tmp_path / "run/checkpoints"), 1, 80, world_size=1)
+    with pytest.raises(RunDirectoryError, match=r"it is a run.s directory, .*run/checkp"):
+        DurableStore(tmp_path / "run").find(80)
+
+
 def test_an_open_file_outlives_its_name(store: DurableStore) -> None:
     reader = save(store, 3, 1).open(0)
     save(store, 3, 2)
