@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -281,12 +280,10 @@ class TrainingState:
             for group in optimizer.param_groups
         ]
         if mine != skeleton["groups"]:
-            flat = [inner for group in mine for inner in group]
-            saved = [inner for group in skeleton["groups"] for inner in group]
-            odd = next((a for a, b in zip_longest(flat, saved) if a != b), "the grouping")
             raise StateError(
-                f"{name} holds other parameters here than in the saved run: the first difference "
-                f"is at {odd!r}; use another run directory for another model"
+                f"{name} holds other parameters here than in the saved run: "
+                f"{_first_difference(mine, skeleton['groups'])}; use another run directory for "
+                "another model"
             )
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
@@ -371,6 +368,19 @@ class _Buffers:
         """What changes when a module or a buffer is added, exchanged or taken away."""
         children = [id(child) for m in self._modules for child in m._modules.values()]
         return children + [len(module._buffers) for module in self._modules]
+
+
+def _first_difference(mine: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> str:
+    """Where two optimizers' groups of parameters first differ, in words."""
+    here = {inner: None for group in mine for inner in group}
+    there = {inner: None for group in saved for inner in group}
+    added = next((inner for inner in here if inner not in there), "")
+    lacking = next((inner for inner in there if inner not in here), "")
+    if added and lacking:
+        return f"{added!r} is only here, {lacking!r} only there"
+    if added or lacking:
+        return f"{added!r} is not there" if added else f"{lacking!r} is not here"
+    return "they are the same, in other groups or in another order"
 
 
 def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:

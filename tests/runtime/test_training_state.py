@@ -15,7 +15,7 @@ from ftrain.comms.errors import CorruptionError, RestoreError, SessionError, Sta
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.runtime.group import GroupView, key_of, ranks_of
 from ftrain.runtime.restore import Restoration, restore
-from ftrain.runtime.state import TrainingState, plain_name
+from ftrain.runtime.state import TrainingState, _first_difference, plain_name
 
 
 def make(width: int = 12, optimizer: str = "AdamW") -> tuple[torch.nn.Module, Any, Any]:
@@ -124,12 +124,30 @@ def test_another_model_is_refused_with_the_first_difference() -> None:
         put_back(image_of(state_of(parts)), state_of(make(13)))
 
 
+@pytest.mark.parametrize(
+    ("mine", "saved", "words"),
+    [
+        ([["a", "b"]], [["a"]], "'b' is not there"),
+        ([["a"]], [["a"], ["b"]], "'b' is not here"),
+        ([["a", "c"]], [["a", "b"]], "'c' is only here, 'b' only there"),
+        ([["a", "b"]], [["b", "a"]], "in another order"),
+        ([["a", "b"]], [["a"], ["b"]], "in other groups"),
+    ],
+)
+def test_the_first_difference_of_two_groupings_is_named(
+    mine: list[list[str]], saved: list[list[str]], words: str
+) -> None:
+    assert words in _first_difference(mine, saved)
+
+
 def test_another_optimizer_grouping_is_refused() -> None:
     parts = make()
     train(parts, 1)
     model, _, _ = make()
     half = torch.optim.AdamW(list(model.parameters())[:2], lr=0.01)
-    with pytest.raises(StateError, match="holds other parameters"):
+    with pytest.raises(
+        StateError, match=r"holds other parameters .*: 'model/\S+' is not here; use"
+    ):
         put_back(
             image_of(state_of(parts)),
             TrainingState(
