@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ftrain.comms.errors import RestoreError, UsageError
+from ftrain.comms.errors import RestoreError, RunDirectoryError, UsageError
 from ftrain.runtime.deepspeed import tags
 from ftrain.runtime.deepspeed.engine import DurableEngine, Options, Statistics
 from ftrain.runtime.deepspeed.reading import read_state
@@ -148,11 +148,17 @@ def export(save_dir: str | Path, tag: str, target: str | Path) -> None:
     ``zero_to_fp32.py``, ``ds_to_universal.py`` and whatever else reads its files.
 
     Raises:
+        RunDirectoryError: ``target`` has this tag already; nothing is overwritten.
         CorruptionError, RestoreError: as :func:`verify`.
     """
+    files = _files(Path(save_dir), tag)
     folder = Path(target) / tag
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in _files(Path(save_dir), tag):
+    if folder.exists():
+        raise RunDirectoryError(
+            f"{folder} exists already: export into a new directory, nothing is overwritten"
+        )
+    folder.mkdir(parents=True)
+    for path in files:
         reader = tags.open_file(path)
         assert reader is not None
         try:

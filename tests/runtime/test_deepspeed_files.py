@@ -24,9 +24,15 @@ from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
-from ftrain.comms.errors import CorruptionError, RestoreError, StateError, UsageError
+from ftrain.comms.errors import (
+    CorruptionError,
+    RestoreError,
+    RunDirectoryError,
+    StateError,
+    UsageError,
+)
 from ftrain.comms.protocol.messages import Share, VersionId
-from ftrain.runtime.deepspeed import complete_tags, tags, use, verify
+from ftrain.runtime.deepspeed import complete_tags, export, tags, use, verify
 from ftrain.runtime.deepspeed.reading import read_state, read_torch_file
 from ftrain.runtime.deepspeed.shot import Room, Shot, changes_of
 from ftrain.runtime.deepspeed.tree import Folder, unfold
@@ -334,6 +340,20 @@ def test_an_incomplete_tag_is_refused_and_a_complete_one_named(tmp_path: Path) -
     assert complete_tags(tmp_path) == ["step1"]
     (tmp_path / "step1" / OPTIMIZER).unlink()
     assert complete_tags(tmp_path) == []
+
+
+def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
+    """Least of all the checkpoint that it reads."""
+    save_tag(tmp_path / "step1", 1.0, "1")
+    with pytest.raises(RunDirectoryError, match="step1 exists already: export into a new"):
+        export(tmp_path, "step1", tmp_path)
+    assert verify(tmp_path, "step1") > 0
+    export(tmp_path, "step1", tmp_path / "out")
+    with pytest.raises(RunDirectoryError, match="exists already"):
+        export(tmp_path, "step1", tmp_path / "out")
+    with pytest.raises(RestoreError, match="step2 is not complete"):
+        export(tmp_path, "step2", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_deepspeeds_own_files_are_left_to_it(tmp_path: Path) -> None:
