@@ -222,6 +222,7 @@ class AloneKeeper:
                 )
             if self._agreement.everyone(small is not None):
                 self._tell_unusable(survey.problems, version.step)
+                self._tell(f"resumes at step {version.step} from {version.path}")
                 self.resumed = True
                 self._saved_step = version.step
                 self._parent = version.version
@@ -234,9 +235,13 @@ class AloneKeeper:
         return None
 
     def _tell_unusable(self, problems: Sequence[str], step: int) -> None:
-        if problems and self._environment.rank == 0 and self._environment.context is None:
-            # A launch says it by itself.
-            self._note(not_all_usable_text(self._store.directory, problems, step))
+        if problems:
+            self._tell(not_all_usable_text(self._store.directory, problems, step))
+
+    def _tell(self, text: str) -> None:
+        """Say once what a launch says by itself."""
+        if self._environment.rank == 0 and self._environment.context is None:
+            self._note(text)
 
     def _put_back(
         self, state: TrainingState, version: DurableVersion

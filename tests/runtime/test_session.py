@@ -117,6 +117,7 @@ def test_a_damaged_version_is_passed_over_for_an_older_one(
     newest.write_bytes(data)
     resumed = run(tmp_path, loop())
     assert "step 10 is not used" in resumed.stderr
+    assert "resumes at step 5 from " in resumed.stderr
     assert losses(tmp_path) == undisturbed
 
 
