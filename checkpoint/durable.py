@@ -127,6 +127,18 @@ class DurableStore:
             sync_folder(self.directory)  # who made the folder may have died before doing so
         return record
 
+    def has_begun(self, fence: int) -> bool:
+        """Whether the record of :meth:`begin_fence` is there, whatever is in it."""
+        return (self.directory / str(fence) / _FENCE).is_file()
+
+    def require_begun(self, fence: int) -> None:
+        """Raise ``RunDirectoryError`` if what is published under ``fence`` would not count."""
+        if not self.has_begun(fence):
+            raise RunDirectoryError(
+                f"{self.directory / str(fence) / _FENCE} was deleted, without which no version "
+                "there counts: end this launch and run it again"
+            )
+
     def write_image(
         self,
         fence: int,

@@ -95,7 +95,7 @@ class Coordinator:
         config = job.config
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
-        self._unbegun: tuple[int, str, VersionId | None] | None = None  # fence not on disk yet
+        self._epoch: tuple[int, str, VersionId | None] | None = None  # that this process began
         self._copies = self._make_copies() if config.checkpoint.remote else None
         self._mark = leave_mark(job, self._launch)
         self._machine = Membership(
@@ -299,16 +299,15 @@ class Coordinator:
             self._announce(Notice("warning", text, {}))
 
     async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:
-        """Before a rank of ``epoch`` runs; what can't be written now is tried again when the first
-        version of it is published."""
+        """Before a rank of ``epoch`` runs; what can't be written now, or is deleted later, is tried
+        again when a version of it is published."""
         if not self._job.config.checkpoint.enabled:
             return
         arguments = (epoch, self._job.run_id, parent)
-        self._unbegun = None
+        self._epoch = arguments
         try:
             await asyncio.to_thread(self._durable.begin_fence, *arguments)
         except FtrainError as error:
-            self._unbegun = arguments
             self._events.write("warning", text=f"epoch {epoch} can't be recorded yet: {error}")
             return
         if self._copies is not None:
@@ -332,9 +331,9 @@ class Coordinator:
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
         try:
-            if self._unbegun is not None:
-                await asyncio.to_thread(self._durable.begin_fence, *self._unbegun)
-                self._unbegun = None
+            if self._epoch is not None and not self._durable.has_begun(self._epoch[0]):
+                await asyncio.to_thread(self._durable.begin_fence, *self._epoch)
+            self._durable.require_begun(effect.fence)  # else what is told to be durable is not
             path = await asyncio.to_thread(
                 self._durable.publish_written,
                 effect.fence,

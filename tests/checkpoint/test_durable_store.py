@@ -314,6 +314,14 @@ def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) ->
     assert not (store.directory / "1").exists()
 
 
+def test_an_epoch_whose_record_was_deleted_is_refused(store: DurableStore) -> None:
+    with pytest.raises(RunDirectoryError, match=r"2/fence\.json was deleted"):
+        store.require_begun(2)
+    store.begin_fence(2, "run", None)
+    assert store.has_begun(2)
+    store.require_begun(2)
+
+
 def test_a_directory_that_is_none_of_versions_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"version in .*/gone: there is no such dir"):
         DurableStore(tmp_path / "gone").find()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,20 @@ def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     assert "Traceback" not in again.shown
 
 
+def test_what_is_saved_counts_when_the_directory_was_deleted_meanwhile(tmp_path: Path) -> None:
+    every = ("checkpoint.durable_every_steps=10",)
+    with launched(tmp_path, script("60", "time.sleep(0.05)"), *TWO, *every) as launch:
+        wait_for(lambda: published(launch))
+        shutil.rmtree(launch.run_dir / "checkpoints")
+        assert launch.wait() == 0, launch.shown
+        assert saved(launch)[-1] == 60
+    survey = DurableStore(launch.run_dir / "checkpoints").survey()
+    assert (survey.hidden, survey.problems) == ((), ())
+    with launched(tmp_path, script("70"), *TWO) as again:
+        assert again.wait() == 0, again.shown
+    assert "resumes at step 60" in again.shown
+
+
 def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
     every = ("checkpoint.durable_every_steps=5",)
     with launched(tmp_path, script("20", "time.sleep(0.05)"), *TWO, *every) as launch:
@@ -140,7 +155,7 @@ def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Pa
             assert "Traceback" not in launch.shown
     status = [sys.executable, "-m", "ftrain.launch.cli", "status", "run"]
     said = subprocess.run(status, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert f"no version can be used ({newest} is missing)" in said
+    assert f"no version can be used ({newest.relative_to(tmp_path)} is missing)" in said
 
     newest.write_bytes(whole)  # put back
     with launched(tmp_path, script("20"), *TWO) as launch:
