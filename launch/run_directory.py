@@ -36,7 +36,24 @@ class RunDirectory:
         self.path = path
         self.record = record
         self.notes = notes  # what the user should know, one line each
-        self._lock_fd = lock_fd
+        self._lock_fds = [lock_fd]
+
+    def hold_versions(self, folder: Path) -> None:
+        """Hold the directory of the durable versions too, where it is not part of this one.
+
+        Two launches that save into one would each hide what the other one saved.
+        Raises RunDirectoryError when another launch holds it.
+        """
+        if folder.is_relative_to(self.path):
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            what = f"the directory of durable versions {folder}", "checkpoint.dir"
+            self._lock_fds.append(_lock(folder / "lock", *what))
+        except RunDirectoryError:
+            raise
+        except OSError:
+            return  # a file system without locks; what can't be written is said by who writes
 
     def adopt(self, run_id: str) -> None:
         """Belong to the run whose versions were put here.
@@ -51,7 +68,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let another launch use the directory."""
-        os.close(self._lock_fd)
+        for fd in self._lock_fds:
+            os.close(fd)
 
 
 def open_run_directory(
@@ -73,7 +91,8 @@ def open_run_directory(
     lock_fd = -1
     try:
         (path / "state").mkdir(parents=True, exist_ok=True)
-        lock_fd = _lock(path, node_rank)
+        name = f"lock-{node_rank}" if node_rank else "lock"
+        lock_fd = _lock(path / name, f"the run directory {path}", "--run-dir")
         found = None if node_rank else _read(path)
         record, notes = _settle(path, found, script, world_size, run_id)
         if record != found and not node_rank:
@@ -153,9 +172,8 @@ def _unusable(path: Path, error: OSError) -> RunDirectoryError:
     )
 
 
-def _lock(path: Path, node_rank: int) -> int:
-    """Hold the directory; the kernel lets go when this process ends, however it ends."""
-    name = path / (f"lock-{node_rank}" if node_rank else "lock")
+def _lock(name: Path, what: str, option: str) -> int:
+    """Hold the file; the kernel lets go when this process ends, however it ends."""
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,8 +181,8 @@ def _lock(path: Path, node_rank: int) -> int:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
         os.close(fd)
         raise RunDirectoryError(
-            f"the run directory {path} is in use by a running launch (pid {holder}): wait for it,"
-            " or choose another with --run-dir"
+            f"{what} is in use by a running launch (pid {holder}): wait for it, or choose another"
+            f" with {option}"
         ) from None
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -78,6 +78,7 @@ def launch(tokens: Sequence[str]) -> int:
         )
         if config.checkpoint.enabled and listener is not None:
             check_versions_directory(_durable_folder(config, directory))
+            directory.hold_versions(_durable_folder(config, directory))
         if config.checkpoint.remote and listener is not None:
             asyncio.run(_fetch(config, directory))
         secret = secret or secrets.token_hex(32)

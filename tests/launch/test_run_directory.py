@@ -98,3 +98,21 @@ def test_module_is_found_without_importing_it(
     assert (found.path, found.stem) == (str(package / "train.py"), "train")
     whole = check_script("trial_package", module=True)
     assert (whole.path, whole.stem) == (str(package / "__main__.py"), "trial_package")
+
+
+def test_one_launch_at_a_time_saves_into_a_directory(tmp_path: Path) -> None:
+    """Two would take turns in hiding what the other one saved."""
+    (tmp_path / "train.py").write_text("print()")
+    script = check_script(str(tmp_path / "train.py"), module=False)
+    first, second = (
+        open_run_directory(tmp_path / name, script, world_size=1) for name in ("a", "b")
+    )
+    versions = tmp_path / "versions"
+    first.hold_versions(first.path / "checkpoints")  # held with the run
+    assert not (first.path / "checkpoints").exists()
+    first.hold_versions(versions)
+    with pytest.raises(RunDirectoryError, match=r"versions is in use .* with checkpoint\.dir"):
+        second.hold_versions(versions)
+    first.close()
+    second.hold_versions(versions)
+    second.close()
