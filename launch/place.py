@@ -106,9 +106,15 @@ def _directory(text: str) -> DurableStore:
             f"{text} {what}: name a run directory, one of versions, or an address such as "
             "s3://bucket/prefix"
         )
-    for folder in _folders(path):
+    folders = _folders(path)
+    for folder in folders:
         if folder.is_dir():
             return DurableStore(folder)
+    if (path / "job.json").is_file():
+        raise RunDirectoryError(
+            f"{text} is a run without durable versions: there is no {folders[0]} (yet, or because "
+            "of checkpoint=off)"
+        )
     raise RunDirectoryError(
         f"{text} is neither a run directory nor one of versions: it has neither {_VERSIONS}/ nor a "
         "numbered directory"
