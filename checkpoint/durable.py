@@ -127,13 +127,17 @@ class DurableStore:
             sync_folder(self.directory)  # who made the folder may have died before doing so
         return record
 
-    def has_begun(self, fence: int) -> bool:
-        """Whether the record of :meth:`begin_fence` is there, whatever is in it."""
-        return (self.directory / str(fence) / _FENCE).is_file()
+    def require_begun(
+        self, fence: int, latest: tuple[int, str, VersionId | None] | None = None
+    ) -> None:
+        """Raise ``RunDirectoryError`` if what is published under ``fence`` would not count.
 
-    def require_begun(self, fence: int) -> None:
-        """Raise ``RunDirectoryError`` if what is published under ``fence`` would not count."""
-        if not self.has_begun(fence):
+        ``latest``: what :meth:`begin_fence` was called with last; it is again if the record is
+        gone, or could not be made then.
+        """
+        if latest is not None and not self._has_begun(latest[0]):
+            self.begin_fence(*latest)
+        if not self._has_begun(fence):
             raise RunDirectoryError(
                 f"{self.directory / str(fence) / _FENCE} was deleted, without which no version "
                 "there counts: end this launch and run it again"
@@ -434,6 +438,9 @@ class DurableStore:
         if inside.is_dir():
             return f"it is a run's directory, whose versions are in {inside}"
         return "" if self.directory.is_dir() else "there is no such directory"
+
+    def _has_begun(self, fence: int) -> bool:
+        return (self.directory / str(fence) / _FENCE).is_file()
 
     def _make_safe(self) -> None:
         """Sync the names of all records and manifests, before anything is removed because of them:

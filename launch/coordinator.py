@@ -331,9 +331,7 @@ class Coordinator:
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
         try:
-            if self._epoch is not None and not self._durable.has_begun(self._epoch[0]):
-                await asyncio.to_thread(self._durable.begin_fence, *self._epoch)
-            self._durable.require_begun(effect.fence)  # else what is told to be durable is not
+            await asyncio.to_thread(self._durable.require_begun, effect.fence, self._epoch)
             path = await asyncio.to_thread(
                 self._durable.publish_written,
                 effect.fence,

@@ -317,8 +317,7 @@ def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) ->
 def test_an_epoch_whose_record_was_deleted_is_refused(store: DurableStore) -> None:
     with pytest.raises(RunDirectoryError, match=r"2/fence\.json was deleted"):
         store.require_begun(2)
-    store.begin_fence(2, "run", None)
-    assert store.has_begun(2)
+    store.require_begun(2, (2, "run", None))
     store.require_begun(2)
 
 
