@@ -69,7 +69,8 @@ def _prune(store: VersionStore, request: PruneRequest, *, as_json: bool) -> int:
         print(f"step {version.step} {would}: {size_text(version.nbytes)}")
     if request.keep_last is not None:
         total = size_text(sum(version.nbytes for version in doomed))
-        print(f"{len(doomed)} versions of {total} {would}; kept: {', '.join(map(str, kept))}")
+        count = f"{len(doomed)} version{'s' if len(doomed) != 1 else ''}"
+        print(f"{count} of {total} {would}; kept: {', '.join(map(str, kept)) or 'none'}")
     for version, wanted in pins:
         print(f"step {version.step} is {'pinned' if wanted else 'no longer pinned'}")
     return 0

@@ -123,6 +123,9 @@ def test_prune_keeps_what_it_is_told_and_the_newest(shown: Shown, run: Path) -> 
     assert [v["pinned"] for v in shown.told("list", run)["versions"]] == [False, False, True, False]
     shown("prune", run, "--unpin", "20", "--keep-last", "1")
     assert steps(run) == [60]
+    assert "0 versions of 0 B deleted; kept: 60" in shown("prune", run, "--keep-last", "1")[1]
+    save(DurableStore(run / "checkpoints"), 1, 70)
+    assert "\n1 version of " in shown("prune", run, "--keep-last", "1")[1]
     assert "at least the newest" in shown.refused("prune", run, "--keep-last", "0")
     assert "say how many" in shown.refused("prune", run)
     assert "no version of step 5" in shown.refused("prune", run, "--pin", "5")
