@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self
@@ -20,8 +20,7 @@ from typing import Protocol, Self
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError
 
-_READ_BYTES = 512 * 1024  # at once: what was read is still in the core's cache when hashed
-_READ_PARTS = 512  # at once; the kernel takes 1024
+_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
@@ -77,10 +76,12 @@ class LocalFile:
     def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
         """See :class:`ReadableFile`."""
         try:
-            for batch in _batches(parts):
-                offset = _read_all(self._fd, offset, batch)
-                for part in batch:
-                    seen(part)
+            for part in parts:
+                for first in range(0, len(part), _READ_BYTES):
+                    piece = part[first : first + _READ_BYTES]
+                    _fill(self._fd, piece, offset)
+                    offset += len(piece)
+                    seen(piece)
         except OSError as error:
             raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
         except EOFError:
@@ -212,35 +213,13 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
-def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """The same bytes in lists of at most ``_READ_BYTES``, each for one system call."""
-    batch: list[memoryview] = []
-    room = _READ_BYTES
-    for part in parts:
-        while part:
-            batch.append(part[:room])
-            part = part[room:]
-            room -= len(batch[-1])
-            if not room or len(batch) == _READ_PARTS:
-                yield batch
-                batch, room = [], _READ_BYTES
-    if batch:
-        yield batch
-
-
-def _read_all(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
-    """Fill ``parts`` from ``offset`` on; returns where the next ones begin."""
-    left = list(parts)
-    while left:
-        got = os.preadv(fd, left, offset)
+def _fill(fd: int, memory: memoryview, offset: int) -> None:
+    done = os.preadv(fd, [memory], offset)
+    while done < len(memory):
+        got = os.preadv(fd, [memory[done:]], offset + done)
         if not got:
             raise EOFError
-        offset += got
-        while left and got >= len(left[0]):
-            got -= len(left.pop(0))
-        if got:
-            left[0] = left[0][got:]
-    return offset
+        done += got
 
 
 def _write_all(fd: int, offset: int, data: memoryview) -> None:

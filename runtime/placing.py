@@ -34,11 +34,14 @@ class Target:
     broken: dict[Box, list[Span]] = field(default_factory=dict)  # found damaged somewhere
     live: torch.Tensor = field(init=False)  # contiguous; the tensor itself wherever that is
     box: Box = field(init=False)  # the part of the global tensor that is wanted
+    memory: memoryview | None = field(init=False)  # of ``live``; None: on a device
 
     def __post_init__(self) -> None:
         """A tensor that is not contiguous is filled through a copy that is."""
         self.live = self.tensor.tensor.contiguous()
         self.box = self.tensor.box
+        nbytes = self.live.numel() * self.item
+        self.memory = None if self.live.is_cuda else memory_at(self.live.data_ptr(), nbytes)
 
     @staticmethod
     def of(tensor: StateTensor) -> Target:
@@ -69,13 +72,16 @@ class Target:
         """What of a piece's bytes is missing here, which nobody else is given from now on: bytes
         that were compared in place must not be written to again."""
         box = piece.segment.box
-        if box not in self.gaps:
+        gaps = self.gaps.get(box)
+        if gaps is None:
             first, last = hull(box, self.box)
-            self.gaps[box] = [(first * self.item, last * self.item)] if first < last else []
+            gaps = [(first * self.item, last * self.item)] if first < last else []
         wanted = (piece.start, piece.start + piece.nbytes)
-        found = _common(self.gaps[box], wanted)
-        self.gaps[box] = _without(self.gaps[box], wanted)
-        return found
+        if gaps == [wanted]:  # the common case: all of it, for the first time
+            self.gaps[box] = []
+            return [wanted]
+        self.gaps[box] = _without(gaps, wanted)
+        return _common(gaps, wanted)
 
     def give_back(self, box: Box, span: Span) -> None:
         """What was claimed is damaged there: it is missing as before."""
@@ -84,7 +90,7 @@ class Target:
 
     def was_broken(self, box: Box, span: Span) -> bool:
         """Whether some of these bytes were damaged somewhere else."""
-        return bool(_common(self.broken.get(box, ()), span))
+        return bool(self.broken) and bool(_common(self.broken.get(box, ()), span))
 
     def copies(self, box: Box, span: Span) -> list[Copy]:
         """How the bytes ``span`` of a shard get here."""
@@ -93,18 +99,18 @@ class Target:
     def home(self, copy: Copy, first: int) -> Home | None:
         """Where the bytes of a copy belong, if they can lie there as they lie in the shard; byte
         ``first`` of the shard is the first one of the chunk."""
-        if self.live.is_cuda or copy.source_strides != (1,) or copy.target_strides != (1,):
+        if self.memory is None or copy.source_strides != (1,) or copy.target_strides != (1,):
             return None
-        address = self.live.data_ptr() + copy.target * self.item
-        memory = memory_at(address, copy.shape[0] * self.item)
+        start = copy.target * self.item
+        memory = self.memory[start : start + copy.shape[0] * self.item]
         return Home(copy.source * self.item - first, memory)
 
     def put(self, source: memoryview, first: int, copy: Copy) -> None:
         """Copy from a chunk, whose first byte is byte ``first`` of the shard, what has no home."""
-        if self.live.is_cuda:
+        if self.memory is None:
             self._put_on_device(source, first, copy)
         else:
-            self._put_strided(source, first, copy)
+            self._put_strided(self.memory, source, first, copy)
 
     def finish(self) -> None:
         """Nothing more comes."""
@@ -112,11 +118,11 @@ class Target:
             with torch.no_grad():
                 self.tensor.tensor.copy_(self.live)
 
-    def _put_strided(self, source: memoryview, first: int, copy: Copy) -> None:
+    def _put_strided(self, memory: memoryview, source: memoryview, first: int, copy: Copy) -> None:
         target = np.ndarray(
             copy.shape,
             _NUMPY[self.item],
-            memory_at(self.live.data_ptr(), self.live.numel() * self.item),
+            memory,
             copy.target * self.item,
             tuple(stride * self.item for stride in copy.target_strides),
         )

@@ -7,12 +7,13 @@ Nothing here cares how the job was laid out over ranks when it was saved (placin
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import randrange
-from threading import local
+from threading import Lock, local
 from typing import Any, Protocol
 
 import torch
@@ -61,12 +62,8 @@ class Source(Protocol):
 Found = Sequence["Source | CorruptionError"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is wanted of one chunk."""
-
-    chunk: int
-    pieces: tuple[tuple[Target, Piece, Span], ...]
+_Wanted = tuple[Target, Piece, Span]
+_Done = tuple[list[_Wanted], "CorruptionError | None"]
 
 
 class Restoration:
@@ -96,6 +93,7 @@ class Restoration:
         self._verify = verify
         self._first_sample = randrange(_SAMPLED)
         self._readers = readers
+        self._claiming = Lock()
         self._damaged: set[int] = set()  # images
         self._unreadable = False  # of what an image held nothing is known
         self._targets: dict[tuple[str, str], Target] = {}  # not filled yet, by name and owner
@@ -195,49 +193,51 @@ class Restoration:
             if target is not None:
                 _check_shape(segment, target.tensor)
                 chunks.update(image.plan.chunks_of(segment))
-        work = (found for chunk in sorted(chunks) if (found := self._wanted(image, chunk)))
-        for one, error in self._done(image, work):
+        for work, error in self._done(image, sorted(chunks)):
             if error is not None:
                 self._note_damage(image, error)
-            for target, piece, span in one.pieces:
+            for target, piece, span in work:
                 self._account(image, target, piece.segment.box, span, error)
         self._targets = {key: t for key, t in self._targets.items() if not t.whole}
 
-    def _done(
-        self, image: Source, work: Iterable[_Work]
-    ) -> Iterator[tuple[_Work, CorruptionError | None]]:
-        """All of the work, done; the first is begun before the last is known."""
+    def _done(self, image: Source, chunks: Iterable[int]) -> Iterator[_Done]:
+        """What was wanted of each chunk, once that was tried."""
         scratches = local()
         if self._readers == 1 or image.packed:  # which takes two chunks of memory for each thread
-            for one in work:
-                yield one, self._do(image, one, scratches)
+            for chunk in chunks:
+                yield self._do(image, chunk, scratches)
             return
-        with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
-            begun = [(one, pool.submit(self._do, image, one, scratches)) for one in work]
-            for one, future in begun:
-                yield one, future.result()
+        with ThreadPoolExecutor(
+            self._readers, "ftrain-restore", _spread_out(self._readers)
+        ) as pool:
+            for future in [pool.submit(self._do, image, chunk, scratches) for chunk in chunks]:
+                yield future.result()
 
-    def _wanted(self, image: Source, chunk: int) -> _Work | None:
+    def _wanted(self, image: Source, chunk: int) -> list[_Wanted]:
         """What is missing and lies in a chunk; it is given to nobody else."""
-        pieces = []
-        for piece in image.plan.pieces(chunk):
-            segment = piece.segment
-            target = self._targets.get((segment.name, segment.place.owner))
-            if target is not None:
-                pieces += [(target, piece, span) for span in target.claim(piece)]
-        return _Work(chunk, tuple(pieces)) if pieces else None
+        wanted = []
+        with self._claiming:
+            for piece in image.plan.pieces(chunk):
+                segment = piece.segment
+                target = self._targets.get((segment.name, segment.place.owner))
+                if target is not None:
+                    wanted += [(target, piece, span) for span in target.claim(piece)]
+        return wanted
 
-    def _do(self, image: Source, work: _Work, scratches: local) -> CorruptionError | None:
-        """Put what is wanted of a chunk where it belongs; runs in any thread.
+    def _do(self, image: Source, chunk: int, scratches: local) -> _Done:
+        """Put what is missing and lies in a chunk where it belongs; runs in any thread.
 
         If the chunk is damaged, what was wanted of it may hold anything, and stays a gap.
         """
+        wanted = self._wanted(image, chunk)
+        if not wanted:
+            return wanted, None
         if not hasattr(scratches, "mine"):
             scratches.mine = Scratch()
-        begins = work.chunk * image.plan.chunk_bytes
+        begins = chunk * image.plan.chunk_bytes
         homes: list[Home] = []
         homeless: list[tuple[Target, int, Copy]] = []
-        for target, piece, span in work.pieces:
+        for target, piece, span in wanted:
             first = piece.start - (piece.offset - begins)
             for copy in target.copies(piece.segment.box, span):
                 home = target.home(copy, first)
@@ -245,14 +245,14 @@ class Restoration:
                     homes.append(home)
                 else:
                     homeless.append((target, first, copy))
-        verify = self._verifies(work.chunk)
+        verify = self._verifies(chunk)
         try:
-            data = image.read_into(work.chunk, homes, scratches.mine, verify=verify)
+            data = image.read_into(chunk, homes, scratches.mine, verify=verify)
         except CorruptionError as error:
-            return error
+            return wanted, error
         for target, first, copy in homeless:
             target.put(data, first, copy)
-        return None
+        return wanted, None
 
     def _verifies(self, chunk: int) -> bool:
         sampled = self._verify == "sampled" and (chunk + self._first_sample) % _SAMPLED == 0
@@ -382,6 +382,22 @@ def restore(
 def file_readers(world_size: int) -> int:
     """Threads that read one rank's files, when so many ranks read theirs."""
     return _READERS if world_size == 1 else 1
+
+
+def _spread_out(threads: int) -> Callable[[], None]:
+    """What each of so many threads calls first, to run on cores of its own.
+
+    They wake each other whenever one lets the interpreter go, and the kernel likes to run who is
+    woken beside who woke it: both on one core, while the other one is idle.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    numbers = iter(range(threads))
+
+    def take_cores() -> None:
+        if mine := cores[next(numbers) :: threads]:
+            os.sched_setaffinity(0, mine)
+
+    return take_cores
 
 
 def _refuse_model(image: Source, known: dict[str, StateTensor]) -> None:
