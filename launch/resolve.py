@@ -24,6 +24,7 @@ _CONFIG_PACKAGE = "ftrain.configs"
 _OVERRIDE = re.compile(
     r"(?P<mode>\+\+|\+|~)?(?P<key>[A-Za-z_][A-Za-z0-9_./@-]*)=(?P<value>.*)", re.S
 )
+_CREDENTIALS = re.compile(r"(?<=://)[^\s'\"]*@")
 _DEFAULT_AT_STEP = 20  # when a single fault says neither step nor time
 _WORDS = {"bool": "true or false", "str": "text", "int": "a whole number", "float": "a number"}
 _WORDS |= {"array": "a list [a, b]", "object": "a mapping {key: value}", "null": "null"}
@@ -40,8 +41,15 @@ def resolve(overrides: Sequence[str] = ()) -> FtrainConfig:
     """Compose the configuration from its YAML groups and ``overrides`` (later ones win).
 
     Raises :class:`ConfigError` naming the key, the place, what is allowed and the nearest right
-    key or choice.
+    key or choice; credentials in a URI are not shown.
     """
+    try:
+        return _resolved(overrides)
+    except ConfigError as error:
+        raise ConfigError(_CREDENTIALS.sub("", str(error))) from None
+
+
+def _resolved(overrides: Sequence[str]) -> FtrainConfig:
     tree = _compose([_checked(override) for override in overrides])
     faults = _with_single_fault(tree["faults"])
     try:

@@ -13,7 +13,8 @@ from ftrain.comms.errors import ConfigError
 
 _EXAMPLES = "s3://bucket/prefix, gs://bucket/prefix, hdfs://host:port/path or file:///path"
 _S3_OPTIONS = frozenset({"endpoint_override", "scheme", "region", "tls_ca_file_path"})
-_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "file"})
+_BUCKETS = frozenset({"s3", "gs", "gcs"})
+_SCHEMES = _BUCKETS | {"hdfs", "viewfs", "file"}
 _USER_OF_URI = re.compile(r"(?<=://).*@", re.DOTALL)
 _SDK_ATTEMPTS = 3  # of one request; the whole operation is tried again as well
 
@@ -35,9 +36,9 @@ def place_name(uri: str) -> str:
     """
     try:
         parts = urlsplit(uri)
-        port = f":{parts.port}" if parts.port else ""
+        _ = parts.port  # ValueError if it is none
     except ValueError:
-        parts, port = urlsplit("")._replace(path=uri), ""
+        parts = urlsplit("")._replace(path=uri)
     if parts.scheme not in _SCHEMES:
         given = _USER_OF_URI.sub("", uri).partition("?")[0]
         encode = " with %2F for each / in a secret" if "@" in parts.path else ""
@@ -48,10 +49,14 @@ def place_name(uri: str) -> str:
         raise ConfigError(f"a {parts.scheme}:// URI without a bucket: write {_EXAMPLES}")
     if parts.scheme == "file" and not parts.path.strip("/"):
         raise ConfigError("file:// without a path: write file:///path")
-    if parts.scheme == "file" and parts.netloc:
-        host = parts.netloc.rpartition("@")[2]
+    host = parts.netloc.rpartition("@")[2]
+    if parts.scheme == "file" and host:
         raise ConfigError(f"file://{host} would be a host: write file:/// and the absolute path")
-    host = parts.netloc.rpartition("@")[2].partition(":")[0] + port
+    if parts.scheme in _BUCKETS and ":" in host:  # it may be a secret, cut off at its slash
+        raise ConfigError(
+            f"a {parts.scheme}:// URI with a colon in the bucket's name: write the server's address"
+            " as ?endpoint_override=host:port, and a slash in a secret as %2F"
+        )
     return urlunsplit((parts.scheme, host, unquote(parts.path).rstrip("/"), "", ""))
 
 

@@ -270,6 +270,7 @@ def test_a_full_server_is_said(local: DurableStore, small_disk: Path, s3_credent
         ("file://mnt/copies", "file://mnt would be a host: write file:/// and"),
         ("s3://bucket/x?secret_key=abc", "s3://bucket/x: no option is called secret_key, use"),
         ("s3://bucket:notaport/x", "a URI such as s3://"),
+        ("s3://key:12/abc@bucket/x", "a colon in the bucket's name: write the server's address"),
         ("file:///x y%zz\n", "no URI that can be used"),
     ],
 )
@@ -282,6 +283,7 @@ def test_a_wrong_uri_is_one_sentence(uri: str, says: str) -> None:
 def test_names_of_places() -> None:
     assert place_name("s3://key:se%2Fcret@Bucket/a/b/?region=x") == "s3://Bucket/a/b"
     assert place_name("hdfs://user@host:8020/x") == "hdfs://host:8020/x"
+    assert place_name("hdfs://[::1]:8020/x") == "hdfs://[::1]:8020/x"
     assert place_name("file:///a%20b/") == "file:///a b"
 
 

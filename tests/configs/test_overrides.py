@@ -146,3 +146,13 @@ def test_a_path_with_an_equals_sign_reads_as_an_override() -> None:
 @pytest.mark.parametrize("token", ["train.py", "--lr=3", "./a=b.py", "=", "1=2", ""])
 def test_other_tokens_are_not(token: str) -> None:
     assert not is_override(token)
+
+
+@pytest.mark.parametrize(
+    "others", [["faults.schedule=[{"], ["checkpoint.remot=s3://key:other/secret@bucket/run"]]
+)
+def test_no_mistake_shows_the_secret_of_another_override(others: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(["checkpoint.remote=s3://key:secret@bucket/run", *others])
+    assert "secret" not in str(caught.value)
+    assert "key:" not in str(caught.value)
