@@ -18,10 +18,24 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from ftrain.checkpoint.header import PAGE_BYTES
-from ftrain.comms.errors import CorruptionError
+from ftrain.comms.errors import CorruptionError, RunDirectoryError
 
 _READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+_LIMITS = frozenset({errno.EMFILE, errno.ENFILE})
+# Of one file, which another copy or an older version may do without; anything else is wrong with
+# them all: rights, or this process's limits.
+_DAMAGE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EIO,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.EUCLEAN,
+        errno.EBADMSG,
+    }
+)
 
 
 Seen = Callable[[memoryview], object]
@@ -59,8 +73,8 @@ class LocalFile:
     """A file of this machine, for reading; thread-safe.
 
     Reads go through the page cache: it may hold the file already, and where it does not, its
-    reading ahead keeps the disk busier than direct reads of whole chunks do.  Raises
-    CorruptionError when the file can't be opened.
+    reading ahead keeps the disk busier than direct reads of whole chunks do.  Raises as
+    :func:`unreadable` says when the file can't be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +83,7 @@ class LocalFile:
             self._fd = open_plain(path)
             self.nbytes = os.fstat(self._fd).st_size
         except OSError as error:
-            raise CorruptionError(f"{path} can't be read ({error.strerror})") from None
+            raise unreadable(path, error) from None
         with suppress(OSError):  # advice
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
@@ -186,6 +200,14 @@ def open_plain(path: Path) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "no plain file")
     return fd
+
+
+def unreadable(path: Path, error: OSError) -> CorruptionError | RunDirectoryError:
+    """What it means that a file can't be opened."""
+    if error.errno in _DAMAGE:
+        return CorruptionError(f"{path} can't be read ({error.strerror})")
+    what = "raise its limit (ulimit -n)" if error.errno in _LIMITS else "give rights to it"
+    return RunDirectoryError(f"{path} can't be read ({error.strerror}): {what}")
 
 
 def _open_directly(fd: int, mode: int) -> int:

@@ -7,7 +7,6 @@ epoch goes on from (protocol/lineage.py).
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 import msgspec
 
 from ftrain.checkpoint.digest import digest_of
-from ftrain.checkpoint.files import LocalFile, open_plain
+from ftrain.checkpoint.files import LocalFile, open_plain, unreadable
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.protocol.lineage import Fence
 from ftrain.checkpoint.retention import VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
-from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
+from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.wire import BAD_INPUT
 
@@ -32,18 +31,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FORMAT: Final = 2
-# Of one file, which the next older version may do without; anything else is wrong with them all.
-_DAMAGE = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EIO,
-        errno.ELOOP,
-        errno.EINVAL,
-        errno.EUCLEAN,
-        errno.EBADMSG,
-    }
-)
 MANIFEST_BYTES_MAX = 16 * 1024 * 1024
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _T = TypeVar("_T", bound="DataclassInstance")
@@ -166,6 +153,7 @@ class DurableVersion(PublishedVersion):
         Raises:
             CorruptionError: the file is missing, cut off or another one; take another copy, or the
                 next older version.
+            RunDirectoryError: this process may not open it, or no more files.
         """
         path = self.file(rank)
         record = self.manifest.files[rank]
@@ -272,7 +260,7 @@ def _content(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if len(content) > MANIFEST_BYTES_MAX:
         raise CorruptionError(f"{path} is longer than any manifest: it is damaged")
     return content
@@ -314,13 +302,6 @@ def _other_format(content: bytes) -> int | None:
     return number if fields.get("xxh3") == digest else None
 
 
-def _unreadable(path: Path, error: OSError) -> CorruptionError | RunDirectoryError:
-    """What it means that a file can't be opened or read."""
-    if error.errno in _DAMAGE:
-        return CorruptionError(f"{path} can't be read ({error.strerror})")
-    return RunDirectoryError(f"{path} can't be read ({error.strerror}): give rights to it")
-
-
 def read_manifest(path: str | os.PathLike[str]) -> DurableVersion:
     """The version that ``path`` publishes.
 
@@ -338,7 +319,7 @@ def stated_version(path: Path) -> DurableVersion:
     try:
         manifest = decode_manifest(path)
     except FileNotFoundError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     require_place(manifest, path.parent.name, path.name, str(path))
     manifest.require_all_ranks(str(path))
     return DurableVersion(path, manifest)
@@ -360,6 +341,6 @@ def _size(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     plain = stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(file.st_mode)
     return file.st_size if plain else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.manifest import DurableVersion
 from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.versions import Survey
-from ftrain.comms.errors import CorruptionError, StateError
+from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
 
@@ -105,6 +106,21 @@ def test_what_may_not_be_read_is_no_new_beginning(store: DurableStore) -> None:
         assert done.returncode == 2, done.stderr
         assert "Permission denied" in done.stdout
         hidden.chmod(0o644)
+
+
+def test_a_limit_of_open_files_is_no_damage(store: DurableStore) -> None:
+    version = save(store, 3, 7)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        with pytest.raises(RunDirectoryError, match=r"Too many open files.*ulimit"):
+            version.open(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with store.opened(version) as files:
+        assert not any(isinstance(file, CorruptionError) for file in files)
 
 
 _SURVEYOR = """
