@@ -380,12 +380,15 @@ class AloneKeeper:
             self._store.publish_written(
                 self._fence, version, self._run_id, self._environment.world_size
             )
-            policy = Retention(self._config.keep_last, self._config.keep_every)
-            self._store.sweep(policy, self._run_id)
         except FtrainError as error:
             self._refusal = str(error)
             self._note(f"step {version.step} was not published: {error}")
             return False
+        try:
+            policy = Retention(self._config.keep_last, self._config.keep_every)
+            self._store.sweep(policy, self._run_id)
+        except FtrainError as error:  # the new one is saved all the same
+            self._note(f"old versions can't be deleted: {error}")
         return True
 
     def _identity(self, version: VersionId, rank: int) -> ImageIdentity:

@@ -121,6 +121,17 @@ def test_a_damaged_version_is_passed_over_for_an_older_one(
     assert losses(tmp_path) == undisturbed
 
 
+def test_a_version_is_saved_although_an_older_one_cannot_be_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "ftrain-runs/job/checkpoints/1"
+    extra = (
+        f"step in (4, 9) and session.save(); step == 15 and os.mkdir({f'{folder}/5/rank9.seg'!r})"
+    )
+    done = run(tmp_path, loop(extra=extra))
+    assert "old versions can't be deleted" in done.stderr
+    assert "not published" not in done.stderr
+    assert (folder / "20.json").exists()
+
+
 def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
     run(
         tmp_path,
