@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -61,11 +62,13 @@ from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.checkpoint.manifest import DurableVersion, FileRecord
 from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.tensors import StateTensor, tensor_view
-from ftrain.comms.errors import RestoreError, StateError, UsageError
+from ftrain.comms.errors import FtrainError, RestoreError, StateError, UsageError
 from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.configs.schema import SnapshotConfig
 from ftrain.runtime.interop.outline import DCP, all_items
 from ftrain.runtime.interop.whole import WholeVersion, whole_version
+
+_log = logging.getLogger("ftrain.dcp")
 
 CheckpointId = str | os.PathLike[str] | int | None
 
@@ -85,7 +88,8 @@ class FtrainWriter(StorageWriter):
     """Writes versions for ``torch.distributed.checkpoint.save`` and ``async_save``.
 
     A version exists when every rank's file is on the disk and its manifest is published.  Each
-    writer is an epoch of its own: what another process that is over still publishes is not seen.
+    writer is an epoch of its own: it is refused once another one has begun, and what it still
+    publishes is not seen.
 
     Args:
         directory: of the store; all ranks have to see the same one.
@@ -140,6 +144,7 @@ class FtrainWriter(StorageWriter):
             fence = survey.fence + 1
             self._store.begin_fence(fence, self._run_id, newest)
             self._fence = fence
+        self._require_newest()
         topology = _topology(plans)
         self._order = _Order(self._fence, self._step, 0, len(plans), topology)
         orders = [replace(self._order, rank=rank) for rank in range(len(plans))]
@@ -183,11 +188,24 @@ class FtrainWriter(StorageWriter):
         files = [result.storage_data for of_rank in results for result in of_rank]
         assert all(isinstance(record, FileRecord) for record in files)
         version = VersionId(order.fence, order.step)
+        self._require_newest()  # still
         self._store.publish(
             order.fence, version, self._run_id, order.topology, order.world_size, files
         )
         if self._keep_last:
-            self._store.sweep(Retention(self._keep_last), self._run_id)
+            try:
+                self._store.sweep(Retention(self._keep_last), self._run_id)
+            except FtrainError as error:  # the new one is saved all the same
+                _log.warning("ftrain: old versions can't be deleted: %s", error)
+
+    def _require_newest(self) -> None:
+        """StateError if another writer has begun since: nobody would see what is saved here."""
+        newest = max((file.fence for file in self._store.fence_files()), default=0)
+        if newest > self._fence:
+            raise StateError(
+                f"another FtrainWriter has begun in {self._store.directory} since this one: what "
+                "this one saves would not be seen; save with one writer, or make a new one"
+            )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

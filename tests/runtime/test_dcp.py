@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from test_interop import assert_same, publish
 from test_placing import whole_tensors
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.launch.cli import main
@@ -138,11 +138,40 @@ def test_versions_of_one_process(tmp_path: Path) -> None:
     assert [version.key for version in versions] == [(2, 3), (1, 2), (1, 1)]
 
 
-def test_what_a_writer_that_is_over_saves_is_not_seen(tmp_path: Path) -> None:
+def test_a_writer_that_is_over_is_refused(tmp_path: Path) -> None:
     zombie = FtrainWriter(tmp_path)
     dcp.save(state_of(1), storage_writer=zombie, checkpoint_id="1")
     dcp.save(state_of(2), storage_writer=FtrainWriter(tmp_path), checkpoint_id="2")
-    dcp.save(state_of(9), storage_writer=zombie, checkpoint_id="9")
+    late = failure(lambda: dcp.save(state_of(9), storage_writer=zombie, checkpoint_id="9"))
+    assert "another FtrainWriter has begun" in late
+    assert_equal(load(tmp_path), state_of(2))
+
+
+def test_a_writer_that_another_one_overtook_does_not_say_that_it_saved(tmp_path: Path) -> None:
+    class Slow(DefaultSavePlanner):
+        """While this one's tensors are written another writer saves."""
+
+        def resolve_data(self, write_item: WriteItem) -> Any:
+            if not (tmp_path / "2").exists():
+                dcp.save(state_of(2), storage_writer=FtrainWriter(tmp_path), checkpoint_id="2")
+            return super().resolve_data(write_item)
+
+    slow = FtrainWriter(tmp_path)
+    late = failure(
+        lambda: dcp.save(state_of(1), storage_writer=slow, checkpoint_id="1", planner=Slow())
+    )
+    assert "another FtrainWriter has begun" in late
+    assert [version.step for version in DurableStore(tmp_path).versions()] == [2]
+
+
+def test_a_version_is_saved_although_an_older_one_cannot_be_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = FtrainWriter(tmp_path, keep_last=1)
+    dcp.save(state_of(1), storage_writer=writer, checkpoint_id="1")
+    (tmp_path / "1/1/rank9.seg").mkdir()
+    dcp.save(state_of(2), storage_writer=writer, checkpoint_id="2")
+    assert "old versions can't be deleted" in caplog.text
     assert_equal(load(tmp_path), state_of(2))
 
 
