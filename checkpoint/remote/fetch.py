@@ -33,7 +33,8 @@ def fetch(
     fences' records come along, so that the version is of the history there as well, and epochs go
     on from the highest.
 
-    ``progress`` is told how many bytes more were read.
+    ``progress`` is told how many bytes more were read from the store; 0 while a file that is there
+    already is compared.
 
     Returns:
         The manifest's path in ``target``.
@@ -84,14 +85,14 @@ def _fetch_file(
     try:
         planned = plan_copy(source)
         path = target.directory / object_name(version.fence, version.step, rank)
-        if not _is_right(path, planned):
+        if not _is_right(path, planned, progress):
             _write(source, planned, path, store.place.limits.threads, progress)
     finally:
         source.close()
     return FileRecord(rank, planned.nbytes, planned.tail.digest)
 
 
-def _is_right(path: Path, planned: RawCopy) -> bool:
+def _is_right(path: Path, planned: RawCopy, progress: Callable[[int], None]) -> bool:
     """Whether the file is there already, every byte of it."""
     if not path.exists():
         return False
@@ -100,7 +101,7 @@ def _is_right(path: Path, planned: RawCopy) -> bool:
     except CorruptionError:
         return False
     try:
-        SegmentReader(file, planned.tail.digest).verify()
+        SegmentReader(file, planned.tail.digest).verify(lambda nbytes: progress(0))
     except (CorruptionError, StateError):
         return False
     finally:
