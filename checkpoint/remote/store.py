@@ -35,7 +35,7 @@ from ftrain.checkpoint.versions import Files, Survey, find_version, survey_of
 from ftrain.comms.errors import CorruptionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
-_NUMBER = r"(0|[1-9]\d{0,18})"
+_NUMBER = r"(0|[1-9]\d{0,17})"
 _FENCE = re.compile(rf"{_NUMBER}/fence\.json")
 _MANIFEST = re.compile(rf"{_NUMBER}/{_NUMBER}\.json")
 _PIN = re.compile(rf"{_NUMBER}/{_NUMBER}\.pin")
@@ -273,7 +273,7 @@ class RemoteStore:
         left = sizes.keys() - set(removed)
         for fence in sorted({int(m[1]) for m in map(_FENCE.fullmatch, left) if m}):
             inside = [name for name in left if name.startswith(f"{fence}/")]
-            if fence < survey.fence and inside == [f"{fence}/fence.json"]:
+            if fence < survey.granted and inside == [f"{fence}/fence.json"]:
                 self.place.remove_folder(str(fence))
                 removed += inside
         return tuple(removed)
