@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ftrain.checkpoint.directory import make_folders
 from ftrain.checkpoint.files import sync_folder
 from ftrain.checkpoint.manifest import MANIFEST_BYTES_MAX
 from ftrain.checkpoint.remote.filesystems import Filesystem, open_filesystem, place_name
@@ -97,13 +98,15 @@ class Place:
                 yield stream.write
             return
         fresh = f"{path}.{os.getpid()}.new"
-        self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+        self._make_folder(path.rpartition("/")[0])
         try:
             with self._fs.open_output_stream(fresh, compression=None) as stream:
                 yield stream.write
-            self._settle(fresh)
+            if self._is_local:
+                _sync_file(fresh)
             self._fs.move(fresh, path)
-            self._settle(path)
+            if self._is_local:
+                self._sync_names(Path(path))
         except BaseException:  # whatever it was: nothing stays behind
             with suppress(OSError):
                 self._fs.delete_file(fresh)
@@ -195,13 +198,28 @@ class Place:
             if self._fs.get_file_info(FileSelector(path, allow_not_found=True)):
                 raise
 
-    def _settle(self, path: str) -> None:
-        """Bring a file and its name to the disk where they can be reached."""
-        if self._fs.type_name != "local":
-            return
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        sync_folder(Path(path).parent)
+    @property
+    def _is_local(self) -> bool:
+        """Whether it is for us to see that a power cut takes nothing."""
+        return bool(self._fs.type_name == "local")
+
+    def _make_folder(self, path: str) -> None:
+        if self._is_local:
+            make_folders(Path(path))
+        else:
+            self._fs.create_dir(path, recursive=True)
+
+    def _sync_names(self, path: Path) -> None:
+        """Every name on the way to a file: who made it may have died before it was synced."""
+        for folder in path.parents:
+            sync_folder(folder)
+            if str(folder) == self._filesystem.root:
+                return
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -74,7 +75,8 @@ def test_what_is_uploaded_comes_back_bit_for_bit(
 
     counted.clear()
     assert fetch(store, sent, target, counted.append) == path  # nothing is read again
-    assert not counted
+    assert counted  # it is alive: who waits for progress kills what makes none
+    assert not any(counted)
 
 
 def test_what_is_in_the_store_can_be_read_by_the_documented_format(
@@ -344,3 +346,42 @@ def test_sweeping_a_bucket(s3: S3Server, local: DurableStore) -> None:
         if names_in(folder) == kept:
             break
     assert names_in(folder) == kept
+
+
+def test_a_record_without_versions_stays_whatever_else_lies_there(
+    local: DurableStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mounted"
+    store = RemoteStore(Place(folder.as_uri(), QUICK))
+    send(store, save(local, 3, 4, world_size=1))
+    local.begin_fence(4, "run", VersionId(3, 4))
+    store.begin_fences(local.fence_files())
+    for name in ("999/notes.txt", "9999999999999999999/1.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("the user's")
+    assert store.survey().problems == ()
+    assert store.sweep(Retention(1), "run") == ()
+    assert (folder / "4/fence.json").exists()
+
+
+def test_every_name_on_the_way_to_a_file_is_synced(
+    local: DurableStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def recorded(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    version = save(local, 3, 7, world_size=1)
+    root = tmp_path / "mounted" / "run"
+    store = RemoteStore(Place(root.as_uri(), QUICK))
+    monkeypatch.setattr(os, "fsync", recorded)
+    send(store, version)
+    assert {str(tmp_path), str(root.parent)} <= set(synced)  # where the first folders were made
+    manifest = next(n for n, path in enumerate(synced) if Path(path).name.startswith("7.json"))
+    for file in ("fence.json", "rank0.seg"):
+        assert any(Path(path).name.startswith(file) for path in synced[:manifest])
+    assert str(root / "3/7") in synced[:manifest]
+    assert synced[manifest + 1 :] == [str(root / "3"), str(root)]
