@@ -30,6 +30,7 @@ class RemoteImages:
         self._uri = uri
         self._version = version
         self._open: list[_Copy] = []
+        self.lost: CorruptionError | None = None  # the store went away: it is not asked again
 
     def __call__(self) -> Found:
         """The files of all ranks, as they are in the store; an error for what can't be used.
@@ -74,7 +75,7 @@ class RemoteImages:
             for record in copy.manifest.files:
                 name = object_name(copy.fence, copy.step, record.rank)
                 try:
-                    file = _Copy(RemoteFile(store.place, name))
+                    file = _Copy(RemoteFile(store.place, name), self)
                     self._open.append(file)
                     reader = SegmentReader(file, record.digest)
                     ours.require(reader.identity, record.rank, reader.where)
@@ -88,19 +89,23 @@ class RemoteImages:
 class _Copy:
     """A remote file whose store's troubles are troubles of the file: another copy may do."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: RemoteFile, images: RemoteImages) -> None:
         self._file = file
+        self._images = images
         self.where = file.where
         self.nbytes = file.nbytes
 
     def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
         """See :class:`~ftrain.checkpoint.files.ReadableFile`."""
+        if self._images.lost is not None:  # each chunk would wait for it as long
+            raise self._images.lost
         try:
             self._file.read_into(offset, parts, seen)
         except CorruptionError:
             raise
         except FtrainError as error:
-            raise CorruptionError(str(error)) from None
+            self._images.lost = CorruptionError(str(error))
+            raise self._images.lost from None
 
     def close(self) -> None:
         """Close it."""
