@@ -242,6 +242,14 @@ def _encode_torch(value: Any) -> list[object] | None:
     return None
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is just numbers in memory: not sparse, nested, quantized or without any."""
+    import torch
+
+    odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    return tensor.layout is torch.strided and not odd
+
+
 def _encode_tensor(tensor: torch.Tensor) -> list[object]:
     import torch
 
@@ -250,8 +258,8 @@ def _encode_tensor(tensor: torch.Tensor) -> list[object]:
             f"is a tensor of class {type(tensor).__qualname__}, which can't be saved: "
             "save its local tensor"
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise _RefusedError("is a sparse, quantized or meta tensor, which can't be saved")
+    if not is_plain(tensor):
+        raise _RefusedError("is a sparse, nested, quantized or meta tensor, which can't be saved")
     # A view of all bytes in order; a copy where the tensor is not contiguous or not on the CPU.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.checkpoint.codec import decode_tree, encode_tree, is_plain
 from ftrain.checkpoint.dtypes import item_bytes
 from ftrain.comms.errors import CorruptionError, StateError
 
@@ -93,9 +93,10 @@ class Folder:
                 f"{self._path(steps)} is a tensor of class {type(tensor).__qualname__}, which "
                 "can't be saved: save its local tensor"
             )
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        if not is_plain(tensor):
             raise StateError(
-                f"{self._path(steps)} is a sparse, quantized or meta tensor, which can't be saved"
+                f"{self._path(steps)} is a sparse, nested, quantized or meta tensor, which can't be"
+                " saved"
             )
         item_bytes(str(tensor.dtype).removeprefix("torch."))
         view = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())

@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftrain.comms.errors import CorruptionError, UsageError
+from ftrain.checkpoint.codec import is_plain
+from ftrain.comms.errors import CorruptionError, StateError, UsageError
 from ftrain.runtime.interop.outline import Item, each, tree_of
 from ftrain.runtime.interop.source import Origin
 from ftrain.runtime.interop.target import Progress, appearing, failed_in_torch
@@ -68,6 +69,7 @@ def read_torch(path: Path) -> Origin:
 
     Raises:
         UsageError: there is no such file, or no such thing in it.
+        StateError: a tensor is not just numbers in memory.
         CorruptionError: it can't be read without running what is in it, or at all.
     """
     if path.is_dir():
@@ -77,6 +79,12 @@ def read_torch(path: Path) -> Origin:
     tree = _load(path)
     for candidate in (tree, *(tree.get(key) for key in _MODEL_KEYS if isinstance(tree, Mapping))):
         if _is_state(candidate):
+            odd = next((name for name, tensor in candidate.items() if not is_plain(tensor)), None)
+            if odd is not None:
+                raise StateError(
+                    f"{path}: {odd} is a sparse, nested, quantized or meta tensor, which a version "
+                    "can't hold: save the model's state_dict() without it"
+                )
             tensors = {
                 str(name): (str(t.dtype).removeprefix("torch."), tuple(t.shape))
                 for name, t in candidate.items()

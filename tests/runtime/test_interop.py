@@ -358,6 +358,13 @@ def test_what_can_not_be_read_is_said_in_a_sentence(tmp_path: Path) -> None:
         torch_file.read_torch(tmp_path / "none.pt")
 
 
+def test_a_torch_file_with_other_kinds_of_tensors_is_refused_by_name(tmp_path: Path) -> None:
+    for odd in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
+        torch.save({"a": torch.ones(3), "b": odd}, tmp_path / "odd.pt")
+        with pytest.raises(StateError, match=r"odd\.pt: b is a sparse, nested"):
+            torch_file.read_torch(tmp_path / "odd.pt")
+
+
 def test_a_dcp_directory_must_be_complete_and_its_own(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
