@@ -71,8 +71,9 @@ def _prune(store: VersionStore, request: PruneRequest, *, as_json: bool) -> int:
         total = size_text(sum(version.nbytes for version in doomed))
         count = f"{len(doomed)} version{'s' if len(doomed) != 1 else ''}"
         print(f"{count} of {total} {would}; kept: {', '.join(map(str, kept)) or 'none'}")
+    is_ = "would be" if request.dry_run else "is"
     for version, wanted in pins:
-        print(f"step {version.step} is {'pinned' if wanted else 'no longer pinned'}")
+        print(f"step {version.step} {is_} {'pinned' if wanted else 'no longer pinned'}")
     return 0
 
 

@@ -114,7 +114,8 @@ def test_prune_keeps_what_it_is_told_and_the_newest(shown: Shown, run: Path) -> 
     assert code == 0
     assert "would be deleted" in text
     assert steps(run) == [60, 50, 40, 30, 20, 10]
-    shown("prune", run, "--pin", "20")
+    assert "step 10 would be pinned" in shown("prune", run, "--pin", "10", "--dry-run")[1]
+    assert "step 20 is pinned" in shown("prune", run, "--pin", "20")[1]
     told = shown.told("prune", run, "--keep-last", "1", "--keep-every", "30")
     assert told["kept"] == [60, 30, 20, 10]
     assert [v["step"] for v in told["removed"]] == [50, 40]
