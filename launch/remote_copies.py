@@ -38,6 +38,7 @@ from ftrain.checkpoint.remote.protocol.messages import (
 )
 from ftrain.checkpoint.retention import VersionKey
 from ftrain.comms.errors import CorruptionError, FtrainError, ObjectStoreError
+from ftrain.comms.events import EventLog
 from ftrain.configs.schema import CheckpointConfig
 
 _SMALL_S_MAX = 600.0  # for a request that moves no version
@@ -239,21 +240,28 @@ def _goes_beyond(copied: StoreVersion, here: DurableVersion, durable: DurableSto
     return same and key > here.key and durable.counts(copied.version)
 
 
-async def copy_last(config: CheckpointConfig, folder: Path, run_id: str, say: Say) -> None:
+async def copy_last(
+    config: CheckpointConfig, folder: Path, run_id: str, events: EventLog, say: Say
+) -> None:
     """Copy the newest version once the run is over, within ``checkpoint.remote_end_s``; a stop
     signal ends it as well."""
     loop = asyncio.get_running_loop()
 
     def copied(fields: dict[str, object]) -> None:
         patience.cancel()  # what is left is to remove older ones
+        events.write("copied", **fields)
         say(f"step {fields['step']} was copied to {fields['place']}")
+
+    def failed(text: str, kind: str, again: bool) -> None:
+        events.write("copy_failed", text=text, reason=kind)
+        say(text)
 
     copies = RemoteCopies(
         config,
         DurableStore(folder),
         run_id,
         on_copied=copied,
-        on_failed=lambda text, kind, again: say(text),
+        on_failed=failed,
         on_told=say,
     )
     name = place_name(config.remote)
@@ -262,7 +270,8 @@ async def copy_last(config: CheckpointConfig, folder: Path, run_id: str, say: Sa
     )
     task = loop.create_task(copies.copy_newest())
     for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job
+            loop.add_signal_handler(number, task.cancel)
     try:
         async with asyncio.timeout(config.remote_end_s):
             await task

@@ -24,6 +24,7 @@ from ftrain.comms.addresses import (
 )
 from ftrain.comms.environment import default_run_dir, secret_from_environment
 from ftrain.comms.errors import UsageError
+from ftrain.comms.events import EventLog
 from ftrain.comms.job import JobSpec, write_job
 from ftrain.comms.protocol.records import EXIT_FORCED
 from ftrain.configs.schema import EventsConfig, FtrainConfig, LaunchConfig
@@ -112,8 +113,8 @@ async def _run(
     durable = job.config.checkpoint
     copies = durable.remote and durable.remote_end_s > 0 and listener is not None
     if copies and code not in (USAGE, EXIT_FORCED):
-        with _said(events) as say:
-            await copy_last(durable, Path(durable.dir), job.run_id, say)
+        with _said(events) as say, _event_log(job) as log:
+            await copy_last(durable, Path(durable.dir), job.run_id, log, say)
     return code
 
 
@@ -134,6 +135,20 @@ def _said(events: EventsConfig) -> Iterator[Callable[[str], None]]:
         yield lambda text: console.line(f"ftrain: {text}")
     finally:
         console.close()
+
+
+@contextmanager
+def _event_log(job: JobSpec) -> Iterator[EventLog]:
+    """The run's, whose writer, the coordinator, is gone."""
+    bytes_max = job.config.events.bytes_max
+    try:
+        log = EventLog(Path(job.run_dir, "events.jsonl"), bytes_max)
+    except OSError:  # to copy is more than to tell of it
+        log = EventLog(os.devnull, bytes_max)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def _durable_folder(config: FtrainConfig, directory: RunDirectory) -> Path:

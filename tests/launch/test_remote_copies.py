@@ -114,13 +114,31 @@ def test_a_stop_copies_what_it_saved(s3: S3Server, tmp_path: Path) -> None:
         assert launch.gone_after(0)
 
 
+def test_what_nohup_ignores_does_not_end_the_last_copy(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "wait").touch()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launched(tmp_path, TRAINING, f"checkpoint.remote={s3.uri('bucket/run')}") as launch:
+            wait_for(lambda: "step 100/" in launch.shown)
+            s3.pause()
+            (tmp_path / "wait").unlink()
+            wait_for(lambda: "copying the last version to" in launch.shown)
+            launch.popen.send_signal(signal.SIGHUP)
+            s3.resume()
+            assert launch.wait() == 0, launch.shown
+            assert "step 120 was copied to s3://bucket/run\n" in launch.shown
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [event["step"] for event in events(launch, "copied")] == [120]
+
+
 def test_copies_come_every_so_many_steps(tmp_path: Path) -> None:
     tokens = [f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"]
     tokens += ["checkpoint.durable_every_steps=10", "checkpoint.remote_every_steps=40"]
     with launched(tmp_path, TRAINING, *tokens) as launch:
         assert launch.wait() == 0, launch.shown
         copied = [int(str(event["step"])) for event in events(launch, "copied")]
-        assert copied
+        assert copied.pop() == 120  # behind the run
         assert [step // 40 for step in copied] == sorted({step // 40 for step in copied})
         assert {1, 2} <= {step // 40 for step in copied}, copied
 
