@@ -185,7 +185,7 @@ async def fetch_newest(config: CheckpointConfig, durable: DurableStore, say: Say
     that is whole there and of the same history.
 
     Returns:
-        The run id of the run that it is of; empty when nothing was fetched.
+        The id of the run whose history it is of; empty when nothing was fetched.
 
     Raises:
         CorruptionError: neither here nor there is a whole version, although there are some.
@@ -222,7 +222,9 @@ async def _fetch_newer(
         except CorruptionError as error:
             say(str(error))
             continue
-        return version.run_id
+        # The version may be of another run: one that was imported, which this run began with.
+        records = await asyncio.to_thread(durable.fence_files)
+        return records[-1].run_id if records else version.run_id  # damaged ones do not come
     if not here and (held.versions or held.problems):
         raise CorruptionError(
             f"no version in {client.name} is whole: mend it, or begin anew with"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -11,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import Launch, launched, wait_for
 from s3_server import S3Server
 
+from ftrain.checkpoint.durable import DurableStore
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.events import read_events
 from ftrain.comms.job import JobSpec
 from ftrain.configs.schema import CheckpointConfig, FtrainConfig
+from ftrain.launch.cli import main
 from ftrain.launch.joining import join_request
+from ftrain.launch.remote_copies import RemoteCopies, fetch_newest
 from ftrain.launch.status import RunStatus, read_status
 
 pytestmark = pytest.mark.slow
@@ -245,6 +250,32 @@ def test_a_run_never_begins_anew_because_its_copies_are_damaged(tmp_path: Path) 
     assert again.wait() == 1, again.shown
     assert "rank0.seg: chunk 0" in again.shown
     assert again.shown.splitlines()[-1].startswith("ftrain: no version in file:///")
+
+
+def test_a_run_that_began_with_an_import_keeps_its_id(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "model.pt")
+    tokens = ["checkpoints", "import", "--from", "torch", "model.pt", "run"]
+    assert main([*tokens[:4], *(str(tmp_path / name) for name in tokens[4:])]) == 0
+    config = CheckpointConfig(remote=(tmp_path / "mounted").as_uri())
+    here = DurableStore(tmp_path / "run/checkpoints")
+    here.begin_fence(2, "train-1", here.versions()[0].version)
+    said: list[str] = []
+
+    async def there_and_back() -> str:
+        copies = RemoteCopies(
+            config,
+            here,
+            "train-1",
+            on_copied=lambda fields: said.append(f"copied {fields['step']}"),
+            on_failed=lambda text, kind, again: said.append(text),
+            on_told=said.append,
+        )
+        assert await copies.copy_newest(), said
+        await copies.close()
+        return await fetch_newest(config, DurableStore(tmp_path / "new"), said.append)
+
+    assert asyncio.run(there_and_back()) == "train-1", said
+    assert [version.step for version in DurableStore(tmp_path / "new").versions()] == [0]
 
 
 def test_hosts_that_join_need_no_store_and_hear_no_secret(tmp_path: Path) -> None:
