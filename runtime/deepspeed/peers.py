@@ -18,7 +18,7 @@ from ftrain.comms.errors import PeerLostError, UsageError
 from ftrain.runtime.alone import Agreement
 from ftrain.runtime.deepspeed.tags import TagFile
 
-_LOOK_EVERY_S = 0.02
+_LOOK_EVERY_S = 0.02, 0.5  # at first, and at most: a tenth of the time waited in between
 _EXCHANGE_S = 1800.0  # each may read and verify its part of a checkpoint first
 
 
@@ -81,13 +81,15 @@ class Peers:
         return [self._get(f"{key}/{rank}").decode() for rank in range(self.world_size)]
 
     def _await(self, key: str, count: int, patience_s: float) -> None:
-        deadline = time.monotonic() + patience_s
+        began, (least_s, most_s) = time.monotonic(), _LOOK_EVERY_S
         while (found := self._add(key, 0)) < count:
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            if waited_s > patience_s:
                 raise PeerLostError(
                     f"only {found} of {count} ranks answered within {patience_s:g} s"
                 )
-            time.sleep(_LOOK_EVERY_S)  # a store tells nobody; waiting in it would keep others out
+            pause_s = min(most_s, max(least_s, waited_s / 10))
+            time.sleep(pause_s)  # a store tells nobody; waiting in it would keep others out
 
     def _set(self, key: str, value: bytes) -> None:
         try:
