@@ -330,7 +330,12 @@ class DurableStore:
     # ---- tidying
 
     def sweep(
-        self, policy: Retention, run_id: str, *, active: Collection[VersionKey] = ()
+        self,
+        policy: Retention,
+        run_id: str,
+        *,
+        active: Collection[VersionKey] = (),
+        withdrawn: Collection[VersionId] = (),
     ) -> tuple[Path, ...]:
         """Remove this run's versions that are not kept, and what killed writers left.
 
@@ -347,6 +352,7 @@ class DurableStore:
             policy: which of the complete versions to keep.
             run_id: whose versions may be removed.
             active: (fence, step) of older versions that are being written now.
+            withdrawn: what was captured wrongly, and is not kept.
 
         Returns:
             The manifests and files that were removed.
@@ -360,8 +366,9 @@ class DurableStore:
             for step, manifest in numbered(folder, ".json")
         ]
         survey = self.survey()
-        mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
-        keep = policy.kept(mine) | frozenset(active) | self.pinned()
+        bad = {v.key for v in survey.versions if v.version in withdrawn}
+        mine = [v.key for v in survey.versions if v.manifest.run_id == run_id and v.key not in bad]
+        keep = (policy.kept(mine) | frozenset(active) | self.pinned()) - bad
         superseded = {v.key for v in survey.superseded} if policy.satisfied(mine) else set()
         keep |= {version.key for version in survey.hidden} - superseded
         doomed = [path for key, path in listed if key not in keep and _run_of(path) == run_id]

@@ -356,7 +356,8 @@ class Coordinator:
             config = self._job.config.checkpoint
             policy = Retention(config.keep_last, config.keep_every)
             active = self._copies.active if self._copies is not None else ()
-            self._durable.sweep(policy, self._job.run_id, active=active)
+            withdrawn = self._bad.withdrawn
+            self._durable.sweep(policy, self._job.run_id, active=active, withdrawn=withdrawn)
         except FtrainError as error:
             self._events.write("warning", text=f"old versions can't be deleted: {error}")
 
@@ -455,6 +456,7 @@ class Coordinator:
             self._total_steps = total if isinstance(total, int) else 0
         elif notice.kind == "withdrawn":
             self._withdraw(notice.data)
+            self._spawn(asyncio.to_thread(self._sweep))
         elif notice.kind == "written":
             self._learn_cost(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it

@@ -37,7 +37,7 @@ from ftrain.checkpoint.remote.protocol.messages import (
     StoreVersions,
 )
 from ftrain.checkpoint.retention import VersionKey
-from ftrain.comms.errors import CorruptionError, FtrainError, ObjectStoreError
+from ftrain.comms.errors import CorruptionError, FtrainError, ObjectStoreError, StateError
 from ftrain.comms.events import EventLog
 from ftrain.configs.schema import CheckpointConfig
 
@@ -168,6 +168,8 @@ class RemoteCopies:
         upload = StoreUpload(folder, version.fence, version.step, ranks)
         files = (await _ask(self._client, upload, StoreUploaded, moves=True)).files
         manifest = version.manifest
+        if not await asyncio.to_thread(version.path.is_file):
+            raise StateError(f"step {version.step} was deleted here while it was copied")
         publish = StorePublish(
             version.fence,
             version.version,

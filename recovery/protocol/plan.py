@@ -32,6 +32,7 @@ class BadVersions:
 
     _memory: set[VersionId] = field(default_factory=set)
     _durable: set[VersionId] = field(default_factory=set)  # (fence, step)
+    _withdrawn: set[VersionId] = field(default_factory=set)
 
     def add(self, plan: RestorePlan) -> bool:
         """What ``plan`` names is bad; False when that is known already, or it names nothing."""
@@ -44,7 +45,12 @@ class BadVersions:
     def withdraw(self, version: VersionId) -> None:
         """A rank found that it had captured ``version`` wrongly: no copy of it is good."""
         self._memory.add(version)
-        self._durable.add(version)
+        self._withdrawn.add(version)
+
+    @property
+    def withdrawn(self) -> frozenset[VersionId]:
+        """Those that are to be kept nowhere."""
+        return frozenset(self._withdrawn)
 
     @property
     def memory(self) -> frozenset[VersionId]:
@@ -57,9 +63,12 @@ class BadVersions:
         """The first of ``durable`` that is not bad, and remarks about those before it."""
         remarks: list[str] = []
         for version in durable:
-            if VersionId(version.fence, version.step) not in self._durable:
+            captured = VersionId(version.epoch, version.step)
+            found_bad = VersionId(version.fence, version.step) in self._durable
+            if not found_bad and captured not in self._withdrawn:
                 return version, tuple(remarks)
-            remarks.append(f"durable step {version.step} of epoch {version.fence} was found bad")
+            why = "was found bad" if found_bad else "was withdrawn"
+            remarks.append(f"durable step {version.step} of epoch {version.fence} {why}")
         return None, tuple(remarks)
 
 

@@ -314,6 +314,16 @@ def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) ->
     assert not (store.directory / "1").exists()
 
 
+def test_what_was_withdrawn_is_kept_by_nobody(store: DurableStore) -> None:
+    older, newer = (save(store, 1, step, world_size=1) for step in (4, 5))
+    store.sweep(Retention(2), "run", active={newer.key}, withdrawn={newer.version})
+    assert store.versions() == (older,)
+    assert not newer.path.exists()
+    save(store, 1, 6, world_size=1)
+    store.sweep(Retention(2), "run")
+    assert not newer.file(0).exists()
+
+
 def test_an_epoch_whose_record_was_deleted_is_refused(store: DurableStore) -> None:
     with pytest.raises(RunDirectoryError, match=r"2/fence\.json was deleted"):
         store.require_begun(2)

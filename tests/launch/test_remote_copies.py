@@ -10,17 +10,23 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launching import Launch, launched, wait_for
 from s3_server import S3Server
+from small_versions import save
 
 from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.remote.client import StoreClient
+from ftrain.checkpoint.remote.protocol.messages import StoreUpload
+from ftrain.checkpoint.retention import Retention
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.events import read_events
 from ftrain.comms.job import JobSpec
 from ftrain.configs.schema import CheckpointConfig, FtrainConfig
+from ftrain.launch import remote_copies
 from ftrain.launch.cli import main
 from ftrain.launch.joining import join_request
 from ftrain.launch.remote_copies import RemoteCopies, fetch_newest
@@ -252,6 +258,53 @@ def test_a_run_never_begins_anew_because_its_copies_are_damaged(tmp_path: Path) 
     assert again.shown.splitlines()[-1].startswith("ftrain: no version in file:///")
 
 
+def copier(
+    config: CheckpointConfig, here: DurableStore, run_id: str, said: list[str]
+) -> RemoteCopies:
+    return RemoteCopies(
+        config,
+        here,
+        run_id,
+        on_copied=lambda fields: said.append(f"copied {fields['step']}"),
+        on_failed=lambda text, kind, again: said.append(text),
+        on_told=said.append,
+    )
+
+
+def test_what_is_withdrawn_while_it_is_copied_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = DurableStore(tmp_path / "here")
+    version = save(here, 1, 5)
+    config = CheckpointConfig(remote=(tmp_path / "mounted").as_uri())
+    said: list[str] = []
+    ask = remote_copies._ask
+
+    async def ask_and_withdraw(
+        client: StoreClient, request: object, *rest: Any, **more: Any
+    ) -> Any:
+        answer = await ask(client, request, *rest, **more)
+        if isinstance(request, StoreUpload):
+            here.sweep(Retention(1), "run", active={version.key}, withdrawn={version.version})
+        return answer
+
+    async def copy() -> bool:
+        copies = copier(config, here, "run", said)
+        try:
+            return await copies.copy_newest()
+        finally:
+            await copies.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_copies, "_ask", ask_and_withdraw)
+        assert not asyncio.run(copy())
+    assert "step 5 was deleted here while it was copied" in said[-1]
+    assert not list((tmp_path / "mounted").rglob("5.json"))
+    save(here, 1, 6)
+    assert asyncio.run(copy()), said
+    assert list((tmp_path / "mounted").rglob("6.json"))
+
+
 def test_a_run_that_began_with_an_import_keeps_its_id(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3)}, tmp_path / "model.pt")
     tokens = ["checkpoints", "import", "--from", "torch", "model.pt", "run"]
@@ -262,14 +315,7 @@ def test_a_run_that_began_with_an_import_keeps_its_id(tmp_path: Path) -> None:
     said: list[str] = []
 
     async def there_and_back() -> str:
-        copies = RemoteCopies(
-            config,
-            here,
-            "train-1",
-            on_copied=lambda fields: said.append(f"copied {fields['step']}"),
-            on_failed=lambda text, kind, again: said.append(text),
-            on_told=said.append,
-        )
+        copies = copier(config, here, "train-1", said)
         assert await copies.copy_newest(), said
         await copies.close()
         return await fetch_newest(config, DurableStore(tmp_path / "new"), said.append)

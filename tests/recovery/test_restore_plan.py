@@ -13,7 +13,7 @@ def held(*versions: VersionId) -> dict[int, list[Held]]:
 
 
 def durable(fence: int, step: int) -> DurableVersion:
-    return DurableVersion(fence, step, f"{fence}/{step}.json", 1)
+    return DurableVersion(fence, step, f"{fence}/{step}.json", 1, fence)
 
 
 def choose(bad: BadVersions, memory: list[VersionId], files: list[DurableVersion]) -> RestorePlan:
@@ -50,6 +50,7 @@ def test_a_withdrawn_version_is_restored_from_no_place() -> None:
     plan = choose(bad, [VersionId(1, 5), VersionId(1, 4)], [durable(1, 5)])
     assert (plan.level, plan.version) == ("memory", VersionId(1, 4))
     assert choose(bad, [VersionId(1, 5)], [durable(1, 5)]).level == "fresh"
+    assert bad.withdrawn == {VersionId(1, 5)}
 
 
 def test_a_version_bad_in_memory_may_be_good_on_the_disk() -> None:
