@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from ftrain.checkpoint.boxes import Placement
 from ftrain.comms.protocol.messages import Share
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,19 @@ def ranks_of(key: str) -> list[int]:
     return [int(rank) for rank in key.split(",")]
 
 
+def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor.  Their module is not imported for that, which takes 0.7 s: who has
+    one has imported it."""
+    if type(tensor) in _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor on this rank behind a parameter or moment (a DTensor's local shard)."""
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         local: torch.Tensor = tensor.to_local()
         return local
     return tensor
@@ -60,6 +74,8 @@ def dtensor_holding(tensor: DTensor, world_size: int) -> Holding:
 
     A tensor whose mesh has not all ranks may be another one elsewhere, as a plain one may.
     """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape = tuple(tensor.shape)
     if any(placement.is_partial() for placement in tensor.placements):
         key = key_of([dist.get_rank()])
@@ -78,7 +94,7 @@ def _dtensor_key(tensor: DTensor) -> str:
     if coordinate is None:
         return key_of([dist.get_rank()])
     index = tuple(
-        slice(None) if isinstance(placement, Replicate) else coordinate[dim]
+        slice(None) if placement.is_replicate() else coordinate[dim]
         for dim, placement in enumerate(tensor.placements)
     )
     return key_of(int(rank) for rank in mesh.mesh[index].reshape(-1).tolist())
@@ -114,7 +130,7 @@ def holdings(models: Iterable[torch.nn.Module], rank: int, world_size: int) -> d
         for parameter in model.parameters():
             found[id(parameter)] = (
                 dtensor_holding(parameter, world_size)
-                if isinstance(parameter, DTensor)
+                if is_dtensor(parameter)
                 else Holding.of_plain(parameter, [rank], world_size)
             )
     for model in models:
@@ -123,7 +139,7 @@ def holdings(models: Iterable[torch.nn.Module], rank: int, world_size: int) -> d
                 ranks = dist.get_process_group_ranks(module.process_group)
                 ignored = module.parameters_to_ignore
                 for name, parameter in module.module.named_parameters():
-                    if name not in ignored and not isinstance(parameter, DTensor):
+                    if name not in ignored and not is_dtensor(parameter):
                         found[id(parameter)] = Holding.of_plain(parameter, ranks, world_size)
     return found
 
@@ -135,9 +151,9 @@ def moment_holding(
 
     ``own``: the ranks' key, if each rank keeps the moments of parameters of its own (ZeRO-1).
     """
-    if isinstance(value, DTensor):
+    if is_dtensor(value):
         return dtensor_holding(value, world_size)
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         if value.shape == local_part(parameter).shape:
             return holding
         # Step counts and the like are equal wherever the parameter is; the rest is the shard's own.

@@ -13,13 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.errors import SessionError, StateError
 from ftrain.runtime.data import Stateful
-from ftrain.runtime.group import Holding, holdings, key_of, local_part, moment_holding
+from ftrain.runtime.group import (
+    Holding,
+    holdings,
+    is_dtensor,
+    key_of,
+    local_part,
+    moment_holding,
+)
 from ftrain.runtime.moments import moments_ahead
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -73,7 +79,7 @@ class _Places:
             for parameter, values in optimizer.state.items():
                 tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
                 states += (id(parameter), len(values), *map(id, tensors))
-                pointers += [v.data_ptr() for v in tensors if not isinstance(v, DTensor)]
+                pointers += [v.data_ptr() for v in tensors if not is_dtensor(v)]
                 objects += tensors
         return cls(_owned(optimizers), states, pointers, objects)
 
@@ -328,7 +334,7 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
 
 
 def _pointer(tensor: torch.Tensor) -> int:
-    return local_part(tensor).data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+    return local_part(tensor).data_ptr() if is_dtensor(tensor) else tensor.data_ptr()
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:

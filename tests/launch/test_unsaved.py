@@ -109,7 +109,12 @@ def test_a_manager_that_hangs_before_the_end_does_not_cost_the_end(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "failure", ["raise ValueError('boom')", "sys.exit(3)", "os.kill(os.getpid(), 9)"]
+    "failure",
+    [
+        "raise ValueError('boom')",
+        pytest.param("sys.exit(3)", marks=pytest.mark.soak),
+        "os.kill(os.getpid(), 9)",
+    ],
 )
 def test_what_memory_holds_of_a_job_that_is_given_up_is_saved(tmp_path: Path, failure: str) -> None:
     body = f"""

@@ -88,7 +88,12 @@ def test_any_layout_goes_on_from_any_other(tmp_path: Path, stations: list[tuple[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after"), [("ddp2", "fsdp3"), ("fsdp2", "ddp4"), ("tp4", "tp2")]
+    ("before", "after"),
+    [
+        pytest.param("ddp2", "fsdp3", marks=pytest.mark.soak),
+        ("fsdp2", "ddp4"),
+        ("tp4", "tp2"),
+    ],
 )
 def test_the_next_losses_are_those_of_torchs_own_resharding(
     tmp_path: Path, before: str, after: str
