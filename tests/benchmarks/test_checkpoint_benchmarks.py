@@ -141,6 +141,7 @@ def test_checkpoint_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_reshard_runs(tmp_path: Path) -> None:
     words = ("--size", "tiny", "--worlds", "2", "1", "--rounds", "1")
     shown, found = run("reshard.py", tmp_path, *words)

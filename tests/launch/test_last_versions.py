@@ -66,7 +66,9 @@ def test_a_wish_to_save_without_snapshots_in_memory_is_done_by_the_ranks(tmp_pat
         assert "no durable version" not in launch.shown
 
 
-@pytest.mark.parametrize("snapshot", ["snapshot.every_steps=4", "snapshot=off"])
+@pytest.mark.parametrize(
+    "snapshot", [pytest.param("snapshot.every_steps=4", marks=pytest.mark.soak), "snapshot=off"]
+)
 def test_the_end_of_the_data_is_durable(tmp_path: Path, snapshot: str) -> None:
     with launched(tmp_path, script(), *TWO, snapshot) as launch:
         assert launch.wait() == 0, launch.shown

@@ -125,6 +125,7 @@ def test_a_stop_copies_what_it_saved(s3: S3Server, tmp_path: Path) -> None:
         assert launch.gone_after(0)
 
 
+@pytest.mark.soak
 def test_what_nohup_ignores_does_not_end_the_last_copy(s3: S3Server, tmp_path: Path) -> None:
     (tmp_path / "wait").touch()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -86,7 +86,10 @@ def test_a_killed_run_goes_on_from_its_saved_version(
     assert losses(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)],
+)
 def test_a_signal_saves_and_the_next_run_goes_on(
     tmp_path: Path, undisturbed: dict[int, float], number: signal.Signals
 ) -> None:
@@ -295,7 +298,9 @@ def test_the_end_of_the_data_is_saved(tmp_path: Path) -> None:
     assert len(losses(tmp_path)) == 8
 
 
-@pytest.mark.parametrize("leave", ["break", "raise ValueError"])
+@pytest.mark.parametrize(
+    "leave", ["break", pytest.param("raise ValueError", marks=pytest.mark.soak)]
+)
 def test_nothing_is_saved_of_a_loop_that_was_left(tmp_path: Path, leave: str) -> None:
     """The body may have changed anything before it was left."""
     early = f"if step == 5:\n        model.weight.data.zero_()\n        {leave}"
