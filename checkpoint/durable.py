@@ -77,6 +77,11 @@ def not_all_usable_text(directory: Path, problems: Sequence[str], step: int) -> 
     )
 
 
+def _counted(stated: Iterable[DurableVersion], fences: Collection[int]) -> set[VersionId]:
+    """The versions that can settle what the history is: of fences that were granted."""
+    return {version.version for version in stated if version.fence in fences}
+
+
 def _named(problems: Sequence[str]) -> str:
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     return f"{problems[0]}{more}"
@@ -111,9 +116,9 @@ class DurableStore:
             RunDirectoryError: the directory can't be written to.
         """
         folder = self.directory / str(fence)
-        earlier = [record for record in self._fences()[0].values() if record.fence < fence]
-        durable = [version.version for version in self._stated()[0]]
-        record = next_fence(fence, parent, earlier, durable)
+        fences = self._fences()[0]
+        earlier = [record for record in fences.values() if record.fence < fence]
+        record = next_fence(fence, parent, earlier, _counted(self._stated()[0], fences))
         content = FenceFile(
             run_id=run_id,
             fence=fence,
@@ -284,8 +289,7 @@ class DurableStore:
             else:
                 found.append((version, ""))
         highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
-        begun = {version.version for version in stated if version.fence in fences}
-        record = settling(fences.values(), begun)
+        record = settling(fences.values(), _counted(stated, fences))
         return survey_of(self.name, found, fences, record, [*problems, *unreadable], highest)
 
     def versions(self) -> tuple[DurableVersion, ...]:
@@ -311,8 +315,9 @@ class DurableStore:
 
     def counts(self, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
-        durable = {known.version for known in self._stated()[0]}
-        record = settling(self._fences()[0].values(), durable | {version})
+        fences = self._fences()[0]
+        durable = _counted(self._stated()[0], fences)
+        record = settling(fences.values(), durable | {version})
         return record is not None and record.shows(version)
 
     def fence_files(self) -> tuple[FenceFile, ...]:

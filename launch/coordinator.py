@@ -262,8 +262,9 @@ class Coordinator:
             port = await self._stores.take()
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
-            world, held = sum(place.local_world for place in effect.places), dict(effect.held)
-            restore = choose_restore(held, world, newest, self._bad.memory, remarks)
+            world_size = sum(place.local_world for place in effect.places)
+            held = dict(effect.held)
+            restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
         except (FtrainError, RuntimeError) as error:
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
             return

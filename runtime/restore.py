@@ -7,7 +7,6 @@ Nothing here cares how the job was laid out over ranks when it was saved (placin
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -207,9 +206,7 @@ class Restoration:
             for chunk in chunks:
                 yield self._do(image, chunk, scratches)
             return
-        with ThreadPoolExecutor(
-            self._readers, "ftrain-restore", _spread_out(self._readers)
-        ) as pool:
+        with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
             for future in [pool.submit(self._do, image, chunk, scratches) for chunk in chunks]:
                 yield future.result()
 
@@ -382,22 +379,6 @@ def restore(
 def file_readers(world_size: int) -> int:
     """Threads that read one rank's files, when so many ranks read theirs."""
     return _READERS if world_size == 1 else 1
-
-
-def _spread_out(threads: int) -> Callable[[], None]:
-    """What each of so many threads calls first, to run on cores of its own.
-
-    They wake each other whenever one lets the interpreter go, and the kernel likes to run who is
-    woken beside who woke it: both on one core, while the other one is idle.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    numbers = iter(range(threads))
-
-    def take_cores() -> None:
-        if mine := cores[next(numbers) :: threads]:
-            os.sched_setaffinity(0, mine)
-
-    return take_cores
 
 
 def _refuse_model(image: Source, known: dict[str, StateTensor]) -> None:

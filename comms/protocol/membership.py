@@ -52,7 +52,8 @@ from ftrain.comms.protocol.records import (
 from ftrain.comms.protocol.roster import Roster, Trouble, places_of
 from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
 
-_FLUSH_TRIES, _SAVE_TRIES = 6, 3
+_FLUSH_TRIES = 6
+_SAVE_TRIES = 3
 _WRITE_PAUSE_TICKS = 10  # before the end of the run is tried to be written again
 _RUNS = (NodeState.RUNNING, NodeState.DONE)
 
@@ -177,14 +178,7 @@ class Membership:
                 self._enter(Event.NOT_FORMED, why)
         else:
             step = formation.restore.version.step if formation.restore.version else 0
-            incident = self._hard.incident
-            self._hard = replace(
-                self._hard,
-                durable=saving.durable_now(self._hard.durable, formation.restore),
-                formation=formation,
-                formations=self._hard.formations + 1,
-                incident=incident and incident.rewound(self._reached, step),
-            )
+            self._hard = saving.formed(self._hard, formation, self._reached, step)
             self._reached = self._kept = step
             self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
         self._advance()
@@ -556,7 +550,7 @@ class Membership:
             silent += self._roster.unheard()
         if waiting := bool(silent) or not self._at_rest():
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
-        if waiting or self._publishing is not None or self._wait_ticks:
+        if self._publishing is not None or waiting or self._wait_ticks:
             return
         durable, giving_up = self._hard.durable, self._hard.giving_up
         newest = saving.newest_everywhere(self._roster.present(), self._nodes)
@@ -584,8 +578,8 @@ class Membership:
         self._end(self._hard.exit_code(EXIT_SAVED), text)
 
     def _end_unsaved(self, why: str) -> None:
-        ended = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
-        self._end(self._hard.exit_code(EXIT_FAILED), f"{ended}, but {why}")
+        stopped = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
+        self._end(self._hard.exit_code(EXIT_FAILED), f"{stopped}, but {why}")
 
     # ------------------------------------------------------------------ directives
 

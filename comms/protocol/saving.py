@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ftrain.comms.protocol.messages import NodeReport, RestorePlan, VersionId
+from dataclasses import replace
+
+from ftrain.comms.protocol.messages import Formation, NodeReport, RestorePlan, VersionId
 from ftrain.comms.protocol.records import MembershipHard
 
 _WARNING_TICKS = 1200  # between two warnings that a durable version failed
@@ -29,7 +31,19 @@ class FailedWrites:
         return f"no durable version could be written{count}: {why}"
 
 
-def durable_now(known: VersionId | None, restore: RestorePlan) -> VersionId | None:
+def formed(hard: MembershipHard, formation: Formation, reached: int, step: int) -> MembershipHard:
+    """What is known once a formation is made that goes on from ``step``, when ranks had come to
+    boundary ``reached``."""
+    return replace(
+        hard,
+        durable=_durable_now(hard.durable, formation.restore),
+        formation=formation,
+        formations=hard.formations + 1,
+        incident=hard.incident and hard.incident.rewound(reached, step),
+    )
+
+
+def _durable_now(known: VersionId | None, restore: RestorePlan) -> VersionId | None:
     """The newest durable version to count on, given what a formation goes on from.
 
     A run that goes on from a durable version has no newer one that is any good: what was known may

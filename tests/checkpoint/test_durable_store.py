@@ -314,6 +314,15 @@ def test_what_is_hidden_stays_until_there_is_enough_else(store: DurableStore) ->
     assert not (store.directory / "1").exists()
 
 
+def test_an_epoch_rests_on_nothing_that_does_not_count(store: DurableStore) -> None:
+    save(store, 1, 80, world_size=1)
+    store.write_image(9, VersionId(1, 85), 0, make_image(make_identity(85, 0, 1, epoch=1)))
+    store.publish_written(9, VersionId(1, 85), "run", 1)  # under a fence that was never granted
+    assert store.begin_fence(10, "run", VersionId(1, 90)).rests_on == VersionId(1, 80)
+    save(store, 1, 95, world_size=1)
+    assert [version.step for version in store.versions()] == [80]
+
+
 def test_what_was_withdrawn_is_kept_by_nobody(store: DurableStore) -> None:
     older, newer = (save(store, 1, step, world_size=1) for step in (4, 5))
     store.sweep(Retention(2), "run", active={newer.key}, withdrawn={newer.version})

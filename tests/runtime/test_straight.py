@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
-from typing import Any
 
 import pytest
 import torch
@@ -157,29 +154,6 @@ def test_what_was_accepted_is_not_written_to_again(tmp_path: Path, readers: int)
         with opened(path) as files:
             Restoration(files, readers=readers).fill(found, TOPOLOGY)
         assert torch.equal(found[0].tensor, saved)
-
-
-def test_readers_have_cores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, found = os.sched_getaffinity(0), {}
-    read = SegmentReader.read_into
-
-    def reads(*arguments: Any, **options: Any) -> memoryview:
-        found[get_ident()] = os.sched_getaffinity(0)
-        return read(*arguments, **options)
-
-    monkeypatch.setattr(SegmentReader, "read_into", reads)
-    tensors = [StateTensor.whole("w", torch.ones(8 * CHUNK // 4), "0")]
-    save(tmp_path / "a.seg", tensors)
-    for _ in range(20):  # until each of both threads had something to do
-        with opened(tmp_path / "a.seg") as files:
-            Restoration(files, readers=2).fill(blank(tensors))
-        if len(found) > 1:
-            break
-        found.clear()
-    assert os.sched_getaffinity(0) == before
-    first, second = found.values()
-    assert first | second == before
-    assert len(before) == 1 or not first & second
 
 
 PEAK = """
