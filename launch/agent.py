@@ -490,6 +490,8 @@ class Agent:
         elif isinstance(message, smp.Withdrawn):
             text = f"step {message.version.step} was captured wrongly: it is not restored from"
             self._uplink.say("withdrawn", text, **asdict(message.version))
+            self._machine.withdrawn(message.version)
+            self._driver.pump()
         elif isinstance(message, smp.CapturesFinished):
             self._captures_finished(message.epoch, message.held)
         elif isinstance(message, smp.Inventory):

@@ -57,7 +57,7 @@ from ftrain.launch.incidents import (
 from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
-from ftrain.launch.state import HardStore
+from ftrain.launch.state import HardStore, begin_with, withdrawn_in
 from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
 
@@ -68,20 +68,6 @@ _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
 _BACKLOG_MAX = 200  # notices kept while nobody watches
 _QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn", "written")  # for the event log only
-
-
-def _above(hard: MembershipHard | None, launch: str, store: DurableStore) -> MembershipHard:
-    """Begin above every fence in the run directory: ranks that ran without a launcher count their
-    own fences, and what they saved is to be resumed from too; and a full disk may have kept an
-    epoch from being stored."""
-    hard = hard or MembershipHard()
-    try:
-        newest = store.survey().fence
-    except FtrainError:
-        if hard.launch != launch:
-            raise
-        newest = 0  # a directory that went away while the job runs is not this process's end
-    return replace(hard, epoch=newest, formation=None) if newest > hard.epoch else hard
 
 
 class Coordinator:
@@ -98,9 +84,12 @@ class Coordinator:
         self._epoch: tuple[int, str, VersionId | None] | None = None  # that this process began
         self._copies = self._make_copies() if config.checkpoint.remote else None
         self._mark = leave_mark(job, self._launch)
+        events = Path(job.run_dir, "events.jsonl")
+        self._bad = BadVersions()  # what can't be put back a new process finds out again
+        self._bad.withdraw(withdrawn := withdrawn_in(events))
         self._machine = Membership(
             nodes=job.nodes,
-            hard=_above(self._store.load(), self._launch, self._durable),
+            hard=begin_with(self._store.load(), self._launch, self._durable, withdrawn),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
             launch=self._launch,
@@ -112,14 +101,9 @@ class Coordinator:
         self._driver: Driver[MembershipHard] = Driver(
             self._machine, self._persist, self._send, self._perform
         )
-        events = Path(job.run_dir, "events.jsonl")
         self._account = Account.read(events, self._launch, time.time())
         self._history = History.read(read_events(events))
         self._events = EventLog(events, config.events.bytes_max)
-        self._bad = BadVersions()  # what can't be put back a new process finds out again
-        for event in read_events(events):
-            if event["kind"] == "withdrawn":  # but such a version looks as good as any
-                self._withdraw(event["data"])
         self._stores = GroupStores(config.launch.bind)
         self._agents: dict[int, Channel] = {}
         self._watchers: list[Channel] = []
@@ -432,6 +416,8 @@ class Coordinator:
         if report.step_s > 0:
             self._account.step_s = report.step_s
         self._refuse_bad_version(report)
+        if self._bad.withdraw(report.withdrawn):
+            self._spawn(asyncio.to_thread(self._sweep))
         self._input(self._machine.receive, report)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:
@@ -455,19 +441,11 @@ class Coordinator:
         if notice.kind == "total_steps":
             total = notice.data.get("total_steps")
             self._total_steps = total if isinstance(total, int) else 0
-        elif notice.kind == "withdrawn":
-            self._withdraw(notice.data)
-            self._spawn(asyncio.to_thread(self._sweep))
         elif notice.kind == "written":
             self._learn_cost(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(self._machine.request_flush)
         self._announce(notice)
-
-    def _withdraw(self, version: Mapping[str, object]) -> None:
-        epoch, step = version.get("epoch"), version.get("step")
-        if isinstance(epoch, int) and isinstance(step, int):
-            self._bad.withdraw(VersionId(epoch, step))
 
     # ------------------------------------------------------------------ news
 

@@ -13,13 +13,17 @@ durable versions, above which a coordinator always begins.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from ftrain.comms.errors import RunDirectoryError
+from ftrain.checkpoint.durable import DurableStore
+from ftrain.comms.errors import FtrainError, RunDirectoryError
+from ftrain.comms.events import read_events
+from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.protocol.records import MembershipHard
 from ftrain.comms.wire import BAD_INPUT
 
@@ -101,3 +105,30 @@ class HardStore:
             os.fsync(directory)  # the file itself has to be found again too
             os.close(directory)
         return int(text or b"0")
+
+
+def withdrawn_in(events: Path) -> set[VersionId]:
+    """What ranks withdrew before this process began: such versions look as good as any."""
+    found = [event["data"] for event in read_events(events) if event["kind"] == "withdrawn"]
+    return {VersionId(version["epoch"], version["step"]) for version in found}
+
+
+def begin_with(
+    hard: MembershipHard | None, launch: str, store: DurableStore, withdrawn: Collection[VersionId]
+) -> MembershipHard:
+    """What a coordinator of ``launch`` goes on from, given what the one before stored.
+
+    It counts on no version that was withdrawn, and begins above every fence in the checkpoint
+    directory: ranks that ran without a launcher count their own fences, and what they saved is to
+    be resumed from too; and a full disk may have kept an epoch from being stored.
+    """
+    hard = hard or MembershipHard()
+    if hard.durable in withdrawn:
+        hard = replace(hard, durable=None)
+    try:
+        newest = store.survey().fence
+    except FtrainError:
+        if hard.launch != launch:
+            raise
+        newest = 0  # a directory that went away while the job runs is not this process's end
+    return replace(hard, epoch=newest, formation=None) if newest > hard.epoch else hard

@@ -98,7 +98,7 @@ class Membership:
         self._effects: list[object] = []
         self._outbox = Outbox(resend_ticks)
         self._reason = ""
-        self._committed: VersionId | None = None
+        self._committed = saving.Committed()
         self._reached = 0  # highest boundary of any rank since the last formation
         self._kept = 0  # ... of which a rank set out to keep the version
         self._failed_writes = saving.FailedWrites()
@@ -170,7 +170,7 @@ class Membership:
             self._end(EXIT_FAILED, formation.why)
         elif isinstance(formation, Obstacle):
             why = f"the group can't be formed: {formation.why}"
-            self._hard = count_failure(self._hard, self._committed, why)
+            self._hard = count_failure(self._hard, self._committed.newest, why)
             if self._hard.failures_in_row > self._max_restarts:
                 self._give_up(Event.NOT_FORMED, EXIT_FAILED, why)
             else:
@@ -187,6 +187,9 @@ class Membership:
         """Answer to :class:`Publish`: the manifest is there, for good."""
         asked = self._publishing
         if asked is None or (fence, version) != (asked.fence, asked.version):
+            return
+        if version in self._committed.withdrawn:  # meanwhile
+            self.publish_failed(f"step {version.step} was withdrawn")
             return
         self._publishing = None
         self._hard = replace(self._hard, durable=version)
@@ -223,8 +226,9 @@ class Membership:
     def _hear(self, report: NodeReport) -> None:
         if not self._roster.accept(report):
             return
-        if report.committed is not None:
-            self._committed = max(report.committed, self._committed or report.committed)
+        self._committed.hear(report)
+        if self._hard.durable in self._committed.withdrawn:  # whoever published it deletes it
+            self._hard = replace(self._hard, durable=None)
         if report.epoch == self._hard.epoch:
             self._reached = max(self._reached, report.step_max)
             self._kept = max(self._kept, report.kept_max)
@@ -325,7 +329,7 @@ class Membership:
         epoch = max(self._hard.epoch, *(r.epoch for r in reports)) + 1
         self._places = places_of(reports)
         self._hard = replace(
-            self._hard, epoch=epoch, formation=None, base=self._committed, stop_step=-1
+            self._hard, epoch=epoch, formation=None, base=self._committed.newest, stop_step=-1
         )
         self._enter(Event.COMPLETE, f"all {self._nodes} nodes are there: forming epoch {epoch}")
         held = tuple((r.node, r.held) for r in reports)
@@ -380,8 +384,8 @@ class Membership:
         elif self._round is not None or self._publishing is not None:
             self._watch_flush()
         else:
-            if self._end_tries and self._committed is not None:
-                target = self._committed  # the last one can't be had: what there is instead
+            if self._end_tries and self._committed.newest is not None:
+                target = self._committed.newest  # the last one can't be had: what there is instead
             saved = durable is not None and durable >= target
             if saved or self._end_tries >= _SAVE_TRIES:
                 self._end(EXIT_FAILED, saving.unsaved_end(self._kept, durable, self._refusal))
@@ -461,7 +465,7 @@ class Membership:
         named = hard.formation is not None and hard.formation.restore.version is not None
         finite = named and any(failure.kind == "restore" for failure in trouble.failures)
         if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
-            hard = count_failure(hard, self._committed, trouble.nature())
+            hard = count_failure(hard, self._committed.newest, trouble.nature())
         self._hard = begin_incident(hard, trouble, self._places, self._reached)
         mistakes = trouble.mistakes()
         if hard.stop_cause or hard.giving_up:
@@ -493,7 +497,7 @@ class Membership:
 
     def _aim_ahead(self, margin: int, every: int) -> None:
         hard, at = self._hard, VersionId(self._hard.epoch, self._reached)
-        self._aim_at(due(at, self._committed, hard.durable, margin, every), margin, every)
+        self._aim_at(due(at, self._committed.newest, hard.durable, margin, every), margin, every)
 
     def _aim_at(self, version: VersionId, margin: int = 0, every: int = 0) -> None:
         self._attempts += 1
@@ -553,8 +557,9 @@ class Membership:
         if self._publishing is not None or waiting or self._wait_ticks:
             return
         durable, giving_up = self._hard.durable, self._hard.giving_up
-        newest = saving.newest_everywhere(self._roster.present(), self._nodes)
-        known = max((v for v in (newest, self._committed) if v is not None), default=None)
+        present, withdrawn = self._roster.present(), self._committed.withdrawn
+        newest = saving.newest_everywhere(present, self._nodes, withdrawn)
+        known = max((v for v in (newest, self._committed.newest) if v is not None), default=None)
         # Else something of this launch can be on a node that this process has not heard of.
         all_heard = not self._hard.formations or len(self._roster.reports()) == self._nodes
         if giving_up and newest is not None and newest.step == 0:

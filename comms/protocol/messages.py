@@ -124,6 +124,7 @@ class NodeReport:
     flush_attempt: int = 0  # and which attempt at it
     fence: int = 0  # fence under which `prepared` was written
     write_failed: bool = False  # with `refused`: writing failed, there was something to write
+    withdrawn: tuple[VersionId, ...] = ()  # newest versions that a rank here had captured wrongly
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from ftrain.comms.protocol.messages import (
 )
 from ftrain.comms.protocol.ready import Address, Ready
 
+_WITHDRAWN_MAX = 8  # versions named in a report
 _PREPARED_KEPT = 8  # versions named in a report as written under the present fence
 
 
@@ -417,6 +418,12 @@ class NodeMember:
         """What the snapshot manager holds, told while no rank runs."""
         if self._phase in _AT_REST:
             self._tell_now(held=tuple(held))
+
+    def withdrawn(self, version: VersionId) -> None:
+        """A rank here found that it had captured ``version`` wrongly; its files are no good."""
+        prepared = tuple(found for found in self._report.prepared if found != version)
+        withdrawn = (*self._report.withdrawn, version)[-_WITHDRAWN_MAX:]
+        self._tell_now(prepared=prepared, withdrawn=withdrawn)
 
     def signal(self, name: str) -> None:
         """This agent received a signal that asks for a graceful stop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from ftrain.comms.protocol.messages import Formation, NodeReport, RestorePlan, VersionId
@@ -29,6 +30,23 @@ class FailedWrites:
         self._quiet_ticks = _WARNING_TICKS
         count = f" ({self._failed} times so far)" if self._failed > 1 else ""
         return f"no durable version could be written{count}: {why}"
+
+
+class Committed:
+    """The newest version that any node knows to be committed, but for those that ranks withdrew."""
+
+    def __init__(self) -> None:
+        self.newest: VersionId | None = None
+        self.withdrawn: set[VersionId] = set()  # they count for nothing, however they were saved
+
+    def hear(self, report: NodeReport) -> None:
+        """A node says which is its newest, and what its ranks withdrew."""
+        self.withdrawn.update(report.withdrawn)
+        if self.newest in self.withdrawn:
+            self.newest = None  # until a node says which is
+        version = report.committed
+        if version is not None and version not in self.withdrawn:
+            self.newest = max(version, self.newest or version)
 
 
 def formed(hard: MembershipHard, formation: Formation, reached: int, step: int) -> MembershipHard:
@@ -72,11 +90,14 @@ def saved_end(hard: MembershipHard, step: int, *, before: bool) -> str:
     return f"stopped ({hard.stop_cause}) with step {step} saved"
 
 
-def newest_everywhere(reports: tuple[NodeReport, ...], nodes: int) -> VersionId | None:
+def newest_everywhere(
+    reports: tuple[NodeReport, ...], nodes: int, withdrawn: Collection[VersionId]
+) -> VersionId | None:
     """The newest version of which every node holds the images of all its ranks."""
     if not reports or len(reports) < nodes:
         return None
-    versions = {h.version for h in reports[0].held}
+    # A report of what is held may be older than the withdrawal.
+    versions = {h.version for h in reports[0].held if h.version not in withdrawn}
     return max((v for v in versions if _is_everywhere(reports, v)), default=None)
 
 

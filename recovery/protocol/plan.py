@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftrain.checkpoint.protocol.agreement import collectives_agree
@@ -42,10 +42,12 @@ class BadVersions:
         found.add(plan.version)
         return True
 
-    def withdraw(self, version: VersionId) -> None:
-        """A rank found that it had captured ``version`` wrongly: no copy of it is good."""
-        self._memory.add(version)
-        self._withdrawn.add(version)
+    def withdraw(self, versions: Collection[VersionId]) -> bool:
+        """Ranks captured ``versions`` wrongly: no copy is good; False when that is known of all."""
+        known = self._withdrawn.issuperset(versions)
+        self._memory.update(versions)
+        self._withdrawn.update(versions)
+        return not known
 
     @property
     def withdrawn(self) -> frozenset[VersionId]:

@@ -178,21 +178,27 @@ def test_a_damaged_durable_version_gives_way_and_another_model_does_not(tmp_path
 
 
 WRITER = """
-import os, signal, torch, ftrain
+import json, os, signal, sys, time, torch, ftrain
+
+STOP = sys.argv[1:] == ["stop"]
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64, bias=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 session = ftrain.Session(model=model, optimizer=optimizer, total_steps=30)
-first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and sys.argv[1:] != ["again"]
 for step, _ in session.steps():
     model(torch.ones(4, 64)).square().mean().backward()
     if first and step == 20:
+        while STOP and b'"published"' not in open("run/events.jsonl", "rb").read():
+            time.sleep(0.02)
         while session.statistics().captured < 21:
             pass
         model.weight.data.mul_(1.5)  # outside of any optimizer
     optimizer.step()
     optimizer.zero_grad()
     if first and step == 20:
+        if STOP:
+            os.kill(json.load(open("run/job.json"))["front_pid"], signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -208,3 +214,20 @@ def test_a_version_that_a_write_outside_the_optimizer_may_have_hit_is_not_restor
     assert second["restore"]["version"]["step"] == 19
     (withdrawn,) = events(run_dir, "withdrawn")
     assert withdrawn["data"]["step"] == 20
+
+
+def test_a_stop_saves_what_is_left_when_the_durable_version_was_withdrawn(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (tmp_path / "writer.py").write_text(WRITER)
+    durable = "checkpoint.durable_every_steps=20"
+    line = [*command(run_dir, [durable], [])[:-1], str(tmp_path / "writer.py")]
+    done = subprocess.run([*line, "stop"], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 75, done.stderr
+    assert "with step 19 saved" in done.stderr + done.stdout
+    assert [event["version"]["step"] for event in events(run_dir, "published")] == [20, 19]
+    assert [v.step for v in DurableStore(run_dir / "checkpoints").versions()] == [19]
+    again = subprocess.run(
+        [*line, "again"], cwd=tmp_path, capture_output=True, text=True, timeout=90
+    )
+    assert again.returncode == 0, again.stderr
+    assert events(run_dir, "formation")[-1]["formation"]["restore"]["version"]["step"] == 19

@@ -46,7 +46,8 @@ def test_each_bad_version_leads_to_the_next_older_one_down_to_a_fresh_start() ->
 
 def test_a_withdrawn_version_is_restored_from_no_place() -> None:
     bad = BadVersions()
-    bad.withdraw(VersionId(1, 5))
+    assert bad.withdraw([VersionId(1, 5)])
+    assert not bad.withdraw([VersionId(1, 5)])
     plan = choose(bad, [VersionId(1, 5), VersionId(1, 4)], [durable(1, 5)])
     assert (plan.level, plan.version) == ("memory", VersionId(1, 4))
     assert choose(bad, [VersionId(1, 5)], [durable(1, 5)]).level == "fresh"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -304,7 +305,7 @@ class Cluster:
         if end.exit_code == 0:
             done = self.furthest >= self.options.steps_total
             demand(done, f"exit 0 before the last step: {end.reason}")
-            last = self.checkers.newest_published
+            last = self._newest_saved()
             demand(
                 not self.options.save_at_end
                 or (last is not None and last.step >= self.options.steps_total),
@@ -326,12 +327,19 @@ class Cluster:
         elif end.exit_code == 75 or (given_up and end.exit_code != 130):  # 130: by force
             # A disk that refuses, a lost node and the like excuse nobody who says all is saved.
             excused = given_up and trouble and any(why in end.reason for why in EXCUSES)
-            held, saved = self._held_everywhere(), self.checkers.newest_published
+            held, saved = self._held_everywhere(), self._newest_saved()
+            named = re.search(r"step (\d+) (was |is )?saved", end.reason)
+            steps = {v.step for _, v in self.checkers.published if v not in self.withdrawn}
+            demand(named is None or int(named[1]) in steps, f"{end.reason}: only {steps} are")
             worth = held is not None and (held.step > 0 or not given_up)
             demand(
                 excused or not worth or (saved is not None and held is not None and saved >= held),
                 f"exit {end.exit_code} with {saved} saved, but all nodes hold {held}: {end.reason}",
             )
+
+    def _newest_saved(self) -> VersionId | None:
+        saved = (v for _, v in self.checkers.published if v not in self.withdrawn)
+        return max(saved, default=None)
 
     def _held_everywhere(self) -> VersionId | None:
         held = [n.memory for n in self.nodes if n.life.alive]

@@ -220,31 +220,34 @@ class SavesWhatItHeardOf(Membership):
     """The last version is saved only if some node has said by then that one is committed."""
 
     def _finish(self) -> None:
-        if self._committed is None:
+        if self._committed.newest is None:
             self._end(0, "every rank is done")
         else:
             super()._finish()
 
 
+class CountsTheWithdrawn(Membership):
+    """What was published is counted on, also when a rank withdraws it."""
+
+    def _hear(self, report: NodeReport) -> None:
+        super()._hear(replace(report, withdrawn=()))
+
+
 class _LaxRound(FlushRound):
     def hear(self, report: NodeReport) -> None:
-        super().hear(replace(report, flush=self.target, fence=self.fence, refused=""))
+        same = {"flush": self.target, "fence": self.fence, "flush_attempt": self.attempt}
+        super().hear(replace(report, **same, refused=""))
 
 
 class CountsOldFiles(Membership):
     """Files written under an older fence count."""
 
-    def _aim_at(self, version: VersionId) -> None:
-        self._round = _LaxRound(version, self._hard.epoch, range(self._nodes))
+    def _aim_at(self, version: VersionId, margin: int = 0, every: int = 0) -> None:
+        super()._aim_at(version, margin, every)
+        nodes = range(self._nodes)
+        self._round = _LaxRound(version, self._hard.epoch, nodes, margin, self._attempts, every)
         for report in self._roster.reports():
             self._round.hear(report)
-
-    def _aim(self, margin: int) -> None:
-        super()._aim(margin)
-        assert self._round is not None
-        self._round = _LaxRound(
-            VersionId(0, 0), self._hard.epoch, range(self._nodes), self._round.margin
-        )
 
 
 class PublishesOnMajority(Membership):

@@ -252,6 +252,8 @@ class SimNode:
         self.commit.dropped_here(version)
         self.smp.pump()
         self._tell_standing()
+        self.member.withdrawn(version)
+        self.driver.pump()
         return True
 
     # ------------------------------------------------------------------ snapshot manager

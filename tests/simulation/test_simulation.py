@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from sim_cluster import Cluster, Machines, simulate
-from sim_mutants import GivesUpUnsaved, restores_withdrawn
+from sim_mutants import CountsTheWithdrawn, GivesUpUnsaved, restores_withdrawn
 from sim_schedule import Fault, Options, Schedule, draw
 from sim_shrink import failure, shrink
 
@@ -174,6 +174,28 @@ def with_writes(seed: int) -> Schedule:
         for _ in range(12)
     )
     return replace(drawn, faults=tuple(sorted(drawn.faults + writes, key=lambda f: f.at)))
+
+
+def saved_then_withdrawn(seed: int) -> Schedule:
+    """Slow steps, each of them durable; what one finds wrong is followed by death and a stop."""
+    rng = random.Random(seed)
+    nodes, at = rng.choice((1, 2)), rng.randrange(100, 160)
+    quick = {"delay_ticks_max": 0, "work_ticks_max": 1, "flush_every_ticks": 4}
+    options = Options(nodes=nodes, step_probability=0.2, save_at_end=True, **quick)
+    found = [Fault(at, "write_found", node, rank) for node in range(nodes) for rank in range(2)]
+    after = [Fault(at + rng.randrange(3), kind, rng.randrange(2)) for kind in ("rank_dies", "stop")]
+    return Schedule(seed, options, tuple(sorted(found + after, key=lambda f: f.at)))
+
+
+def test_a_stop_counts_on_no_version_that_was_withdrawn() -> None:
+    delivered: Counter[str] = Counter()
+    caught = 0
+    for seed in range(60):
+        delivered += simulate(saved_then_withdrawn(seed)).delivered
+        said = failure(saved_then_withdrawn(seed), Machines(membership=CountsTheWithdrawn))
+        caught += "was saved before: only" in said
+    assert delivered["write found"] >= 20
+    assert caught >= 5
 
 
 def test_a_withdrawn_version_is_never_restored_from() -> None:
