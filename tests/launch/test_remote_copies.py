@@ -217,13 +217,14 @@ def test_a_store_that_is_gone_hinders_nobody_who_has_versions(s3: S3Server, tmp_
 def test_a_store_that_goes_away_stops_nobody(s3: S3Server, tmp_path: Path) -> None:
     tokens = [f"checkpoint.remote={s3.uri('bucket/run')}", "checkpoint.remote_end_s=1"]
     tokens += ["checkpoint.durable_every_s=0.3", "checkpoint.remote_every_s=0.3"]
+    (tmp_path / "wait").touch()
     with launched(tmp_path, TRAINING, *tokens) as launch:
         wait_for(lambda: events(launch, "copied"))
         s3.kill()
+        wait_for(lambda: any("attempt 1 of" in str(e["text"]) for e in events(launch, "warning")))
+        (tmp_path / "wait").unlink()
         assert launch.wait() == 0, launch.shown
         assert "the last version was not copied within 1 s: run again" in launch.shown
-        again = [e for e in events(launch, "warning") if "attempt 1 of" in str(e["text"])]
-        assert again
         assert launch.gone_after(0)
     assert sorted(losses(launch.run_dir)) == list(range(120))
 

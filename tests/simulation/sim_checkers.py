@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from ftrain.comms.protocol.messages import Formation, VersionId
@@ -40,11 +41,23 @@ class Checkers:
     formations: dict[int, tuple[object, ...]] = field(default_factory=dict)
     steps_lost: int = 0
     published: list[tuple[int, VersionId]] = field(default_factory=list)
+    withdrawn: set[VersionId] = field(default_factory=set)  # by a rank that captured it wrongly
 
     @property
-    def newest_published(self) -> VersionId | None:
-        """The newest durable version."""
-        return max((version for _, version in self.published), default=None)
+    def saved(self) -> set[VersionId]:
+        """The durable versions that are any good."""
+        return {version for _, version in self.published} - self.withdrawn
+
+    @property
+    def newest_saved(self) -> VersionId | None:
+        """The newest of them."""
+        return max(self.saved, default=None)
+
+    def ended_saved(self, reason: str) -> None:
+        """The job says that a step is saved."""
+        named = re.search(r"step (\d+) (was |is )?saved", reason)
+        steps = {version.step for version in self.saved}
+        demand(named is None or int(named[1]) in steps, f"{reason}: only {steps} are")
 
     def epoch_granted(self, epoch: int) -> None:
         """A formation of ``epoch`` is asked for."""

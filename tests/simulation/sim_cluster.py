@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -73,7 +72,6 @@ class Cluster:
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
         self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
         self.fences: list[Fence] = []  # the records beside them
-        self.withdrawn: set[VersionId] = set()
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
         self.reached = 0  # highest boundary of any rank since the last formation
@@ -253,13 +251,13 @@ class Cluster:
         world = sum(p.local_world for p in form.places)
         there = {v for _, v in self.checkers.published}
         record = settling(self.fences, there) or Fence(0)
-        good = {v for v in there - self.withdrawn if record.shows(v)}
+        good = {v for v in there - self.checkers.withdrawn if record.shows(v)}
         durable = None
         if good:
             published = [(f, v) for f, v in self.checkers.published if v in good]
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
             durable = DurableVersion(fence, version.step, "p", world, version.epoch)
-        refused = frozenset(self.withdrawn)
+        refused = frozenset(self.checkers.withdrawn)
         plan = self.machines.choose_restore(dict(form.held), world, durable, refused)
         demand(plan.version not in refused, f"{plan.version} was withdrawn and is restored from")
         if membership.phase is Phase.FORMING and membership.hard.epoch == form.epoch:
@@ -279,7 +277,7 @@ class Cluster:
         if any(current.get(p.node) != p.incarnation for p in form.places):
             return  # memory was lost meanwhile, and the coordinator is about to hear of it
         found = restorable(form.held, world, sharded=self.options.sharded)
-        best = max((v for v in found if v not in self.withdrawn), default=None)
+        best = max((v for v in found if v not in self.checkers.withdrawn), default=None)
         demand(
             plan.level != "memory" or self.restorable(plan.version),
             f"{plan.version} is planned, but is not in memory",
@@ -305,7 +303,7 @@ class Cluster:
         if end.exit_code == 0:
             done = self.furthest >= self.options.steps_total
             demand(done, f"exit 0 before the last step: {end.reason}")
-            last = self._newest_saved()
+            last = self.checkers.newest_saved
             demand(
                 not self.options.save_at_end
                 or (last is not None and last.step >= self.options.steps_total),
@@ -327,19 +325,13 @@ class Cluster:
         elif end.exit_code == 75 or (given_up and end.exit_code != 130):  # 130: by force
             # A disk that refuses, a lost node and the like excuse nobody who says all is saved.
             excused = given_up and trouble and any(why in end.reason for why in EXCUSES)
-            held, saved = self._held_everywhere(), self._newest_saved()
-            named = re.search(r"step (\d+) (was |is )?saved", end.reason)
-            steps = {v.step for _, v in self.checkers.published if v not in self.withdrawn}
-            demand(named is None or int(named[1]) in steps, f"{end.reason}: only {steps} are")
+            self.checkers.ended_saved(end.reason)
+            held, saved = self._held_everywhere(), self.checkers.newest_saved
             worth = held is not None and (held.step > 0 or not given_up)
             demand(
                 excused or not worth or (saved is not None and held is not None and saved >= held),
                 f"exit {end.exit_code} with {saved} saved, but all nodes hold {held}: {end.reason}",
             )
-
-    def _newest_saved(self) -> VersionId | None:
-        saved = (v for _, v in self.checkers.published if v not in self.withdrawn)
-        return max(saved, default=None)
 
     def _held_everywhere(self) -> VersionId | None:
         held = [n.memory for n in self.nodes if n.life.alive]

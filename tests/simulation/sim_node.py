@@ -248,7 +248,7 @@ class SimNode:
         for place, image in list(self.memory.images.items()):
             if place[0] == rank.rank and image.version == version:
                 del self.memory.images[place]
-        self.cluster.withdrawn.add(version)
+        self.cluster.checkers.withdrawn.add(version)
         self.commit.dropped_here(version)
         self.smp.pump()
         self._tell_standing()

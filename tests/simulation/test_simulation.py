@@ -260,7 +260,7 @@ def test_what_a_job_that_is_given_up_had_in_memory_is_durable(nodes: int, point:
     assert cluster.exit_code == 1
     assert cluster.membership is not None
     assert "; step" in cluster.membership.hard.end_reason
-    newest = cluster.checkers.newest_published
+    newest = cluster.checkers.newest_saved
     assert newest is not None
     assert newest.step >= cluster.furthest - 2
 
