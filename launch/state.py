@@ -109,8 +109,12 @@ class HardStore:
 
 def withdrawn_in(events: Path) -> set[VersionId]:
     """What ranks withdrew before this process began: such versions look as good as any."""
-    found = [event["data"] for event in read_events(events) if event["kind"] == "withdrawn"]
-    return {VersionId(version["epoch"], version["step"]) for version in found}
+    found = set()
+    for event in read_events(events):
+        if event["kind"] == "withdrawn":
+            with suppress(msgspec.ValidationError):
+                found.add(msgspec.convert(event.get("data"), VersionId))
+    return found
 
 
 def begin_with(
