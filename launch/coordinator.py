@@ -82,6 +82,7 @@ class Coordinator:
         folder = config.checkpoint.dir or str(Path(job.run_dir, "checkpoints"))
         self._durable = DurableStore(folder)
         self._epoch: tuple[int, str, VersionId | None] | None = None  # that this process began
+        self._forming: asyncio.Task[None] | None = None
         self._copies = self._make_copies() if config.checkpoint.remote else None
         self._mark = leave_mark(job, self._launch)
         events = Path(job.run_dir, "events.jsonl")
@@ -118,8 +119,8 @@ class Coordinator:
         self._rate = _Rate()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._effects: dict[type, Callable[[Any], None]] = {
-            Form: lambda effect: self._spawn(self._form(effect)),
+        self._effects: dict[type, Callable[[Any], object]] = {
+            Form: self._begin_forming,
             Publish: lambda effect: self._spawn(self._publish(effect)),
             Incident: self._close_incident,
             Announce: lambda effect: self._announce(effect.notice),
@@ -150,10 +151,11 @@ class Coordinator:
             for task in self._tasks:
                 task.cancel()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+        return task
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback or a connection's handler failed: a bug. The next process starts afresh."""
@@ -241,6 +243,9 @@ class Coordinator:
     def _perform(self, effect: object) -> None:
         self._effects[type(effect)](effect)
 
+    def _begin_forming(self, effect: Form) -> None:
+        self._forming = self._spawn(self._form(effect))
+
     async def _form(self, effect: Form) -> None:
         try:
             port = await self._stores.take()
@@ -315,6 +320,8 @@ class Coordinator:
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
+        if self._forming is not None:  # overtaken by a stop, and still to record the epoch
+            await asyncio.wait([self._forming])
         try:
             await asyncio.to_thread(self._durable.require_begun, effect.fence, self._epoch)
             path = await asyncio.to_thread(
@@ -345,6 +352,17 @@ class Coordinator:
             self._durable.sweep(policy, self._job.run_id, active=active, withdrawn=withdrawn)
         except FtrainError as error:
             self._events.write("warning", text=f"old versions can't be deleted: {error}")
+
+    def _remove_withdrawn(self) -> None:
+        """At once, and nothing else: an older version, which a sweep takes for what a killed writer
+        left, may be being written in its place."""
+        bad, run_id = self._bad.withdrawn, self._job.run_id
+        try:
+            found = self._durable.survey().versions
+            mine = [v for v in found if v.version in bad and v.manifest.run_id == run_id]
+            self._durable.remove(mine)
+        except FtrainError as error:
+            self._events.write("warning", text=f"withdrawn versions can't be deleted: {error}")
 
     def _make_copies(self) -> RemoteCopies:
         def failed(text: str, kind: str, again: bool) -> None:
@@ -417,7 +435,7 @@ class Coordinator:
             self._account.step_s = report.step_s
         self._refuse_bad_version(report)
         if self._bad.withdraw(report.withdrawn):
-            self._spawn(asyncio.to_thread(self._sweep))
+            self._spawn(asyncio.to_thread(self._remove_withdrawn))
         self._input(self._machine.receive, report)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:

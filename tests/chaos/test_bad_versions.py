@@ -180,7 +180,7 @@ def test_a_damaged_durable_version_gives_way_and_another_model_does_not(tmp_path
 WRITER = """
 import json, os, signal, sys, time, torch, ftrain
 
-STOP = sys.argv[1:] == ["stop"]
+STOP = sys.argv[1:2] == ["stop"]
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64, bias=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -198,6 +198,8 @@ for step, _ in session.steps():
     optimizer.zero_grad()
     if first and step == 20:
         if STOP:
+            if "coordinator" in sys.argv:
+                os.kill(int(open("run/state/coordinator.pid").read()), signal.SIGKILL)
             os.kill(json.load(open("run/job.json"))["front_pid"], signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -216,12 +218,17 @@ def test_a_version_that_a_write_outside_the_optimizer_may_have_hit_is_not_restor
     assert withdrawn["data"]["step"] == 20
 
 
-def test_a_stop_saves_what_is_left_when_the_durable_version_was_withdrawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("also", [[], ["coordinator"]], ids=["alone", "coordinator dies"])
+def test_a_stop_saves_what_is_left_when_the_durable_version_was_withdrawn(
+    tmp_path: Path, also: list[str]
+) -> None:
     run_dir = tmp_path / "run"
     (tmp_path / "writer.py").write_text(WRITER)
     durable = "checkpoint.durable_every_steps=20"
     line = [*command(run_dir, [durable], [])[:-1], str(tmp_path / "writer.py")]
-    done = subprocess.run([*line, "stop"], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [*line, "stop", *also], cwd=tmp_path, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 75, done.stderr
     assert "with step 19 saved" in done.stderr + done.stdout
     assert [event["version"]["step"] for event in events(run_dir, "published")] == [20, 19]
