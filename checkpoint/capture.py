@@ -41,9 +41,18 @@ from ftrain.checkpoint.image import ImageWriter, resume_writer
 from ftrain.checkpoint.image_plan import ImagePlan
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
+from ftrain.comms.process import let_others_run_on
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
+# Without giving up the GIL: to get it back may take longer than they do.
+_memcmp = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ("memcmp", ctypes.pythonapi)
+)
+_eventfd_write = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_uint64)(
+    ("eventfd_write", ctypes.pythonapi)
+)
 _COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
+_SMALL_BYTES_MIN = 16 * 1024
 _SMALL_GROWTH = 4  # room for the small state of later versions, when it is reserved ahead
 _LAZY = (Changes.IN_STEP,)
 _LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
@@ -225,7 +234,7 @@ class CaptureEngine:
             return
         with self._lock:
             self._job = self._live = job
-        os.eventfd_write(self._wake, 1)
+        _eventfd_write(self._wake, 1)
         if self._statistics.eager:
             self.barrier(float("inf"))
 
@@ -234,7 +243,7 @@ class CaptureEngine:
         there yet may be on the device ``meta``.  To be called behind the first :meth:`start`."""
         with self._lock:
             self._expected = tensors
-        os.eventfd_write(self._wake, 1)
+        _eventfd_write(self._wake, 1)
 
     def barrier(self, wait_s_max: float) -> None:
         """Wait until the live tensors may change; skips the version after ``wait_s_max``."""
@@ -258,7 +267,7 @@ class CaptureEngine:
         """End the thread; what it was capturing stays unsealed."""
         with self._lock:
             self._closing = True
-        os.eventfd_write(self._wake, 1)
+        _eventfd_write(self._wake, 1)
         self._thread.join()
         os.close(self._wake)
 
@@ -269,6 +278,7 @@ class CaptureEngine:
     # ---- the capturing thread's side
 
     def _run(self) -> None:
+        let_others_run_on()
         while True:
             self._await_news()
             with self._lock:
@@ -339,10 +349,10 @@ class CaptureEngine:
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
         writer.begin(small, lambda: self._copy_now(writer))
         ready = None
-        if any(tensor.tensor.is_cuda for tensor in tensors):
+        assert self._program is not None
+        if self._program.on_gpu:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        assert self._program is not None
         return _Job(version, tensors, self._program, writer, buffer, ready)
 
     def _copy_now(self, writer: ImageWriter) -> None:
@@ -385,7 +395,7 @@ class CaptureEngine:
     def _plan_for(self, tensors: tuple[StateTensor, ...], small: bytes) -> ImagePlan:
         plan = self._plan
         if plan is None or self._planned_for is not tensors or len(small) > plan.small_bytes_max:
-            room = max(64 * 1024, len(small) * 2)
+            room = max(_SMALL_BYTES_MIN, len(small) * 3 // 2)  # cleared for every version
             plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
             self._slots.reserve(plan.total_bytes)
             self._plan, self._planned_for = plan, tensors
@@ -469,9 +479,9 @@ class CaptureEngine:
             return
         size = min(segment.nbytes, _COMPARED_BYTES)
         skip = min(place - segment.offset, segment.nbytes - size)
-        now = ctypes.string_at(source.data_ptr() + segment.start + skip, size)
         at = plan.layout.data_offset + segment.offset + skip
-        if written[at : at + size] != now:
+        copy = ctypes.addressof(ctypes.c_char.from_buffer(written, at))
+        if _memcmp(copy, source.data_ptr() + segment.start + skip, size):
             self._statistics.eager = True
             live.writer.abandon()  # before anything can go wrong with telling
             self._slots.withdraw(live.version)

@@ -260,13 +260,15 @@ def _encode_tensor(tensor: torch.Tensor) -> list[object]:
         )
     if not is_plain(tensor):
         raise _RefusedError("is a sparse, nested, quantized or meta tensor, which can't be saved")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype == "uint8" and tensor.is_cpu and tensor.is_contiguous():  # generators' state: often
+        return [_Tag.TENSOR.value, list(tensor.shape), dtype, tensor.numpy().data]
     # A view of all bytes in order; a copy where the tensor is not contiguous or not on the CPU.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     try:
         data = plain.view(torch.uint8).numpy().data if plain.numel() else b""
     except RuntimeError as error:
         raise _RefusedError(f"is a {tensor.dtype} tensor, which can't be saved: {error}") from None
-    dtype = str(tensor.dtype).removeprefix("torch.")
     return [_Tag.TENSOR.value, list(tensor.shape), dtype, data]
 
 

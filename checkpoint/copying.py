@@ -37,6 +37,7 @@ class CopyProgram:
 
     def __init__(self, plan: ImagePlan, tensors: Iterable[StateTensor]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
+        self.on_gpu = any(tensor.tensor.is_cuda for tensor in self._tensors.values())
         self._moves: dict[tuple[int, Changes], list[_Move]] = {}
         self._others: dict[tuple[int, Changes], list[Piece]] = {}
         for chunk in range(plan.layout.chunks):

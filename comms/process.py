@@ -56,6 +56,16 @@ def lower_priority(nice: int) -> None:
         ctypes.CDLL(None).syscall(number, who_process, thread, lowest_best_effort)
 
 
+def let_others_run_on() -> None:
+    """This thread takes its share of CPU time, but no core away in the moment when it is woken.
+
+    Who wakes it would otherwise stand still for a time slice.  Best effort: a sandbox may forbid
+    it.
+    """
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+
+
 def pidfd_open(pid: int) -> int:
     """A descriptor that becomes readable when process ``pid`` ends (ProcessLookupError: gone)."""
     return os.pidfd_open(pid)

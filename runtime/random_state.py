@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import struct
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+
+_MT19937_BYTES = 624 * 4 + 4  # the generator's words and its position in them
 
 
 def random_state() -> dict[str, Any]:
@@ -18,7 +22,7 @@ def random_state() -> dict[str, Any]:
     """
     state: dict[str, Any] = {
         "python": _plain_python(random.getstate()),
-        "numpy": _plain_numpy(np.random.get_state(legacy=True)),
+        "numpy": _numpy.read(),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -79,7 +83,32 @@ def mix(*numbers: int) -> int:
 
 def _plain_python(state: tuple[Any, ...]) -> tuple[Any, ...]:
     version, words, gauss = state
-    return version, np.array(words, dtype=np.uint32), gauss
+    packed = struct.pack(f"={len(words)}I", *words)  # a third of the time of np.array(words)
+    return version, np.frombuffer(packed, np.uint32), gauss
+
+
+class _NumpyGenerator:
+    """NumPy's global generator; what it was last is said again while its memory has not changed,
+    because to ask NumPy takes longer than everything else here."""
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: tuple[Any, ...] = ()
+
+    def read(self) -> tuple[Any, ...]:
+        """As :func:`numpy.random.get_state` says it, of plain values."""
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stubs
+        if type(generator) is not np.random.MT19937:
+            return _plain_numpy(np.random.get_state(legacy=True))
+        memory = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+        # A second Gaussian number may be held ready, which lies elsewhere: to take it draws none.
+        if memory != self._memory or self._state[3]:
+            self._state = _plain_numpy(np.random.get_state(legacy=True))
+            self._memory = memory
+        return self._state
+
+
+_numpy = _NumpyGenerator()
 
 
 def _plain_numpy(state: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ DistributedSampler would deal it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -71,7 +71,14 @@ class Stretch:
 
     def record(self) -> dict[str, Any]:
         """As a value that can be captured."""
-        return asdict(self)
+        order = self.order
+        return {
+            "world": self.world,
+            "batch": self.batch,
+            "since": self.since,
+            "start": self.start,
+            "order": order and {"length": order.length, "shuffle": order.shuffle},
+        }
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Stretch:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -54,34 +56,45 @@ class StateLayout:
     places: _Places
 
 
-@dataclass(frozen=True, slots=True)
 class _Places:
-    """Which objects the training state is made of, and where their bytes lie.
+    """Which objects the training state was made of, and where their bytes lay.
 
-    Taken at every boundary, so it is made of the fewest Python operations that tell.
+    Compared at every boundary, when the step has driven all of it out of the caches: so that
+    touches as little memory as can tell, by identity and not by equality.
     """
 
-    owned: list[int]  # id() of each parameter in the optimizers' groups
-    states: list[int]  # id() of each parameter with optimizer state, and of the tensors in it
-    pointers: list[int]
-    objects: list[torch.Tensor] = field(compare=False)  # kept, so that no id() is given again
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        self._optimizers = optimizers
+        self._counts, self._objects = self._found(parameters)
+        tensors = [*parameters, *_moments(optimizers)]
+        self._plain = [t for t in tensors if not is_dtensor(t)]
+        self._sharded = [t for t in parameters if is_dtensor(t)]
+        self._pointers = self._addresses()
 
-    @classmethod
-    def of(
-        cls, parameters: Iterable[torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
-    ) -> _Places:
-        """As they are now."""
-        optimizers = list(optimizers)
-        objects = list(parameters)
-        pointers = [_pointer(parameter) for parameter in objects]
-        states: list[int] = []
-        for optimizer in optimizers:
-            for parameter, values in optimizer.state.items():
-                tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]
-                states += (id(parameter), len(values), *map(id, tensors))
-                pointers += [v.data_ptr() for v in tensors if not is_dtensor(v)]
-                objects += tensors
-        return cls(_owned(optimizers), states, pointers, objects)
+    def unmoved(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether all is as it was."""
+        counts, objects = self._found(parameters)
+        return (
+            counts == self._counts  # first: only then the addresses are those of what is there
+            and all(map(is_, objects, self._objects))
+            and self._addresses() == self._pointers
+        )
+
+    def _found(self, parameters: Sequence[torch.Tensor]) -> tuple[list[int], list[object]]:
+        """All tensors in an order that their numbers, which come first, make unambiguous."""
+        states = [optimizer.state for optimizer in self._optimizers]
+        owned = [group["params"] for o in self._optimizers for group in o.param_groups]
+        moments = _moments(self._optimizers)
+        counts = [len(parameters), *map(len, owned), *map(len, states)]
+        counts += [len(values) for state in states for values in state.values()]
+        objects: list[object] = [*parameters, *chain(*owned), *chain(*states), *moments]
+        return [*counts, len(moments)], objects
+
+    def _addresses(self) -> list[int]:
+        sharded = [local_part(tensor).data_ptr() for tensor in self._sharded]
+        return [*map(torch.Tensor.data_ptr, self._plain), *sharded]
 
 
 class TrainingState:
@@ -130,8 +143,7 @@ class TrainingState:
 
     def layout(self) -> StateLayout:
         """The tensors as they are now; the same object as last time while nothing moved."""
-        places = _Places.of(self._parameters, self.optimizers.values())
-        if self._layout is None or self._layout.places != places:
+        if self._layout is None or not self._layout.places.unmoved(self._parameters):
             self._layout = self._lay_out()  # some optimizers exchange their tensors
         return self._layout
 
@@ -208,7 +220,7 @@ class TrainingState:
             tuple(tensors),
             encode_tree(skeleton),
             bool(self._numbers()),
-            _Places.of(self._parameters, self.optimizers.values()),
+            _Places(self._parameters, list(self.optimizers.values())),
         )
 
     # ---- restore
@@ -333,8 +345,15 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
     return [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
-def _pointer(tensor: torch.Tensor) -> int:
-    return local_part(tensor).data_ptr() if is_dtensor(tensor) else tensor.data_ptr()
+def _moments(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """Every tensor in the optimizers' state."""
+    return [
+        value
+        for optimizer in optimizers
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -357,23 +376,27 @@ class _Buffers:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._modules: list[torch.nn.Module] = []
-        self._shape: list[int] = []
+        self._children: list[Mapping[str, Any]] = []  # of each module, by name
+        self._kept: list[Mapping[str, Any]] = []  # the buffers of each
+        self._known: list[object] | None = None
         self._holders: list[tuple[str, torch.nn.Module]] = []  # modules with buffers, their paths
 
     def read(self) -> dict[str, torch.Tensor]:
         """The buffers as they are, under plain names."""
-        if not self._modules or self._shape != self._tree():
+        tree = self._tree()
+        known = self._known
+        if known is None or len(tree) != len(known) or not all(map(is_, tree, known)):
             named = list(self._model.named_modules())
-            self._modules = [module for _, module in named]
-            self._shape = self._tree()
+            self._children = [module._modules for _, module in named]
+            self._kept = [module._buffers for _, module in named]
+            self._known = self._tree()
             self._holders = [(path, module) for path, module in named if module._buffers]
         return dict(buffers_of(self._holders))
 
-    def _tree(self) -> list[int]:
+    def _tree(self) -> list[object]:
         """What changes when a module or a buffer is added, exchanged or taken away."""
-        children = [id(child) for m in self._modules for child in m._modules.values()]
-        return children + [len(module._buffers) for module in self._modules]
+        children = [child for modules in self._children for child in modules.values()]
+        return children + [name for buffers in self._kept for name in buffers]
 
 
 def _first_difference(mine: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> str:

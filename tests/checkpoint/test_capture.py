@@ -207,7 +207,7 @@ def test_room_for_what_the_first_step_makes_is_reserved_behind_it(
     (first, begun), (second, expected) = memory.reserved
     assert (first, second) == ("MainThread", "ftrain-capture")
     real = [StateTensor.whole(m.name, torch.ones(m.tensor.shape), m.share) for m in moments]
-    engine.start(VersionId(1, 1), (*state, *real), b"larger" * 10_000)
+    engine.start(VersionId(1, 1), (*state, *real), b"larger" * 6_000)
     engine.barrier(10)
     assert engine.statistics().captured == 2
     assert begun < memory.image().total_bytes <= expected

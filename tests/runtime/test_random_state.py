@@ -57,3 +57,52 @@ def test_joining_again_draws_the_same_and_touches_nothing() -> None:
     assert encode_tree(captured) == encode_tree(random_state()) == encoded
     set_random_state(derived)
     assert encode_tree(random_state()) == encode_tree(derived)  # of the form that is captured
+
+
+def test_a_gaussian_number_held_ready_counts() -> None:
+    seed_everything(5)
+    np.random.standard_normal()  # draws two and keeps one, outside the generator's words
+    captured = random_state()
+    kept = np.random.standard_normal()
+    without = random_state()
+    assert encode_tree(captured) != encode_tree(without)
+    expected = np.random.standard_normal()
+    set_random_state(captured)
+    assert np.random.standard_normal() == kept
+    set_random_state(without)
+    assert np.random.standard_normal() == expected
+
+
+def test_another_generator_in_numpys_place_is_seen() -> None:
+    seed_everything(5)
+    module: Any = np.random  # whose stubs lack the two functions
+    before = module.get_bit_generator()
+    captured = random_state()
+    try:
+        module.set_bit_generator(np.random.MT19937(7))
+        replaced = random_state()
+        assert encode_tree(replaced) != encode_tree(captured)
+        expected = np.random.random()
+        set_random_state(replaced)
+        assert np.random.random() == expected
+    finally:
+        module.set_bit_generator(before)
+    assert encode_tree(random_state()["numpy"]) == encode_tree(captured["numpy"])
+
+
+def test_what_is_said_again_is_what_numpy_says() -> None:
+    seed_everything(5)
+    draw = random.Random(3)
+    for _ in range(300):
+        captured = random_state()["numpy"]
+        told: Any = np.random.get_state(legacy=True)
+        name, words, *rest = told
+        assert (captured[0], *captured[2:]) == (name, *rest)
+        assert captured[1].tobytes() == words.tobytes()
+        kind = draw.randrange(4)
+        if kind == 0:
+            np.random.standard_normal()
+        elif kind == 1:
+            np.random.random(draw.randrange(700))
+        elif kind == 2:
+            np.random.seed(draw.randrange(3))
