@@ -1,13 +1,12 @@
 """Ranks that save and load through torch's Distributed Checkpoint on our store.
 
-``dcp_job.py WHAT FOLDER RANKS``: each WHAT is a function below.  Rank 0 writes what it saw, as
-whole tensors, to ``FOLDER/WHAT.pt``.
+What they do is the name of a function below.  Rank 0 writes what it saw, as whole tensors, to a
+file of that name.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -159,6 +157,7 @@ def die(folder: Path, rank: int) -> Any:
 
 
 def run(rank: int, what: str, folder: str, ranks: int) -> None:
+    """One of the ranks."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     place = Path(folder)
@@ -170,7 +169,3 @@ def run(rank: int, what: str, folder: str, ranks: int) -> None:
         torch.save(seen, place / f"{what}.pt")
     dist.barrier()
     os._exit(0)  # gloo may abort in a rank whose peers are gone already while it ends
-
-
-if __name__ == "__main__":
-    mp.spawn(run, (sys.argv[1], sys.argv[2], int(sys.argv[3])), nprocs=int(sys.argv[3]))

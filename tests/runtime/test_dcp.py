@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import dcp_job
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forked_script import imported
 from test_interop import assert_same, publish
 from test_placing import whole_tensors
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import ProcessException
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.launch.cli import main
 from ftrain.runtime.dcp import FtrainReader, FtrainWriter
 
-JOB = Path(__file__).with_name("dcp_job.py")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def job(folder: Path, what: str, ranks: int, *, fails: bool = False) -> Any:
     """Run some ranks; what rank 0 saw."""
-    command = [sys.executable, str(JOB), what, str(folder), str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert (done.returncode != 0) == fails, done.stderr
+    arguments = (what, str(folder), ranks)
+    with pytest.raises(ProcessException) if fails else nullcontext():
+        start_processes(dcp_job.run, arguments, nprocs=ranks, start_method="forkserver")
     return None if fails else torch.load(folder / f"{what}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The process that the ranks are forked from."""
+    wanted = ("fsdp", "checkpoint", "checkpoint.state_dict")
+    names = (f"torch.distributed.{name}" for name in wanted)
+    with imported("ftrain.runtime.dcp", "torch._dynamo", *names):
+        yield
 
 
 def assert_equal(found: Any, expected: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_script import FORKED, imported
 from forked_script import run as run_script
 
 from ftrain.comms.errors import CorruptionError, RestoreError
@@ -34,7 +33,6 @@ pytestmark = [
     ),
 ]
 Losses = dict[int, str]
-FORKED = multiprocessing.get_context("forkserver")
 
 
 class Run:
@@ -111,13 +109,8 @@ class Run:
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> Iterator[None]:
     """The process that the ranks are forked from: importing DeepSpeed takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("DS_ACCELERATOR", "cpu"), ("OMP_NUM_THREADS", "1")):
-            patch.setenv(name, value)
-        FORKED.set_forkserver_preload(["deepspeed", "ftrain.runtime.deepspeed"])
-        forkserver.ensure_running()
+    with imported("deepspeed", "ftrain.runtime.deepspeed", DS_ACCELERATOR="cpu"):
         yield
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # by itself only at the end
 
 
 @pytest.fixture

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_script import FORKED, imported
+from forked_script import run as run_script
 
 JOB = Path(__file__).with_name("layouts_job.py")
 Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The process that the ranks are forked from."""
+    wanted = ("fsdp", "tensor.parallel", "checkpoint.state_dict", "device_mesh")
+    with imported("ftrain", "torch._dynamo", *(f"torch.distributed.{name}" for name in wanted)):
+        yield
 
 
 def free_port() -> int:
@@ -26,32 +34,36 @@ def run(
 ) -> Result:
     """One run of the job, to the end; what it wrote."""
     out = folder / f"{'torch-' if start else ''}{layout}{world_size}-{steps}.json"
-    command = [sys.executable, str(JOB), "--steps", str(steps), "--layout", layout]
+    command = [str(JOB), "--steps", str(steps), "--layout", layout]
     command += ["--out", str(out), *(["--from", str(start)] if start else [])]
     port = str(free_port())
+    log = folder / "log"
     ranks = [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONFAULTHANDLER": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        FORKED.Process(
+            target=run_script,
+            args=(
+                command,
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                },
+                log,
+            ),
         )
         for rank in range(world_size)
     ]
-    said = [process.communicate(timeout=100)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world_size, said
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()  # who still waits for one that failed
+    assert codes == [0] * world_size, log.read_text()[-6000:]
     return {"path": out, **json.loads(out.read_text())}
 
 

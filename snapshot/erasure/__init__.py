@@ -1,0 +1,1 @@
+"""Erasure coding: what several nodes hold, protected by parity on others."""
