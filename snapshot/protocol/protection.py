@@ -1,0 +1,209 @@
+"""Which version the group protects with parity, one after the other, and when one is protected.
+
+Theory of operation:
+
+* Versions are protected in *rounds*.  The node with the lowest number leads: it opens a round for
+  the newest version that all nodes hold, and the next one when that is over.  Nobody else picks
+  versions, so that all encode the same one.  A process numbers its rounds from a number on that no
+  earlier process of its node has reached, so a leader that starts again need not know anything.
+* In a round every node keeps its images of the version, and those that hold parity fetch what they
+  need from the others.  A node that has all its parity says so, and a round is *over* once every
+  node said it: the version is protected, everywhere, before anybody gives up the one before.
+* A node that can't take part (it holds the version no more) says that, and the leader opens another
+  round as soon as there is a newer version.
+* What is said is said again until it has its effect, so that any message may be lost, and rounds
+  only grow, so that any may come late or twice.
+
+The commit itself is :class:`~ftrain.checkpoint.protocol.commit.VersionCommit`, as at the other
+levels, with a round in the place of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
+from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
+from ftrain.comms.protocol.ready import Address, Ready
+
+_REPEAT_TICKS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Protect:
+    """The leader's word: this round is for this version."""
+
+    epoch: int
+    round: int
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Unable:
+    """To the leader: this node takes no part in this round."""
+
+    epoch: int
+    round: int
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParityNews:
+    """What commits a round; ``step`` in its versions is the round's number."""
+
+    message: Sealed | SealedSeen
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Effect: keep the images of ``version``, fetch its parity, then :meth:`Protection.done`; what
+    a round before had begun is given up."""
+
+    round: int
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """Effect: every node has its parity of this version; what is older need not be kept."""
+
+    round: int
+    version: VersionId
+
+
+class Protection:
+    """One node's part; receives and sends :class:`Protect`, :class:`Unable`, :class:`ParityNews`.
+
+    Its inputs besides messages are :meth:`new_group`, :meth:`held_by_all`, :meth:`done` and
+    :meth:`unable`; its effects :class:`Begin` and :class:`Protected`.
+    """
+
+    def __init__(self, me: int, first_round: int) -> None:
+        self._me = me
+        self._first_round = first_round
+        self._epoch = 0
+        self._nodes: tuple[int, ...] = ()
+        self._incarnation = 0
+        self._commit = VersionCommit(me=me)
+        self._round = 0  # the newest that this node knows of
+        self._version: VersionId | None = None  # of it
+        self._over = True
+        self._protected: VersionId | None = None  # by this group, as far as this node knows
+        self._refused = 0  # a round in which this node takes no part
+        self._newest: VersionId | None = None  # that all nodes hold
+        self._failed: VersionId | None = None  # not again: somebody holds it no more
+        self._ticks = 0
+        self._messages: list[tuple[Address, object]] = []
+        self._effects: list[object] = []
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node opens the rounds."""
+        return len(self._nodes) > 1 and self._me == self._nodes[0]
+
+    def new_group(
+        self, epoch: int, nodes: Sequence[int], incarnation: int, base: VersionId | None
+    ) -> None:
+        """The group of ``epoch`` began, whose nodes all hold ``base``; older ones are ignored."""
+        if epoch <= self._epoch:
+            return
+        self._epoch, self._nodes, self._incarnation = epoch, tuple(sorted(nodes)), incarnation
+        self._commit.new_group(epoch, self._nodes, self._nodes)
+        self._round, self._version, self._over, self._refused = 0, None, True, 0
+        self._newest, self._failed, self._protected = base, None, None
+        self._open()
+
+    def held_by_all(self, version: VersionId) -> None:
+        """Every node of the group holds ``version``."""
+        if self._newest is None or version > self._newest:
+            self._newest = version
+            self._open()
+
+    def done(self, round_: int) -> None:
+        """Answer to :class:`Begin`: all parity that this node keeps is there."""
+        if round_ == self._round != self._refused and not self._over:
+            version = VersionId(self._epoch, round_)
+            self._commit.sealed_here(version, Sealed(version, self._me, self._incarnation, (), ()))
+
+    def unable(self, round_: int) -> None:
+        """Answer to :class:`Begin`: the version is here no more, or there is no memory for it."""
+        if round_ == self._round and not self._over:
+            self._refused = round_
+            self._say_unable()
+
+    def tick(self) -> None:
+        """One unit of logical time has passed: say again what has had no effect yet."""
+        self._ticks += 1
+        self._commit.tick()
+        if self._ticks % _REPEAT_TICKS == 0 and not self._over:
+            if self.leads:
+                self._propose()
+            elif self._refused == self._round:
+                self._say_unable()
+
+    def receive(self, message: object) -> None:
+        """Another node's word."""
+        if isinstance(message, Protect) and message.epoch == self._epoch:
+            self._follow(message)
+        elif isinstance(message, Unable) and message.epoch == self._epoch:
+            self._heed(message)
+        elif isinstance(message, ParityNews):
+            self._commit.receive(message.message)
+
+    def ready(self) -> Ready[None]:
+        """What has to be done now."""
+        commit = self._commit.ready()
+        self._messages += [(to, ParityNews(message)) for to, message in commit.messages]  # type: ignore[arg-type]
+        for effect in commit.effects:
+            if isinstance(effect, Committed):
+                self._end(effect.version.step)
+        ready: Ready[None] = Ready(None, tuple(self._messages), tuple(self._effects))
+        self._messages, self._effects = [], []
+        return ready
+
+    # ---- the leader
+
+    def _open(self) -> None:
+        """Open a round if there is something to protect and no round is under way."""
+        version = self._newest
+        if not self.leads or not self._over or version is None or version == self._protected:
+            return
+        if self._failed is not None and version <= self._failed:
+            return
+        self._begin(max(self._round + 1, self._first_round), version)
+        self._propose()
+
+    def _propose(self) -> None:
+        if self._version is not None:
+            word = Protect(self._epoch, self._round, self._version)
+            self._messages += [(node, word) for node in self._nodes if node != self._me]
+
+    def _heed(self, message: Unable) -> None:
+        if self.leads and message.round == self._round and not self._over:
+            self._failed, self._over = self._version, True
+            self._open()
+
+    # ---- everybody
+
+    def _begin(self, round_: int, version: VersionId) -> None:
+        self._round, self._version, self._over = round_, version, False
+        self._effects.append(Begin(round_, version))
+
+    def _follow(self, message: Protect) -> None:
+        if not self.leads and message.round > self._round:
+            self._begin(message.round, message.version)
+
+    def _say_unable(self) -> None:
+        word = Unable(self._epoch, self._refused, self._me)
+        if self.leads:
+            self._heed(word)
+        else:
+            self._messages.append((self._nodes[0], word))
+
+    def _end(self, round_: int) -> None:
+        if round_ != self._round or self._version is None or self._over:
+            return
+        self._over, self._protected = True, self._version
+        self._effects.append(Protected(round_, self._version))
+        self._open()
