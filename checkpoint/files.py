@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError, RunDirectoryError
 
-_READ_BYTES = 1024 * 1024  # at once: what was read is still in the core's cache when hashed
+_READ_BYTES = 256 * 1024  # at once: what was read is still in the core's cache when hashed
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 _LIMITS = frozenset({errno.EMFILE, errno.ENFILE})
 # Of one file, which another copy or an older version may do without; anything else is wrong with
@@ -93,8 +93,11 @@ class LocalFile:
             for part in parts:
                 for first in range(0, len(part), _READ_BYTES):
                     piece = part[first : first + _READ_BYTES]
-                    _fill(self._fd, piece, offset)
-                    offset += len(piece)
+                    nbytes = len(piece)
+                    done = os.preadv(self._fd, [piece], offset)
+                    if done < nbytes:
+                        _fill(self._fd, piece[done:], offset + done)
+                    offset += nbytes
                     seen(piece)
         except OSError as error:
             raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
@@ -236,7 +239,7 @@ def _reserve(fd: int, nbytes: int) -> None:
 
 
 def _fill(fd: int, memory: memoryview, offset: int) -> None:
-    done = os.preadv(fd, [memory], offset)
+    done = 0
     while done < len(memory):
         got = os.preadv(fd, [memory[done:]], offset + done)
         if not got:

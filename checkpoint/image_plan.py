@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from operator import attrgetter
 from typing import Annotated
 
@@ -160,17 +161,17 @@ def decode_index(index: bytes | memoryview, small_bytes_max: int, chunk_bytes: i
 
 
 def _is_possible(segment: Segment) -> bool:
-    box, whole, item = segment.box, segment.place.shape, item_bytes(segment.dtype)
-    return (
-        segment.offset >= 0
-        and segment.offset % ALIGNMENT_BYTES == 0
-        and 0 <= segment.start <= segment.start + segment.nbytes <= box.volume * item
-        and segment.start % item == segment.nbytes % item == 0
-        and len(box.origin) == len(box.shape) == len(whole)
-        and all(
-            0 <= at <= at + size <= of
-            for at, size, of in zip(box.origin, box.shape, whole, strict=True)
-        )
+    shape, place, item = segment.shape, segment.place, item_bytes(segment.dtype)
+    start, nbytes, offset = segment.start, segment.nbytes, segment.offset
+    if offset < 0 or offset % ALIGNMENT_BYTES or start % item or nbytes % item:
+        return False
+    if not 0 <= start <= start + nbytes <= prod(shape) * item:
+        return False
+    if place.shape == shape and not any(place.origin):  # the common case: all of the tensor
+        return len(place.origin) == len(shape) and min(shape, default=0) >= 0
+    return len(place.origin) == len(shape) == len(place.shape) and all(
+        0 <= at <= at + size <= of
+        for at, size, of in zip(place.origin, shape, place.shape, strict=True)
     )
 
 

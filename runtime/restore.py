@@ -7,12 +7,12 @@ Nothing here cares how the job was laid out over ranks when it was saved (placin
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from random import randrange
-from threading import Lock, local
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -192,23 +192,37 @@ class Restoration:
             if target is not None:
                 _check_shape(segment, target.tensor)
                 chunks.update(image.plan.chunks_of(segment))
-        for work, error in self._done(image, sorted(chunks)):
+        for work, error in self._tried(image, sorted(chunks)):
             if error is not None:
                 self._note_damage(image, error)
             for target, piece, span in work:
                 self._account(image, target, piece.segment.box, span, error)
         self._targets = {key: t for key, t in self._targets.items() if not t.whole}
 
-    def _done(self, image: Source, chunks: Iterable[int]) -> Iterator[_Done]:
-        """What was wanted of each chunk, once that was tried."""
-        scratches = local()
-        if self._readers == 1 or image.packed:  # which takes two chunks of memory for each thread
-            for chunk in chunks:
-                yield self._do(image, chunk, scratches)
-            return
-        with ThreadPoolExecutor(self._readers, "ftrain-restore") as pool:
-            for future in [pool.submit(self._do, image, chunk, scratches) for chunk in chunks]:
-                yield future.result()
+    def _tried(self, image: Source, chunks: Sequence[int]) -> list[_Done]:
+        """What was wanted of each chunk, once that was tried; this thread is one of the readers."""
+        remaining = iter(chunks)
+        tried: list[_Done] = []
+
+        def read() -> None:
+            scratch = Scratch()
+            while (chunk := next(remaining, None)) is not None:  # whoever comes first
+                tried.append(self._do(image, chunk, scratch))
+
+        # A packed one takes two chunks of memory for each thread.
+        helpers = 0 if image.packed else min(self._readers, len(chunks)) - 1
+        if helpers < 1:
+            read()
+            return tried
+        with ThreadPoolExecutor(helpers, "ftrain-restore") as pool:
+            others = [pool.submit(read) for _ in range(helpers)]
+            try:
+                read()
+            finally:  # whoever was interrupted wants no more
+                deque(remaining, maxlen=0)
+            for other in others:
+                other.result()
+        return tried
 
     def _wanted(self, image: Source, chunk: int) -> list[_Wanted]:
         """What is missing and lies in a chunk; it is given to nobody else."""
@@ -221,7 +235,7 @@ class Restoration:
                     wanted += [(target, piece, span) for span in target.claim(piece)]
         return wanted
 
-    def _do(self, image: Source, chunk: int, scratches: local) -> _Done:
+    def _do(self, image: Source, chunk: int, scratch: Scratch) -> _Done:
         """Put what is missing and lies in a chunk where it belongs; runs in any thread.
 
         If the chunk is damaged, what was wanted of it may hold anything, and stays a gap.
@@ -229,8 +243,6 @@ class Restoration:
         wanted = self._wanted(image, chunk)
         if not wanted:
             return wanted, None
-        if not hasattr(scratches, "mine"):
-            scratches.mine = Scratch()
         begins = chunk * image.plan.chunk_bytes
         homes: list[Home] = []
         homeless: list[tuple[Target, int, Copy]] = []
@@ -244,7 +256,7 @@ class Restoration:
                     homeless.append((target, first, copy))
         verify = self._verifies(chunk)
         try:
-            data = image.read_into(chunk, homes, scratches.mine, verify=verify)
+            data = image.read_into(chunk, homes, scratch, verify=verify)
         except CorruptionError as error:
             return wanted, error
         for target, first, copy in homeless:
