@@ -159,7 +159,8 @@ def kill_once(directory: Path, ledger: Ledger, seed: int) -> None:
 def writing(directory: Path, seed: int, cut_at: int, how: str) -> subprocess.Popen[str]:
     """A process that writes until then."""
     command = [sys.executable, HERE / "power_writer.py", directory, str(seed), str(cut_at), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    paths = {"PYTHONPATH": str(HERE.parent)}  # of the samples
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **paths})
 
 
 def check(store: DurableStore, ledger: Ledger, *, zombies: bool = False) -> None:

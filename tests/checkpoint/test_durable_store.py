@@ -22,7 +22,7 @@ from ftrain.checkpoint.retention import Retention
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_killed_writer_leaves_only_whole_versions(store: DurableStore) -> None
     for attempt in range(8):
         process = subprocess.Popen(
             [sys.executable, "-c", _WRITER, store.directory, str(attempt * 1000)],
-            cwd=HERE,
+            cwd=TESTS,
             stdout=subprocess.PIPE,
         )
         with process:
@@ -422,7 +422,7 @@ except RunDirectoryError as error:
 
 def _refusal(directory: Path, how: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", _REFUSED, directory, how], cwd=HERE, capture_output=True, text=True
+        [sys.executable, "-c", _REFUSED, directory, how], cwd=TESTS, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert ("bytes were needed" in done.stdout) == (how == "limit")
