@@ -1,4 +1,4 @@
-"""Some hundred random corruptions of a version that a real job wrote: each noticed, none loaded."""
+"""Two hundred random corruptions of a version that a real job wrote: each noticed, none loaded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def test_every_corruption_is_noticed_and_none_is_loaded(monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(FOLDER)
     import corruption
 
-    found = corruption.main(["--trials", "400", "--peer-trials", "40", "--no-results"])
+    found = corruption.main(["--trials", "200", "--peer-trials", "20", "--no-results"])
     ours = found["ftrain"]["ends"]
     # Where the newest version could not be loaded an older one was, and that was told.  A bit of
     # the zeros between chunks is nobody's data: it is found by verify.
     assert set(ours) <= {"noticed, loaded right", "harmless to the load"}
-    assert ours["noticed, loaded right"] >= 390
+    assert ours["noticed, loaded right"] >= 195
     assert {kind.partition(":")[0] for kind in found["ftrain"]["by_kind"]} == set(corruption.KINDS)
     for peer in ("torch.save", "DCP", "safetensors"):
         assert found[peer]["ends"]["loaded wrong"]  # so a corruption is one, and would be seen
