@@ -11,6 +11,9 @@ import numpy as np
 import torch
 import xxhash
 
+from ftrain.checkpoint.codec import encode_tree
+from ftrain.comms.errors import StateError
+
 _MT19937_BYTES = 624 * 4 + 4  # the generator's words and its position in them
 
 
@@ -38,11 +41,9 @@ def newcomer_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
     """
     seed = mix(_digest(state), rank)
     # Of their own each: Python's and NumPy's generators draw the same from the same seed.
-    for_numpy = mix(seed, 1)
-    generator = np.random.RandomState([for_numpy % 2**32, for_numpy >> 32])
     derived: dict[str, Any] = {
         "python": _plain_python(random.Random(mix(seed, 2)).getstate()),
-        "numpy": _plain_numpy(generator.get_state(legacy=True)),
+        "numpy": _newcomer_numpy(state["numpy"], mix(seed, 1)),
         "torch": torch.Generator().manual_seed(mix(seed, 3)).get_state(),
     }
     if "cuda" in state and torch.cuda.is_available():
@@ -54,7 +55,16 @@ def newcomer_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`random_state` returned."""
+    """Put back what :func:`random_state` returned.
+
+    Raises StateError if NumPy's global generator is of another kind here.
+    """
+    there, here = _kind(state["numpy"]), type(_bit_generator()).__name__
+    if there != here:
+        raise StateError(
+            f"the saved run drew NumPy's random numbers from {there}, this script from {here}: "
+            f"call np.random.set_bit_generator(np.random.{there}()) before the Session is made"
+        )
     version, words, gauss = state["python"]
     random.setstate((version, tuple(int(word) for word in words), gauss))
     np.random.set_state(state["numpy"])
@@ -95,11 +105,12 @@ class _NumpyGenerator:
         self._memory = b""
         self._state: tuple[Any, ...] = ()
 
-    def read(self) -> tuple[Any, ...]:
-        """As :func:`numpy.random.get_state` says it, of plain values."""
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stubs
+    def read(self) -> tuple[Any, ...] | dict[str, Any]:
+        """As :func:`numpy.random.get_state` says it, of plain values; of another generator than the
+        usual one a dict."""
+        generator = _bit_generator()
         if type(generator) is not np.random.MT19937:
-            return _plain_numpy(np.random.get_state(legacy=True))
+            return dict(np.random.get_state(legacy=False))
         memory = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
         # A second Gaussian number may be held ready, which lies elsewhere: to take it draws none.
         if memory != self._memory or self._state[3]:
@@ -111,6 +122,24 @@ class _NumpyGenerator:
 _numpy = _NumpyGenerator()
 
 
+def _bit_generator() -> Any:
+    module: Any = np.random  # whose stubs lack it
+    return module.get_bit_generator()
+
+
+def _kind(numpy_state: Any) -> str:
+    """Name of the generator's class."""
+    return str(numpy_state["bit_generator"] if isinstance(numpy_state, dict) else numpy_state[0])
+
+
+def _newcomer_numpy(captured: Any, seed: int) -> tuple[Any, ...] | dict[str, Any]:
+    """The state of a generator of the same kind that begins with ``seed``."""
+    if isinstance(captured, dict):
+        return {**captured, **getattr(np.random, _kind(captured))(seed).state, "has_gauss": 0}
+    generator = np.random.RandomState([seed % 2**32, seed >> 32])
+    return _plain_numpy(generator.get_state(legacy=True))
+
+
 def _plain_numpy(state: Any) -> tuple[Any, ...]:
     name, keys, position, has_gauss, cached = state
     return str(name), np.asarray(keys), int(position), int(has_gauss), float(cached)
@@ -120,10 +149,13 @@ def _digest(state: dict[str, Any]) -> int:
     """A number for what the generators would draw next."""
     hasher = xxhash.xxh3_64()
     _, words, gauss = state["python"]
-    _, keys, position, *cached = state["numpy"]
     hasher.update(np.asarray(words, dtype=np.uint32).tobytes())
-    hasher.update(np.asarray(keys, dtype=np.uint32).tobytes())
-    hasher.update(repr((gauss, position, cached)).encode())
+    if isinstance(state["numpy"], dict):
+        hasher.update(encode_tree([gauss, state["numpy"]]))
+    else:
+        _, keys, position, *cached = state["numpy"]
+        hasher.update(np.asarray(keys, dtype=np.uint32).tobytes())
+        hasher.update(repr((gauss, position, cached)).encode())
     for tensor in (state["torch"], *state.get("cuda", ())):
         hasher.update(tensor.numpy().tobytes())
     return hasher.intdigest()

@@ -6,9 +6,11 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ftrain.checkpoint.codec import decode_tree, encode_tree
+from ftrain.comms.errors import StateError
 from ftrain.runtime.random_state import (
     newcomer_random_state,
     random_state,
@@ -106,3 +108,23 @@ def test_what_is_said_again_is_what_numpy_says() -> None:
             np.random.random(draw.randrange(700))
         elif kind == 2:
             np.random.seed(draw.randrange(3))
+
+
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_a_generator_of_another_kind_is_kept_and_told_from_the_usual_one(kind: Any) -> None:
+    module: Any = np.random
+    usual, before = random_state(), module.get_bit_generator()
+    try:
+        module.set_bit_generator(kind(5))
+        np.random.standard_normal()
+        captured = decode_tree(encode_tree(random_state()))
+        expected = [np.random.standard_normal() for _ in range(3)]
+        set_random_state(captured)
+        assert [np.random.standard_normal() for _ in range(3)] == expected
+        assert draws(newcomer_random_state(captured, 2)) != draws(
+            newcomer_random_state(captured, 3)
+        )
+        with pytest.raises(StateError, match=rf"from MT19937, this script from {kind.__name__}"):
+            set_random_state(usual)
+    finally:
+        module.set_bit_generator(before)
