@@ -93,11 +93,8 @@ class LocalFile:
             for part in parts:
                 for first in range(0, len(part), _READ_BYTES):
                     piece = part[first : first + _READ_BYTES]
-                    nbytes = len(piece)
-                    done = os.preadv(self._fd, [piece], offset)
-                    if done < nbytes:
-                        _fill(self._fd, piece[done:], offset + done)
-                    offset += nbytes
+                    _fill(self._fd, piece, offset)
+                    offset += len(piece)
                     seen(piece)
         except OSError as error:
             raise CorruptionError(f"{self.where} can't be read ({error.strerror})") from None
@@ -239,7 +236,7 @@ def _reserve(fd: int, nbytes: int) -> None:
 
 
 def _fill(fd: int, memory: memoryview, offset: int) -> None:
-    done = 0
+    done = os.preadv(fd, [memory], offset)
     while done < len(memory):
         got = os.preadv(fd, [memory[done:]], offset + done)
         if not got:

@@ -37,7 +37,7 @@ def newcomer_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
     """The random state of a rank that was not there when another rank captured ``state``.
 
     It follows from the two alone and is unlike that of every other rank, so that no two ranks draw
-    the same numbers.
+    the same numbers.  Raises as :func:`set_random_state`.
     """
     seed = mix(_digest(state), rank)
     # Of their own each: Python's and NumPy's generators draw the same from the same seed.
@@ -59,12 +59,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
     Raises StateError if NumPy's global generator is of another kind here.
     """
-    there, here = _kind(state["numpy"]), type(_bit_generator()).__name__
-    if there != here:
-        raise StateError(
-            f"the saved run drew NumPy's random numbers from {there}, this script from {here}: "
-            f"call np.random.set_bit_generator(np.random.{there}()) before the Session is made"
-        )
+    _require_same_kind(state["numpy"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(int(word) for word in words), gauss))
     np.random.set_state(state["numpy"])
@@ -127,15 +122,22 @@ def _bit_generator() -> Any:
     return module.get_bit_generator()
 
 
-def _kind(numpy_state: Any) -> str:
-    """Name of the generator's class."""
-    return str(numpy_state["bit_generator"] if isinstance(numpy_state, dict) else numpy_state[0])
+def _require_same_kind(state: Any) -> None:
+    """StateError unless NumPy's global generator is of the class that has this state."""
+    there = str(state["bit_generator"] if isinstance(state, dict) else state[0])
+    here = type(_bit_generator()).__name__
+    if there != here:
+        raise StateError(
+            f"the saved run drew NumPy's random numbers from {there}, this script from {here}: "
+            f"call np.random.set_bit_generator(np.random.{there}()) before the Session is made"
+        )
 
 
 def _newcomer_numpy(captured: Any, seed: int) -> tuple[Any, ...] | dict[str, Any]:
     """The state of a generator of the same kind that begins with ``seed``."""
+    _require_same_kind(captured)
     if isinstance(captured, dict):
-        return {**captured, **getattr(np.random, _kind(captured))(seed).state, "has_gauss": 0}
+        return {**captured, **type(_bit_generator())(seed).state, "has_gauss": 0}
     generator = np.random.RandomState([seed % 2**32, seed >> 32])
     return _plain_numpy(generator.get_state(legacy=True))
 

@@ -78,7 +78,7 @@ class _Places:
         counts, objects = self._found(parameters)
         return (
             counts == self._counts  # first: only then the addresses are those of what is there
-            and all(map(is_, objects, self._objects))
+            and _same(objects, self._objects)
             and self._addresses() == self._pointers
         )
 
@@ -356,6 +356,11 @@ def _moments(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
     ]
 
 
+def _same(objects: Sequence[object], before: Sequence[object]) -> bool:
+    """Whether they are the very same objects."""
+    return len(objects) == len(before) and all(map(is_, objects, before))
+
+
 def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if not isinstance(value, torch.Tensor)}
 
@@ -378,14 +383,12 @@ class _Buffers:
         self._model = model
         self._children: list[Mapping[str, Any]] = []  # of each module, by name
         self._kept: list[Mapping[str, Any]] = []  # the buffers of each
-        self._known: list[object] | None = None
+        self._known: list[object] = []  # nothing: not looked at yet, or there is nothing to know
         self._holders: list[tuple[str, torch.nn.Module]] = []  # modules with buffers, their paths
 
     def read(self) -> dict[str, torch.Tensor]:
         """The buffers as they are, under plain names."""
-        tree = self._tree()
-        known = self._known
-        if known is None or len(tree) != len(known) or not all(map(is_, tree, known)):
+        if not (self._known and _same(self._tree(), self._known)):
             named = list(self._model.named_modules())
             self._children = [module._modules for _, module in named]
             self._kept = [module._buffers for _, module in named]

@@ -1,7 +1,7 @@
 """How likely it is that a version is lost, by what the nodes of its groups may lose at once.
 
 Losses of nodes are independent of each other, and so are those of racks, which take all their nodes
-with them.  Every sum has positive terms only, so that tiny probabilities stay exact to the last
+with them.  No two numbers that are nearly equal are subtracted, so that tiny probabilities keep the
 digits of a float; with fractions the results are exact.
 """
 

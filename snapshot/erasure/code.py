@@ -15,7 +15,6 @@ from functools import cache
 from ftrain.comms.errors import StateError
 from ftrain.snapshot.erasure.field import Matrix, inverted, multiply, power_of_two, product
 
-CODE_ID = "rs-11d"  # in every header: another polynomial or matrix is another name
 CHUNKS_MAX = 255  # of a stripe: there are no more numbers to tell them by
 
 

@@ -22,8 +22,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ftrain.checkpoint.scatter import address_of
 from ftrain.comms.errors import StateError
-from ftrain.snapshot.erasure.field import multiply
+from ftrain.snapshot.erasure.field import POLYNOMIAL, multiply
 
 _BLOCK_BYTES = 64 * 1024  # of NumPy's: what is worked on stays in the cache
 _ISAL_TABLE_BYTES = 32
@@ -69,14 +70,14 @@ class Isal:
         """See :class:`Engine`."""
         _check(source, target)
         if source.nbytes:
-            coding = ctypes.c_void_p(_address(target))
+            coding = ctypes.c_void_p(address_of(target))
             self._update(
                 source.nbytes,
                 1,
                 1,
                 0,
                 self._tables[factor],
-                _address(source),
+                address_of(source),
                 ctypes.byref(coding),
             )
 
@@ -109,7 +110,7 @@ class Reedsolo:
         import reedsolo
 
         self._multiply: Callable[[int, int], int] = reedsolo.gf_mul
-        reedsolo.init_tables(0x11D)
+        reedsolo.init_tables(POLYNOMIAL)
 
     def add(self, factor: int, source: memoryview, target: memoryview) -> None:
         """See :class:`Engine`."""
@@ -173,7 +174,3 @@ def _check(source: memoryview, target: memoryview) -> None:
             f"{source.nbytes} bytes can't be added to {target.nbytes} "
             f"{'read-only' if target.readonly else 'writable'} ones"
         )
-
-
-def _address(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
@@ -41,11 +42,10 @@ class Protect:
 
 @dataclass(frozen=True, slots=True)
 class Unable:
-    """To the leader: this node takes no part in this round."""
+    """To the leader: one node takes no part in this round."""
 
     epoch: int
     round: int
-    node: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,14 @@ class Protected:
     version: VersionId
 
 
+class _Stage(Enum):
+    """How far the newest round is here."""
+
+    OPEN = "open"
+    REFUSED = "this node takes no part"
+    OVER = "over"
+
+
 class Protection:
     """One node's part; receives and sends :class:`Protect`, :class:`Unable`, :class:`ParityNews`.
 
@@ -88,11 +96,9 @@ class Protection:
         self._commit = VersionCommit(me=me)
         self._round = 0  # the newest that this node knows of
         self._version: VersionId | None = None  # of it
-        self._over = True
-        self._protected: VersionId | None = None  # by this group, as far as this node knows
-        self._refused = 0  # a round in which this node takes no part
+        self._stage = _Stage.OVER
         self._newest: VersionId | None = None  # that all nodes hold
-        self._failed: VersionId | None = None  # not again: somebody holds it no more
+        self._settled: VersionId | None = None  # protected or given up: next is a newer one
         self._ticks = 0
         self._messages: list[tuple[Address, object]] = []
         self._effects: list[object] = []
@@ -110,8 +116,8 @@ class Protection:
             return
         self._epoch, self._nodes, self._incarnation = epoch, tuple(sorted(nodes)), incarnation
         self._commit.new_group(epoch, self._nodes, self._nodes)
-        self._round, self._version, self._over, self._refused = 0, None, True, 0
-        self._newest, self._failed, self._protected = base, None, None
+        self._round, self._version, self._stage = 0, None, _Stage.OVER
+        self._newest, self._settled = base, None
         self._open()
 
     def held_by_all(self, version: VersionId) -> None:
@@ -122,25 +128,26 @@ class Protection:
 
     def done(self, round_: int) -> None:
         """Answer to :class:`Begin`: all parity that this node keeps is there."""
-        if round_ == self._round != self._refused and not self._over:
+        if round_ == self._round and self._stage is _Stage.OPEN:
             version = VersionId(self._epoch, round_)
             self._commit.sealed_here(version, Sealed(version, self._me, self._incarnation, (), ()))
 
     def unable(self, round_: int) -> None:
         """Answer to :class:`Begin`: the version is here no more, or there is no memory for it."""
-        if round_ == self._round and not self._over:
-            self._refused = round_
+        if round_ == self._round and self._stage is _Stage.OPEN:
+            self._stage = _Stage.REFUSED
             self._say_unable()
 
     def tick(self) -> None:
         """One unit of logical time has passed: say again what has had no effect yet."""
         self._ticks += 1
         self._commit.tick()
-        if self._ticks % _REPEAT_TICKS == 0 and not self._over:
-            if self.leads:
-                self._propose()
-            elif self._refused == self._round:
-                self._say_unable()
+        if self._ticks % _REPEAT_TICKS:
+            return
+        if self.leads and self._stage is _Stage.OPEN:
+            self._propose()
+        elif self._stage is _Stage.REFUSED:
+            self._say_unable()
 
     def receive(self, message: object) -> None:
         """Another node's word."""
@@ -167,9 +174,9 @@ class Protection:
     def _open(self) -> None:
         """Open a round if there is something to protect and no round is under way."""
         version = self._newest
-        if not self.leads or not self._over or version is None or version == self._protected:
+        if not self.leads or self._stage is not _Stage.OVER or version is None:
             return
-        if self._failed is not None and version <= self._failed:
+        if self._settled is not None and version <= self._settled:
             return
         self._begin(max(self._round + 1, self._first_round), version)
         self._propose()
@@ -180,14 +187,13 @@ class Protection:
             self._messages += [(node, word) for node in self._nodes if node != self._me]
 
     def _heed(self, message: Unable) -> None:
-        if self.leads and message.round == self._round and not self._over:
-            self._failed, self._over = self._version, True
-            self._open()
+        if self.leads and message.round == self._round:
+            self._settle()
 
     # ---- everybody
 
     def _begin(self, round_: int, version: VersionId) -> None:
-        self._round, self._version, self._over = round_, version, False
+        self._round, self._version, self._stage = round_, version, _Stage.OPEN
         self._effects.append(Begin(round_, version))
 
     def _follow(self, message: Protect) -> None:
@@ -195,15 +201,19 @@ class Protection:
             self._begin(message.round, message.version)
 
     def _say_unable(self) -> None:
-        word = Unable(self._epoch, self._refused, self._me)
+        word = Unable(self._epoch, self._round)
         if self.leads:
             self._heed(word)
         else:
             self._messages.append((self._nodes[0], word))
 
     def _end(self, round_: int) -> None:
-        if round_ != self._round or self._version is None or self._over:
-            return
-        self._over, self._protected = True, self._version
-        self._effects.append(Protected(round_, self._version))
-        self._open()
+        if round_ == self._round and self._version and self._stage is not _Stage.OVER:
+            self._effects.append(Protected(round_, self._version))
+            self._settle()
+
+    def _settle(self) -> None:
+        """The round is over, whichever way."""
+        if self._stage is not _Stage.OVER:
+            self._stage, self._settled = _Stage.OVER, self._version
+            self._open()
