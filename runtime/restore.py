@@ -206,8 +206,11 @@ class Restoration:
 
         def read() -> None:
             scratch = Scratch()
-            while (chunk := next(remaining, None)) is not None:  # whoever comes first
-                tried.append(self._do(image, chunk, scratch))
+            try:
+                while (chunk := next(remaining, None)) is not None:  # whoever comes first
+                    tried.append(self._do(image, chunk, scratch))
+            finally:  # if it failed, nobody need read on
+                deque(remaining, maxlen=0)
 
         # A packed one takes two chunks of memory for each thread.
         helpers = 0 if image.packed else min(self._readers, len(chunks)) - 1
@@ -216,10 +219,7 @@ class Restoration:
             return tried
         with ThreadPoolExecutor(helpers, "ftrain-restore") as pool:
             others = [pool.submit(read) for _ in range(helpers)]
-            try:
-                read()
-            finally:  # whoever was interrupted wants no more
-                deque(remaining, maxlen=0)
+            read()
             for other in others:
                 other.result()
         return tried

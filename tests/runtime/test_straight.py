@@ -5,21 +5,22 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from ftrain.checkpoint.boxes import Placement
-from ftrain.checkpoint.files import LocalFile
+from ftrain.checkpoint.files import LocalFile, Seen, unseen
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import SegmentStream
 from ftrain.checkpoint.tensors import StateTensor, plan_image, tensor_view
-from ftrain.comms.errors import CorruptionError
+from ftrain.comms.errors import CorruptionError, ObjectStoreError
 from ftrain.comms.protocol.messages import Share, VersionId
 from ftrain.runtime.restore import Restoration
 
@@ -154,6 +155,34 @@ def test_what_was_accepted_is_not_written_to_again(tmp_path: Path, readers: int)
         with opened(path) as files:
             Restoration(files, readers=readers).fill(found, TOPOLOGY)
         assert torch.equal(found[0].tensor, saved)
+
+
+class GoneFrom(LocalFile):
+    """A file whose store is gone from one read of data on, for one of the threads."""
+
+    def __init__(self, path: Path, *, for_main: bool) -> None:
+        super().__init__(path)
+        self.for_main, self.reads, self.reads_before = for_main, 0, 0
+
+    def read_into(self, offset: int, parts: Sequence[memoryview], seen: Seen = unseen) -> None:
+        self.reads += 1
+        super().read_into(offset, parts, seen)
+        main = threading.current_thread() is threading.main_thread()
+        if threading.active_count() > 1 and main == self.for_main and not self.reads_before:
+            self.reads_before = self.reads
+            raise ObjectStoreError("the store is gone")
+
+
+@pytest.mark.parametrize("for_main", [True, False])
+def test_a_reader_that_fails_stops_the_others(tmp_path: Path, for_main: bool) -> None:
+    tensors = [StateTensor.whole("w", torch.zeros(64 * CHUNK // 4), "0")]
+    save(tmp_path / "w.seg", tensors)
+    file = GoneFrom(tmp_path / "w.seg", for_main=for_main)
+    reader = SegmentReader(file)
+    with closing(reader), pytest.raises(ObjectStoreError, match="is gone"):
+        Restoration([reader], readers=2).fill(blank(tensors))
+    assert 0 < file.reads_before <= file.reads <= file.reads_before + 4
+    assert file.reads < 60
 
 
 PEAK = """
