@@ -107,13 +107,14 @@ def _directory(text: str) -> DurableStore:
             "s3://bucket/prefix"
         )
     folders = _folders(path)
+    launched = (path / "job.json").is_file()  # which makes the folder, for its lock
     for folder in folders:
-        if folder.is_dir():
+        if numbered(folder, "") or (folder.is_dir() and not launched):
             return DurableStore(folder)
-    if (path / "job.json").is_file():
+    if launched:
         raise RunDirectoryError(
-            f"{text} is a run without durable versions: there is no {folders[0]} (yet, or because "
-            "of checkpoint=off)"
+            f"{text} is a run without durable versions: there are none in {folders[0]} (yet, or "
+            "because of checkpoint=off)"
         )
     raise RunDirectoryError(
         f"{text} is neither a run directory nor one of versions: it has neither {_VERSIONS}/ nor a "

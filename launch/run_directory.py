@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from ftrain.checkpoint.lock import hold, hold_versions
 from ftrain.comms.errors import RunDirectoryError
 from ftrain.comms.wire import BAD_INPUT
 from ftrain.launch.script import Script
@@ -39,21 +39,13 @@ class RunDirectory:
         self._lock_fds = [lock_fd]
 
     def hold_versions(self, folder: Path) -> None:
-        """Hold the directory of the durable versions too, where it is not part of this one.
+        """Hold the directory of the durable versions too: others may name it as theirs.
 
-        Two launches that save into one would each hide what the other one saved.
-        Raises RunDirectoryError when another launch holds it.
+        Raises RunDirectoryError when somebody else writes to it.
         """
-        if folder.is_relative_to(self.path):
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            what = f"the directory of durable versions {folder}", "checkpoint.dir"
-            self._lock_fds.append(_lock(folder / "lock", *what))
-        except RunDirectoryError:
-            raise
-        except OSError:
-            return  # a file system without locks; what can't be written is said by who writes
+        fd = hold_versions(folder, "choose another with checkpoint.dir")
+        if fd >= 0:
+            self._lock_fds.append(fd)
 
     def adopt(self, run_id: str) -> None:
         """Belong to the run whose versions were put here.
@@ -92,7 +84,8 @@ def open_run_directory(
     try:
         (path / "state").mkdir(parents=True, exist_ok=True)
         name = f"lock-{node_rank}" if node_rank else "lock"
-        lock_fd = _lock(path / name, f"the run directory {path}", "--run-dir")
+        what = f"the run directory {path}"
+        lock_fd = hold(path / name, what, "choose another with --run-dir")
         found = None if node_rank else _read(path)
         record, notes = _settle(path, found, script, world_size, run_id)
         if record != found and not node_rank:
@@ -170,23 +163,6 @@ def _unusable(path: Path, error: OSError) -> RunDirectoryError:
         f"the run directory {path} can't be written ({error.strerror}): choose another with"
         " --run-dir"
     )
-
-
-def _lock(name: Path, what: str, option: str) -> int:
-    """Hold the file; the kernel lets go when this process ends, however it ends."""
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        os.close(fd)
-        raise RunDirectoryError(
-            f"{what} is in use by a running launch (pid {holder}): wait for it, or choose another"
-            f" with {option}"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
 
 
 def _read(path: Path) -> RunRecord | None:

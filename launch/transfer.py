@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftrain.checkpoint.dtypes import ITEM_BYTES
+from ftrain.checkpoint.lock import held_versions
 from ftrain.comms.errors import RunDirectoryError, UsageError
 from ftrain.launch.place import is_address, new_place, open_place
 from ftrain.launch.words import parse_size, progress_bar, size_text
@@ -116,7 +117,10 @@ def import_version(path: str, place: str, kind: str, *, model: str, dtype: str) 
     else:
         from ftrain.runtime.interop.dcp_directory import read_dcp as read
     origin = read(Path(path))
-    with progress_bar("importing", origin.nbytes) as progress:
+    with (
+        held_versions(store.directory, "import into a new directory"),
+        progress_bar("importing", origin.nbytes) as progress,
+    ):
         version = import_model(
             kind, path, store, origin, model=model, dtype=dtype, progress=progress
         )

@@ -182,7 +182,7 @@ def test_run_directory_in_use(refused: Refused, folder: Path) -> None:
     script = check_script("train.py", module=False)
     held = open_run_directory(run, script, world_size=1)
     sentence = refused("launch", "--run-dir", "run", "train.py")
-    assert f"in use by a running launch (pid {os.getpid()})" in sentence
+    assert f"in use by another process (pid {os.getpid()})" in sentence
     held.close()
     open_run_directory(run, script, world_size=1).close()
 

@@ -216,7 +216,7 @@ def test_a_copy_of_a_run_is_another_run(shown: Shown, tmp_path: Path) -> None:
     assert [v["step"] for v in shown.told("list", copy)["versions"]] == [20]
     run.mkdir()
     named_by_job(run, "", str(run / "checkpoints"))
-    assert f"there is no {run / 'checkpoints'} (yet, or" in shown.refused("list", run)
+    assert f"there are none in {run / 'checkpoints'} (yet, or" in shown.refused("list", run)
     elsewhere = tmp_path / "elsewhere"
     copy.joinpath("checkpoints").rename(elsewhere)
     named_by_job(run, "", str(elsewhere))

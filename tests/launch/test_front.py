@@ -151,7 +151,7 @@ def test_one_launch_per_run_directory(tmp_path: Path) -> None:
         wait_for(lambda: began(launch))
         second = Launch(tmp_path)
         assert second.wait(10) == 2
-        assert f"in use by a running launch (pid {launch.popen.pid})" in second.shown
+        assert f"in use by another process (pid {launch.popen.pid})" in second.shown
         (tmp_path / "go-on").touch()
         assert launch.wait() == 0
         assert os.listdir(launch.run_dir)

@@ -107,12 +107,11 @@ def test_one_launch_at_a_time_saves_into_a_directory(tmp_path: Path) -> None:
     first, second = (
         open_run_directory(tmp_path / name, script, world_size=1) for name in ("a", "b")
     )
-    versions = tmp_path / "versions"
-    first.hold_versions(first.path / "checkpoints")  # held with the run
-    assert not (first.path / "checkpoints").exists()
-    first.hold_versions(versions)
-    with pytest.raises(RunDirectoryError, match=r"versions is in use .* with checkpoint\.dir"):
-        second.hold_versions(versions)
+    for versions in (tmp_path / "versions", first.path / "checkpoints"):  # also the run's own
+        first.hold_versions(versions)
+        with pytest.raises(RunDirectoryError, match=r" is in use .* with checkpoint\.dir"):
+            second.hold_versions(versions)
     first.close()
-    second.hold_versions(versions)
+    second.hold_versions(tmp_path / "versions")
+    second.hold_versions(first.path / "checkpoints")
     second.close()
