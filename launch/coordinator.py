@@ -462,7 +462,7 @@ class Coordinator:
         elif notice.kind == "written":
             self._learn_cost(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
-            self._input(self._machine.request_flush)
+            self._input(lambda: self._machine.request_flush(kept=True))
         self._announce(notice)
 
     # ------------------------------------------------------------------ news

@@ -8,9 +8,9 @@ from dataclasses import replace
 from ftrain.comms.protocol.flush import FlushRound
 from ftrain.comms.protocol.messages import Directive, Formation, NodeReport, NodeState, Order
 from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.roster import AT_REST
 from ftrain.comms.protocol.transitions import Phase
 
-AT_REST = (NodeState.IDLE, NodeState.STOPPED)
 _FOLLOWED_PACE = 10  # a directive that is followed is said again this much more rarely
 
 

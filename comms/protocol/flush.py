@@ -35,6 +35,16 @@ class FlushRound:
         self.write_failed = False  # a node could not write: more than that the version was passed
         self._prepared: set[int] = set()
 
+    def tick(self, reached: int, *, over: bool) -> None:
+        """One unit of logical time has passed, which counts once the target can be written: the
+        ranks have come to boundary ``reached``, or (``over``) to their end."""
+        if over or not self.waits(reached):
+            self.age_ticks += 1
+
+    def waits(self, reached: int) -> bool:
+        """Whether it is for a boundary that ranks at ``reached`` may be long away from."""
+        return bool(self.every) and reached < self.target.step
+
     def hear(self, report: NodeReport) -> None:
         """Take what a report says about this order; what it says about others does not count."""
         if (report.flush, report.fence) != (self.target, self.fence):
@@ -73,6 +83,11 @@ class FlushRound:
         if self._tally.members <= self._prepared:
             return "the nodes wrote different versions"
         return ""
+
+
+def still_wished(wished: VersionId | None, written: VersionId) -> VersionId | None:
+    """What somebody still waits for once ``written`` is durable."""
+    return wished if wished is not None and wished > written else None
 
 
 def due(

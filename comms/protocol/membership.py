@@ -24,9 +24,9 @@ from dataclasses import replace
 
 from ftrain.comms.errors import LocalProtocolError
 from ftrain.comms.protocol import saving
-from ftrain.comms.protocol.directives import AT_REST, Outbox, directive_of
+from ftrain.comms.protocol.directives import Outbox, directive_of
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Obstacle, Publish
-from ftrain.comms.protocol.flush import FlushRound, due
+from ftrain.comms.protocol.flush import FlushRound, due, still_wished
 from ftrain.comms.protocol.messages import (
     Formation,
     NodeGone,
@@ -107,6 +107,9 @@ class Membership:
         self._attempts = 0  # at durable versions, by this process
         self._flush_tries = self._save_tries = self._end_tries = 0
         self._publishing: Publish | None = None
+        self._wished: VersionId | None = (
+            None  # a durable version of it or later, once there is time
+        )
         self._places: tuple[NodePlace, ...] = ()
         self._wait_ticks = 0  # before forming again after a formation could not be made
         self._phase = Phase.RECOVERING if self._hard.formation else Phase.GATHERING
@@ -143,7 +146,9 @@ class Membership:
         self._roster.tick()
         self._wait_ticks = max(0, self._wait_ticks - 1)
         if self._round is not None:
-            self._round.age_ticks += 1
+            self._round.tick(self._reached, over=self._all_done())
+        if self._wished is not None:
+            self.request_flush(kept=True)
         self._outbox.tick()
         self._failed_writes.tick()
         if self._hard.giving_up and self._phase is not Phase.FINISHED:
@@ -191,7 +196,7 @@ class Membership:
         if version in self._committed.withdrawn:  # meanwhile
             self.publish_failed(f"step {version.step} was withdrawn")
             return
-        self._publishing = None
+        self._publishing, self._wished = None, still_wished(self._wished, version)
         self._hard = replace(self._hard, durable=version)
         self._say("info", f"step {version.step} is durable", {"step": version.step, "fence": fence})
         self._advance()
@@ -203,14 +208,16 @@ class Membership:
         self._retry_flush(why)
         self._advance()
 
-    def request_flush(self, every: int = 0) -> None:
-        """Ask for a durable version (``every`` > 0: of the next boundary that is a multiple of it);
-        ignored while one is on its way, nothing runs, or writing one has just failed."""
-        busy = self._round is not None or self._publishing is not None or self._wait_ticks
-        if self._phase is Phase.RUNNING and not busy:
-            self._flush_tries = 0
+    def request_flush(self, every: int = 0, *, kept: bool = False) -> None:
+        """Ask for a durable version, or (``every`` > 0) one of the next boundary that it divides.
+        Unless the wish is ``kept`` until then, it counts only if nothing is being written."""
+        free = self._round is None or (kept and self._round.waits(self._reached))
+        if self._phase is Phase.RUNNING and free and not (self._publishing or self._wait_ticks):
+            self._flush_tries, self._wished = 0, None if kept else self._wished
             self._aim_ahead(0 if every else self._flush_margin, every)
             self._advance()
+        elif kept and self._phase in (Phase.STARTING, Phase.RUNNING):
+            self._wished = VersionId(self._hard.epoch, self._reached)
 
     def ready(self) -> Ready[MembershipHard]:
         """What has to be done now."""
@@ -255,7 +262,7 @@ class Membership:
                 f"membership: {event.value} can't happen while {self._phase.value}: a bug in ftrain"
             ) from None
         if self._phase in (Phase.STOPPING, Phase.GATHERING):
-            self._round = None
+            self._round = self._wished = None
         self._explain(reason)
 
     def _explain(self, reason: str) -> None:
@@ -319,7 +326,7 @@ class Membership:
         missing = [f"node {n} {why}" for n, why in absences if why]
         if missing:
             self._explain(f"waiting for {self._nodes} nodes: {'; '.join(missing)}")
-        elif not self._at_rest():
+        elif not self._roster.at_rest(self._hard.epoch):
             self._explain("waiting for the nodes to have no rank alive")
         elif self._publishing is None and self._wait_ticks == 0:
             self._grant()
@@ -405,14 +412,8 @@ class Membership:
             if mistakes and not (self._hard.stop_cause or self._hard.giving_up):
                 self._give_up(None, mistakes.exit_code, mistakes.words(self._places))
                 return
-        if self._at_rest():
+        if self._roster.at_rest(self._hard.epoch):
             self._enter(Event.ALL_STOPPED, "no rank is alive")
-
-    def _at_rest(self) -> bool:
-        """No present node has a rank, nor will it start one of an epoch granted so far."""
-        return all(
-            r.state in AT_REST and r.epoch >= self._hard.epoch for r in self._roster.present()
-        )
 
     def _pausing(self) -> None:
         """Agree on a boundary that no rank has passed, and let all ranks end there."""
@@ -552,7 +553,7 @@ class Membership:
         silent = self._roster.may_return()
         if self._hard.formations:  # something ran: a node that has not reported may hold it
             silent += self._roster.unheard()
-        if waiting := bool(silent) or not self._at_rest():
+        if waiting := bool(silent) or not self._roster.at_rest(self._hard.epoch):
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
         if self._publishing is not None or waiting or self._wait_ticks:
             return

@@ -20,6 +20,7 @@ _CONSEQUENCE = re.compile(
     r"|DistStoreError|TCPStore|process group",
     re.IGNORECASE,
 )
+AT_REST = (NodeState.IDLE, NodeState.STOPPED)
 _PATIENCE_LEASES = 5  # how long a graceful stop waits for a silent node's memory
 
 
@@ -208,6 +209,10 @@ class Roster:
             for n, e in enumerate(self._entries)
             if e.report is not None and not self.absence(n)
         )
+
+    def at_rest(self, epoch: int) -> bool:
+        """No present node has a rank, nor will it start one of an epoch up to ``epoch``."""
+        return all(r.state in AT_REST and r.epoch >= epoch for r in self.present())
 
     def _replaced(self, place: NodePlace) -> str:
         """How a node was lost whose next agent is there already."""

@@ -8,7 +8,13 @@ import pytest
 from coordinated_job import DONE, IDLE, LEASE, RUNNING, STARTING, STOPPED, Job, running
 
 from ftrain.comms.errors import LocalProtocolError
-from ftrain.comms.protocol.effects import EndJob, Form, Incident, Obstacle, Publish
+from ftrain.comms.protocol.effects import (
+    EndJob,
+    Form,
+    Incident,
+    Obstacle,
+    Publish,
+)
 from ftrain.comms.protocol.messages import (
     Formation,
     Held,
@@ -419,6 +425,63 @@ def test_periodic_flushes_aim_further_until_all_meet() -> None:
     target = VersionId(epoch, 18)
     job.say(flush=target, fence=epoch, prepared=(target,))
     assert job.effects == [Publish(epoch, target, (0, 1))]
+
+
+def written(job: Job, epoch: int, target: VersionId) -> None:
+    """All nodes write this version, and it is published."""
+    job.say(flush=target, fence=epoch, prepared=(target,))
+    assert job.effects.pop() == Publish(epoch, target, (0, 1))
+    job.machine.published(epoch, target)
+    job.take()
+    job.effects.clear()
+
+
+def test_a_users_wish_waits_for_what_is_being_written() -> None:
+    job, epoch = running(flush_margin=2)
+    job.say(step_max=10)
+    job.machine.request_flush(kept=True)
+    job.machine.request_flush(kept=True)  # as every rank does
+    job.say(step_max=13)
+    job.machine.request_flush(kept=True)
+    job.machine.request_flush()
+    job.take()
+    written(job, epoch, VersionId(epoch, 12))  # of before the last wish
+    job.tick()
+    assert job.directives[0].flush == VersionId(epoch, 15)
+    written(job, epoch, VersionId(epoch, 15))
+    job.tick()
+    assert job.directives[0].flush is None
+
+
+def test_a_users_wish_comes_before_a_boundary_far_ahead() -> None:
+    job, epoch = running(flush_margin=2)
+    job.say(step_max=10)
+    job.machine.request_flush(1000)
+    job.take()
+    assert job.directives[0].flush == VersionId(epoch, 1000)
+    job.machine.request_flush()
+    job.machine.request_flush(kept=True)
+    job.take()
+    assert job.directives[0].flush == VersionId(epoch, 12)
+    written(job, epoch, VersionId(epoch, 12))
+    job.machine.request_flush(1000)
+    job.take()
+    assert job.directives[0].flush == VersionId(epoch, 1000)
+
+
+def test_writing_is_late_only_once_its_boundary_came() -> None:
+    job, _ = running(flush_ticks=5)
+    job.say(step_max=10)
+    job.machine.request_flush(1000)
+    for _ in range(50):
+        job.tick()
+        job.say()
+    attempt = job.directives[0].flush_attempt
+    job.say(step_max=1000)
+    for _ in range(7):
+        job.tick()
+        job.say()
+    assert job.directives[0].flush_attempt == attempt + 1
 
 
 def test_no_epoch_is_granted_while_a_version_is_being_published() -> None:
