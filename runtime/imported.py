@@ -14,7 +14,8 @@ import torch
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.errors import StateError
 from ftrain.runtime.group import key_of, local_part
-from ftrain.runtime.state import TrainingState, buffers_of, plain_name
+from ftrain.runtime.modules import buffers_of, plain_name
+from ftrain.runtime.state import TrainingState
 
 IMPORTED = "imported"  # the key of the small state that tells such a version
 

@@ -13,6 +13,19 @@ from ftrain.runtime.group import local_part
 _SHAPE = (2, 3)  # of a parameter to try with, like nothing that is no moment
 
 
+def is_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer: each rank keeps the moments of its own parameters,
+    in an optimizer inside of this one (ZeRO-1)."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def kept_by(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """What it keeps for its parameters on this rank: the live dictionary."""
+    inner: Any = optimizer
+    found: dict[Any, Any] = inner.optim.state if is_zero(optimizer) else optimizer.state
+    return found
+
+
 def moments_ahead(
     optimizer: torch.optim.Optimizer,
 ) -> Iterator[tuple[torch.Tensor, str, torch.Tensor]]:

@@ -8,10 +8,9 @@ values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -28,22 +27,8 @@ from ftrain.runtime.group import (
     local_part,
     moment_holding,
 )
-from ftrain.runtime.moments import moments_ahead
-
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers put into it."""
-    changed = True
-    while changed:
-        changed = False
-        for wrapper in _WRAPPERS:
-            if name.startswith(wrapper):
-                name, changed = name[len(wrapper) :], True
-    for wrapper in _WRAPPERS:
-        name = name.replace("." + wrapper, ".")
-    return name
+from ftrain.runtime.modules import Modules, plain_name, same
+from ftrain.runtime.moments import is_zero, kept_by, moments_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +63,17 @@ class _Places:
         counts, objects = self._found(parameters)
         return (
             counts == self._counts  # first: only then the addresses are those of what is there
-            and _same(objects, self._objects)
+            and same(objects, self._objects)
             and self._addresses() == self._pointers
         )
 
     def _found(self, parameters: Sequence[torch.Tensor]) -> tuple[list[int], list[object]]:
         """All tensors in an order that their numbers, which come first, make unambiguous."""
-        states = [optimizer.state for optimizer in self._optimizers]
+        states = [kept_by(optimizer) for optimizer in self._optimizers]
         owned = [group["params"] for o in self._optimizers for group in o.param_groups]
         moments = _moments(self._optimizers)
         counts = [len(parameters), *map(len, owned), *map(len, states)]
-        counts += [len(values) for state in states for values in state.values()]
+        counts += [len(values) for values in _values(states)]
         objects: list[object] = [*parameters, *chain(*owned), *chain(*states), *moments]
         return [*counts, len(moments)], objects
 
@@ -126,7 +111,8 @@ class TrainingState:
         self._layout: StateLayout | None = None
         self._holdings: dict[int, Holding] = {}
         self._names: dict[int, str] = {}
-        self._buffers = {name: _Buffers(model) for name, model in self.models.items()}
+        self._modules = {name: Modules(model) for name, model in self.models.items()}
+        self._groups: dict[str, int] = {}  # how many the script gave an optimizer by itself
         self._parameters: list[torch.Tensor] = []  # once each; in an order that all ranks share
         self._take_parameters()
 
@@ -143,6 +129,9 @@ class TrainingState:
 
     def layout(self) -> StateLayout:
         """The tensors as they are now; the same object as last time while nothing moved."""
+        exchanged = [name for name, modules in self._modules.items() if modules.changed()]
+        if exchanged:
+            self._take_parameters()
         if self._layout is None or not self._layout.places.unmoved(self._parameters):
             self._layout = self._lay_out()  # some optimizers exchange their tensors
         return self._layout
@@ -162,7 +151,8 @@ class TrainingState:
         """Everything but the tensors of ``layout``, as a tree of plain values and small tensors."""
         return {
             "layout": layout.skeleton,
-            "buffers": {name: self._buffers[name].read() for name in self.models},
+            "buffers": {name: modules.buffers() for name, modules in self._modules.items()},
+            "extra": {name: modules.extra_state() for name, modules in self._modules.items()},
             "groups": {
                 name: [
                     {key: value for key, value in group.items() if key != "params"}
@@ -178,7 +168,7 @@ class TrainingState:
         return {
             f"{name}/{self._names[id(parameter)]}": numbers
             for name, optimizer in self.optimizers.items()
-            for parameter, values in optimizer.state.items()
+            for parameter, values in kept_by(optimizer).items()
             if (numbers := _numbers(values))
         }
 
@@ -197,13 +187,14 @@ class TrainingState:
             tensors.append(StateTensor(name, local, holding.key, holding.place, changes))
         skeleton: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
-            own = key_of([self.rank]) if hasattr(optimizer, "consolidate_state_dict") else ""
-            groups = []
+            own = key_of([self.rank]) if is_zero(optimizer) else ""
+            kept, groups = kept_by(optimizer), []
+            self._require_names(name, kept)
             state: dict[str, Any] = {}
             for group in optimizer.param_groups:
                 groups.append([self._names[id(parameter)] for parameter in group["params"]])
                 for parameter in group["params"]:
-                    values = optimizer.state.get(parameter, {})
+                    values = kept.get(parameter, {})
                     inner = self._names[id(parameter)]
                     places = state.setdefault(inner, {})
                     for key, value in values.items():
@@ -215,7 +206,10 @@ class TrainingState:
                             local = local_part(value)
                             tensors.append(StateTensor(path, local, held.key, held.place))
             skeleton[name] = {"groups": groups, "state": state}
+            if own:
+                skeleton[name]["own"] = self._own_names(optimizer)
         _refuse_twins(tensors)
+        self._forget({*map(id, self._parameters), *owned})
         return StateLayout(
             tuple(tensors),
             encode_tree(skeleton),
@@ -240,14 +234,14 @@ class TrainingState:
                     f"the saved run has the {kind}s {sorted(theirs)}, this script registers "
                     f"{sorted(mine)}; use another run directory, or register the same objects"
                 )
-        for name, model in self.models.items():
-            _load_buffers(name, model, small["buffers"][name])
+        for name, modules in self._modules.items():
+            modules.load(name, small["buffers"][name], small.get("extra", {}).get(name, {}))
         for name, optimizer in self.optimizers.items():
             self._load_optimizer(name, optimizer, skeleton[name], small["groups"][name])
             for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
                 numbers = small["numbers"].get(f"{name}/{self._names[id(parameter)]}")
                 if numbers:
-                    optimizer.state[parameter].update(numbers)
+                    kept_by(optimizer)[parameter].update(_moved(numbers, parameter.device))
         missing = set(self.objects) - set(small["objects"])
         if missing:
             raise StateError(f"the saved run has no state for {sorted(missing)}")
@@ -260,20 +254,26 @@ class TrainingState:
     def _take_parameters(self) -> None:
         """Name every parameter that has no name yet, and keep it.
 
-        They are kept because FSDP2's modules do not always show the same ones: between a forward
-        and its backward they may show the unsharded copies.
+        FSDP2's modules do not always show the same ones, between a forward and its backward they
+        may show the unsharded copies: of theirs only what an optimizer holds is taken later.
         """
         missing = set(_owned(self.optimizers.values())) - self._names.keys()
         first = not self._names
         found = holdings(self.models.values(), self.rank, self.world_size)
         for name, model in self.models.items():
+            sharded = self._modules[name].sharded
             for inner, parameter in model.named_parameters():
-                if first or id(parameter) in missing:
+                if first or not sharded or id(parameter) in missing:
                     self._keep(parameter, f"{name}/{plain_name(inner)}", found.get(id(parameter)))
         for name, optimizer in self.optimizers.items():
             for group_index, group in enumerate(optimizer.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     self._keep(parameter, f"{name}/{group_index}.{index}", None)
+
+    def _forget(self, known: set[int]) -> None:
+        """Of what was replaced nothing stays: another parameter may get its address."""
+        for gone in self._names.keys() - known:
+            del self._names[gone], self._holdings[gone]
 
     def _keep(self, parameter: torch.Tensor, name: str, holding: Holding | None) -> None:
         if id(parameter) not in self._names:
@@ -292,6 +292,8 @@ class TrainingState:
         skeleton: Mapping[str, Any],
         groups: list[dict[str, Any]],
     ) -> None:
+        # What a version that could not be put back added is taken away again.
+        del optimizer.param_groups[self._groups.setdefault(name, len(optimizer.param_groups)) :]
         self._add_groups(optimizer, skeleton["groups"], groups)
         mine = [
             [self._names[id(parameter)] for parameter in group["params"]]
@@ -303,16 +305,39 @@ class TrainingState:
                 f"{_first_difference(mine, skeleton['groups'])}; use another run directory for "
                 "another model"
             )
+        if skeleton.get("own", self._own_names(optimizer)) != self._own_names(optimizer):
+            raise StateError(
+                f"{name} is a {type(optimizer).__name__}, of which each rank keeps a part, and "
+                "this rank's was another one in the saved run: launch with as many ranks as then"
+            )
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
-        optimizer.state.clear()
+        kept = kept_by(optimizer)
+        kept.clear()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 places = skeleton["state"].get(self._names[id(parameter)])
                 if places:
-                    optimizer.state[parameter] = {
+                    kept[parameter] = {
                         key: _materialise(place, parameter) for key, place in places.items()
                     }
+
+    def _own_names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The parameters whose moments are this rank's, where not every rank has all of them."""
+        if not is_zero(optimizer):
+            return []
+        inner: Any = optimizer
+        groups = inner.optim.param_groups
+        return sorted(self._names[id(p)] for group in groups for p in group["params"])
+
+    def _require_names(self, name: str, kept: Mapping[Any, Any]) -> None:
+        """SessionError for what an optimizer keeps for something else than a parameter of its."""
+        for key, values in kept.items():
+            if id(key) not in self._names or not isinstance(values, Mapping):
+                raise SessionError(
+                    f"{name} keeps state for {str(key)[:80]!r}, which is none of its parameters: "
+                    "give it to Session apart, as an object with state_dict()/load_state_dict()"
+                )
 
     def _add_groups(
         self,
@@ -347,59 +372,33 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
 
 def _moments(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
     """Every tensor in the optimizers' state."""
+    states = [kept_by(optimizer) for optimizer in optimizers]
     return [
         value
-        for optimizer in optimizers
-        for values in optimizer.state.values()
+        for values in _values(states)
         for value in values.values()
         if isinstance(value, torch.Tensor)
     ]
 
 
-def _same(objects: Sequence[object], before: Sequence[object]) -> bool:
-    """Whether they are the very same objects."""
-    return len(objects) == len(before) and all(map(is_, objects, before))
+def _values(states: Iterable[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+    """What optimizers keep for one parameter each; what is none of that is told elsewhere."""
+    return [values for state in states for values in state.values() if isinstance(values, Mapping)]
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    """Tensors in plain values, which come back on the CPU, where the parameter is."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device) if values.dim() else values  # step counts stay on the CPU
+    if isinstance(values, dict):
+        return {key: _moved(value, device) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)([_moved(value, device) for value in values])
+    return values
 
 
 def _numbers(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if not isinstance(value, torch.Tensor)}
-
-
-def buffers_of(
-    modules: Iterable[tuple[str, torch.nn.Module]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The persistent buffers of modules, under plain names."""
-    for prefix, module in modules:
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                path = f"{prefix}.{name}" if prefix else name
-                yield plain_name(path), local_part(buffer)
-
-
-class _Buffers:
-    """A model's persistent buffers; walks through the modules only when one of them changed."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._children: list[Mapping[str, Any]] = []  # of each module, by name
-        self._kept: list[Mapping[str, Any]] = []  # the buffers of each
-        self._known: list[object] = []  # nothing: not looked at yet, or there is nothing to know
-        self._holders: list[tuple[str, torch.nn.Module]] = []  # modules with buffers, their paths
-
-    def read(self) -> dict[str, torch.Tensor]:
-        """The buffers as they are, under plain names."""
-        if not (self._known and _same(self._tree(), self._known)):
-            named = list(self._model.named_modules())
-            self._children = [module._modules for _, module in named]
-            self._kept = [module._buffers for _, module in named]
-            self._known = self._tree()
-            self._holders = [(path, module) for path, module in named if module._buffers]
-        return dict(buffers_of(self._holders))
-
-    def _tree(self) -> list[object]:
-        """What changes when a module or a buffer is added, exchanged or taken away."""
-        children = [child for modules in self._children for child in modules.values()]
-        return children + [name for buffers in self._kept for name in buffers]
 
 
 def _first_difference(mine: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> str:
@@ -413,21 +412,6 @@ def _first_difference(mine: Sequence[Sequence[str]], saved: Sequence[Sequence[st
     if added or lacking:
         return f"{added!r} is not there" if added else f"{lacking!r} is not here"
     return "they are the same, in other groups or in another order"
-
-
-def _load_buffers(name: str, model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    mine = dict(buffers_of(model.named_modules()))
-    if set(mine) != set(saved):
-        odd = sorted(set(mine) ^ set(saved))[0]
-        raise StateError(f"{name}'s buffer {odd!r} is only on one side of this script and the run")
-    with torch.no_grad():
-        for path, buffer in mine.items():
-            if buffer.shape != saved[path].shape:
-                raise StateError(
-                    f"{name}'s buffer {path!r} is {tuple(buffer.shape)} here and "
-                    f"{tuple(saved[path].shape)} in the saved run: another model's run directory?"
-                )
-            buffer.copy_(saved[path])
 
 
 def _placeholder(tensor: torch.Tensor, parameter: torch.Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ftrain.configs.schema import SnapshotConfig
 from ftrain.runtime.imported import imported_state
 from ftrain.runtime.interop.source import Origin, Reused
 from ftrain.runtime.interop.target import Progress
-from ftrain.runtime.state import plain_name
+from ftrain.runtime.modules import plain_name
 
 _RUN_ID = "imported"
 _SHARE = "0"

@@ -14,8 +14,9 @@ from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, RestoreError, SessionError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.runtime.group import GroupView, key_of, ranks_of
+from ftrain.runtime.modules import plain_name
 from ftrain.runtime.restore import Restoration, restore
-from ftrain.runtime.state import TrainingState, _first_difference, plain_name
+from ftrain.runtime.state import TrainingState, _first_difference, _moved
 
 
 def make(width: int = 12, optimizer: str = "AdamW") -> tuple[torch.nn.Module, Any, Any]:
@@ -336,3 +337,89 @@ def test_a_replaced_parameter_takes_the_place_of_the_old_one() -> None:
     del optimizer.state[old.weight]
     (tensor,) = [t for t in state.layout().tensors if t.name == "model/0.weight"]
     assert tensor.tensor.data_ptr() == model[0].weight.data_ptr()  # type: ignore[index]
+
+
+def test_whatever_was_exchanged_is_captured_as_it_is() -> None:
+    """Also what no optimizer owns, and however often: a new one may lie where an old one lay."""
+    ema = torch.nn.Linear(3, 3)
+    state = TrainingState({"ema": ema}, {}, {}, 0)
+
+    def captured() -> dict[str, int]:
+        return {t.name: t.tensor.data_ptr() for t in state.layout().tensors}
+
+    for _ in range(50):
+        assert captured() == {f"ema/{n}": p.data_ptr() for n, p in ema.named_parameters()}
+        ema.weight = torch.nn.Parameter(torch.randn(3, 3))
+    ema.load_state_dict(torch.nn.Linear(3, 3).state_dict(), assign=True)
+    assert captured() == {f"ema/{n}": p.data_ptr() for n, p in ema.named_parameters()}
+    ema.register_parameter("scale", torch.nn.Parameter(torch.ones(1), requires_grad=False))
+    assert captured().keys() == {"ema/weight", "ema/bias", "ema/scale"}
+
+
+def test_a_version_that_could_not_be_put_back_leaves_no_group_behind() -> None:
+    parts = make()
+    state, optimizer = grown(parts[0])
+    before = image_of(state)
+    optimizer.add_param_group({"params": list(parts[0][2].parameters())})  # type: ignore[index]
+    after = image_of(state)
+    after[-4000:-3900] = bytes(100)
+    again, second = grown(make()[0])
+    with pytest.raises(CorruptionError):
+        put_back(after, again)
+    put_back(before, again)
+    assert len(second.param_groups) == 1
+
+
+class Scaled(torch.nn.Linear):
+    """Keeps something that is no tensor of its own, as layers with scales in eight bits do."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(2, 2)
+        self.scale = scale
+
+    def get_extra_state(self) -> Any:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.scale = state["scale"]
+
+
+def test_what_modules_keep_besides_is_put_back() -> None:
+    def made(scale: float) -> tuple[torch.nn.Sequential, TrainingState]:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), Scaled(scale))
+        return model, TrainingState({"model": model}, {}, {}, 0)
+
+    fresh, again = made(1.0)
+    put_back(image_of(made(7.5)[1]), again)
+    assert fresh[1].scale == 7.5
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(StateError, match="extra state of model's module '1' is only on one side"):
+        put_back(image_of(made(1.0)[1]), TrainingState({"model": plain}, {}, {}, 0))
+
+
+def test_buffers_of_one_plain_name_are_refused() -> None:
+    outer, inner = torch.nn.Module(), torch.nn.Module()
+    inner.register_buffer("mean", torch.zeros(2))
+    outer.register_buffer("mean", torch.ones(2))
+    outer.module = inner
+    with pytest.raises(SessionError, match="two buffers are called mean once"):
+        TrainingState({"model": outer}, {}, {}, 0).layout()
+
+
+def test_state_of_no_parameter_is_refused() -> None:
+    parts = make()
+    train(parts, 1)
+    state = state_of(parts)
+    for value in (3, {"shared": torch.ones(2)}):
+        parts[1].state["global"] = value
+        with pytest.raises(SessionError, match="keeps state for 'global', which is none of its"):
+            state.layout()
+    del parts[1].state["global"]
+    state.layout()
+
+
+def test_lists_of_tensors_go_where_their_parameter_is() -> None:
+    values = {"dirs": [torch.ones(2), (torch.ones(3), 1)], "step": torch.tensor(3.0), "n": 4}
+    moved = _moved(values, torch.device("meta"))
+    assert [moved["dirs"][0].is_meta, moved["dirs"][1][0].is_meta] == [True, True]
+    assert (moved["step"].item(), moved["n"], moved["dirs"][1][1]) == (3.0, 4, 1)
