@@ -216,9 +216,10 @@ class LoaderPosition(DataPosition):
         if loader.num_workers > 0:
             object.__setattr__(loader, "dataset", _SeededDataset(loader.dataset))
             loader.worker_init_fn = _WorkerInit(loader.worker_init_fn, rank_pid)
-        self._user_seed = (
-            loader.generator.initial_seed() if isinstance(loader.generator, torch.Generator) else 0
-        )
+        self._user_seed = _seed_of(loader.generator) or 0
+        self._sampler_seeds = [
+            _seed_of(getattr(sampler, "generator", None)) for sampler in self._sampler.chain
+        ]
 
     def ledger(self) -> dict[str, Any]:
         """Epoch, batch index and a digest of the sample indices of the newest batch."""
@@ -228,17 +229,20 @@ class LoaderPosition(DataPosition):
 
     def _start(self) -> Iterator[Any]:
         self._enter()
-        self._sampler.seek(self.epoch, self._stretch, self.index)
         self.loader.generator = self._generator(2)
-        return iter(self.loader)
+        with self._sampler.standing_at(self.epoch, self._stretch, self.index):
+            return iter(self.loader)
 
     def _enter(self) -> None:
         """Tell the samplers the epoch."""
         self._sampler.seed = self.seed
-        for sampler in self._sampler.chain:
+        for sampler, seed in zip(self._sampler.chain, self._sampler_seeds, strict=True):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)
-            if hasattr(sampler, "generator"):  # RandomSampler and its kin
+            generator = getattr(sampler, "generator", self)
+            if seed is not None:  # the user's own, equal on ranks on which he made it so
+                sampler.generator = torch.Generator().manual_seed(mix(seed, self.epoch, 1))
+            elif generator is None or isinstance(generator, torch.Generator):  # RandomSampler's kin
                 sampler.generator = self._generator(1)
 
     def _fresh(self) -> Stretch:
@@ -259,6 +263,11 @@ class LoaderPosition(DataPosition):
         generator = torch.Generator()
         generator.manual_seed(mix(self.seed, self._user_seed, self.epoch, use))
         return generator
+
+
+def _seed_of(generator: Any) -> int | None:
+    """What a generator of torch's was seeded with; None: it is none."""
+    return generator.initial_seed() if isinstance(generator, torch.Generator) else None
 
 
 class StatefulPosition(DataPosition):

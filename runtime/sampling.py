@@ -10,6 +10,7 @@ DistributedSampler would deal it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -148,8 +149,7 @@ class ResumableSampler:
         self._seat = _seat(self._source) if self._splittable else None
         self._layout = Stretch(_world(self.chain, world_size), _batch_size(inner))
         self._epoch = 0
-        self._index = 0
-        self._stretch = self._layout
+        self._begins: tuple[Stretch, int] | None = None  # where an iteration does; None: anew
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -193,21 +193,31 @@ class ResumableSampler:
             drawn = min(drawn, share(left, stretch.world, self._seat.drop_last))
         return stretch.start + drawn * stretch.world
 
-    def seek(self, epoch: int, stretch: Stretch, index: int) -> None:
-        """The next iteration begins with the batch ``index``."""
-        self._epoch, self._stretch, self._index = epoch, stretch, index
+    @contextmanager
+    def standing_at(self, epoch: int, stretch: Stretch, index: int) -> Iterator[None]:
+        """What is iterated in here (a loader may do it twice) begins with the batch ``index``.
+
+        Others iterate the loader as well, such as update_bn, and get whole epochs.
+        """
+        self._epoch, self._begins = epoch, (stretch, index)
+        try:
+            yield
+        finally:
+            self._begins = None
 
     def __iter__(self) -> Iterator[Any]:
         # Started here and not at the first next(): a sampler that draws its permutation from the
         # global generators must do so while DataPosition holds them at the epoch's beginning.
+        if self._begins is None:
+            return self._entries(iter(self.inner), self._epoch, 0, {})
+        stretch, index = self._begins
         self.digests.clear()
-        entries = self._remaining()
+        entries = self._remaining(stretch, index)
         first = list(islice(entries, 1))
-        return self._entries(chain(first, entries), self._epoch, self._index)
+        return self._entries(chain(first, entries), self._epoch, index, self.digests)
 
-    def _remaining(self) -> Iterator[Any]:
-        stretch = self._stretch
-        skip = self._index - stretch.since
+    def _remaining(self, stretch: Stretch, index: int) -> Iterator[Any]:
+        skip = index - stretch.since
         samples: Iterable[Any]
         if self._seat and stretch.order and (stretch.start or stretch.order != self.fresh().order):
             seat = self._seat
@@ -221,9 +231,11 @@ class ResumableSampler:
             samples = BatchSampler(samples, self._batcher.batch_size, self._batcher.drop_last)
         return islice(iter(samples), skip, None)
 
-    def _entries(self, entries: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:
+    def _entries(
+        self, entries: Iterator[Any], epoch: int, start: int, digests: dict[int, str]
+    ) -> Iterator[Any]:
         for index, entry in enumerate(entries, start=start):
-            self.digests[index] = xxhash.xxh3_64_hexdigest(repr(entry).encode())
+            digests[index] = xxhash.xxh3_64_hexdigest(repr(entry).encode())
             if not self._batched:
                 yield entry
                 continue

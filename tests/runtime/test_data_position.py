@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,53 @@ def test_the_ledger_names_each_batch_once() -> None:
         (epoch, index) for epoch in (0, 1) for index in range(6)
     ]
     assert len({entry["digest"] for entry in entries}) == 12
+
+
+def test_others_who_iterate_the_loader_get_whole_epochs() -> None:
+    """As torch.optim.swa_utils.update_bn does when the training is over."""
+    torch.manual_seed(1)
+    data = loader()
+    undisturbed = open_data(data, 7, os.getpid())
+    draw(undisturbed, 3)
+    state = undisturbed.state()
+    draw(undisturbed, 1)
+    expected = [batch[0].tolist() for batch in data]
+    again_data = loader()
+    again = open_data(again_data, 7, os.getpid())
+    again.load(state)
+    draw(again, 1)
+    assert [batch[0].tolist() for batch in again_data] == expected
+    assert len(expected) == len(again_data)
+    assert again.ledger()["digest"]
+
+
+def test_a_samplers_own_generator_decides_the_order() -> None:
+    """It is equal on all ranks where the session's seed may not be."""
+
+    def drawn(seed: int, own: int) -> list[Any]:
+        sampler = torch.utils.data.RandomSampler(
+            Numbers(), generator=torch.Generator().manual_seed(own)
+        )
+        position = open_data(loader(shuffle=False, sampler=sampler), seed, os.getpid())
+        return [batch[0] for batch in draw(position, 4)]
+
+    assert drawn(1, 5) == drawn(2, 5)
+    assert drawn(1, 5) != drawn(1, 6)
+
+
+class OwnSampler(torch.utils.data.Sampler[int]):
+    """Draws from a generator of another kind."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.generator.permutation(len(Numbers())).tolist()
+
+    def __len__(self) -> int:
+        return len(Numbers())
+
+
+def test_a_samplers_generator_of_another_kind_stays_its_own() -> None:
+    position = open_data(loader(shuffle=False, sampler=OwnSampler()), 1, os.getpid())
+    draw(position, 2)
