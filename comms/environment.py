@@ -7,6 +7,7 @@ and everything else from one JSON value in ``FTRAIN_CONTEXT``, which only ``ftra
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,18 @@ def secret_from_environment() -> str | None:
     return text.encode(errors="surrogateescape").hex()
 
 
-def default_run_dir(script: str) -> str:
-    """Where a script's run lives unless told otherwise: ``./ftrain-runs/<script name>``."""
-    return str(Path.cwd() / "ftrain-runs" / (Path(script).stem or "python"))
+def default_run_dir(name: str) -> str:
+    """Where a script's run lives unless told otherwise: ``./ftrain-runs/<name>``, where the name is
+    that of the script without ``.py``, or of the module."""
+    return str(Path.cwd() / "ftrain-runs" / (name or "python"))
+
+
+def running_script() -> str:
+    """The name of the script or package that this process runs."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return path.parent.name
+    return path.stem if path.suffix == ".py" else path.name
 
 
 def _context(variables: Mapping[str, str]) -> RankContext | None:

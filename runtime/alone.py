@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,17 @@ import torch.distributed as dist
 from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
 from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_usable_text
 from ftrain.checkpoint.header import ImageIdentity
+from ftrain.checkpoint.lock import hold_versions
 from ftrain.checkpoint.manifest import DurableVersion, open_files
 from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.tensors import StateTensor
-from ftrain.comms.environment import RankEnvironment, default_run_dir
+from ftrain.comms.environment import RankEnvironment, default_run_dir, running_script
 from ftrain.comms.errors import (
     CorruptionError,
     FtrainError,
     MemoryShortError,
     RestoreError,
+    RunDirectoryError,
 )
 from ftrain.comms.protocol.messages import Held, VersionId
 from ftrain.comms.protocol.records import EXIT_SAVED
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 _RUN_ID = "alone"  # of a run without a launcher
 _LOOK_EVERY_S = 1.0  # how often the ranks of a group ask each other whether something is due
 _LOOK_STEPS_MAX = 64
+_locks: dict[str, int] = {}  # by directory: descriptors of what this process holds
 
 
 class LocalSlots:
@@ -170,7 +174,7 @@ class AloneKeeper:
         self._note = note
         self._run_id = context.job_id if context is not None else _RUN_ID
         self._granted = context.formation.epoch if context is not None else 0
-        self.run_dir = context.run_dir if context is not None else default_run_dir(sys.argv[0])
+        self.run_dir = context.run_dir if context is not None else default_run_dir(running_script())
         self.epoch = context.epoch if context is not None else 1
         self.events_bytes_max = EventsConfig().bytes_max
         self.resumed = False
@@ -203,32 +207,37 @@ class AloneKeeper:
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Go on from the newest durable version that verifies on every rank, if there is one."""
         self._topology = state.topology()
+        in_use = self._hold_versions()
         survey = self._store.survey()
-        versions = survey.versions
         # A launcher's epoch is a fence that was granted, and above every one in the directory.
-        count, self._fence, damaged = self._agreement.share(
-            [len(versions), self._granted or survey.fence + 1, len(survey.problems)]
+        fence = self._granted or survey.fence + 1
+        count, self._fence, damaged, refused = self._agreement.share(
+            [len(survey.versions), fence, len(survey.problems), int(bool(in_use))]
         )
+        if refused:
+            raise RunDirectoryError(in_use or f"{self._store.directory} is in use, says rank 0")
         self.epoch = self._fence
         problems = list(survey.problems)
-        for version in versions[:count]:
+        for index in range(count):
+            # To another rank the directory may look as it was a moment ago: rank 0 says which.
+            own = survey.versions[index].key if not self._environment.rank else (0, 0)
+            fence, step = self._agreement.share(list(own))
+            version = next((v for v in survey.versions if v.key == (fence, step)), None)
             small, problem = self._put_back(state, version)
-            if small is not None and IMPORTED in small and version is not versions[0]:
-                # Optimizers, schedulers and more hold what could be read of the versions before.
-                raise RestoreError(
-                    f"step {versions[0].step} can't be put back, and all that is left to go on "
-                    f"from is the imported model: to begin anew with that, move {versions[0].path} "
-                    "away and run the script again"
-                )
             if self._agreement.everyone(small is not None):
+                assert version is not None
+                assert small is not None
+                if IMPORTED in small and index:
+                    # Optimizers, schedulers and more hold what was read of the versions before.
+                    raise RestoreError(_only_imported_text(survey.versions[0]))
                 self._tell_unusable(survey.problems, version.step)
                 self._tell(f"resumes at step {version.step} from {version.path}")
                 self.resumed = True
                 self._saved_step = version.step
                 self._parent = version.version
                 return small
-            problems.append(problem or f"step {version.step} is damaged")
-            self._note(f"the version of step {version.step} is not used: {problem or 'damaged'}")
+            problems.append(problem or f"step {step} is damaged")
+            self._note(f"the version of step {step} is not used: {problem or 'damaged'}")
         if count or damaged:
             problems = problems or ["another rank finds them damaged"]
             raise RestoreError(none_usable_text(self._store.directory, problems))
@@ -243,10 +252,24 @@ class AloneKeeper:
         if self._environment.rank == 0 and self._environment.context is None:
             self._note(text)
 
+    def _hold_versions(self) -> str:
+        """Be the only one who writes there; why that can't be. A launcher sees to it itself."""
+        if self._environment.rank or self._environment.context or not self._config.enabled:
+            return ""
+        path = os.path.realpath(self._store.directory)
+        if path not in _locks:
+            try:
+                _locks[path] = hold_versions(Path(path), "run the script in another directory")
+            except RunDirectoryError as error:
+                return str(error)
+        return ""
+
     def _put_back(
-        self, state: TrainingState, version: DurableVersion
+        self, state: TrainingState, version: DurableVersion | None
     ) -> tuple[dict[str, Any] | None, str]:
         """The small tree of a version that was put back; otherwise why it can't be."""
+        if version is None:
+            return None, f"it is not in {self._store.directory} as this rank sees it"
         with open_files(version) as files:
             readers = file_readers(self._environment.local_world_size)
             restoration = Restoration(files, verify=self._config.verify, readers=readers)
@@ -290,6 +313,7 @@ class AloneKeeper:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        _let_go(os.path.realpath(self._store.directory))
 
     def save(self) -> None:
         """A durable version is wanted soon."""
@@ -356,14 +380,17 @@ class AloneKeeper:
         version = VersionId(self.epoch, step)
         well = False
         try:
+            self._slots.held = None  # that of the version before
             engine.start(version, tensors, small, collectives)
             engine.barrier(float("inf"))
-            well = self._slots.held is not None and self._slots.image is not None
+            well = self._slots.held is not None
             if well:
                 assert self._slots.image is not None
                 self._store.write_image(
                     self._fence, version, self._environment.rank, self._slots.image
                 )
+            else:
+                self._refusal = engine.statistics().skip_reason
         except FtrainError as error:
             self._refusal = str(error)
             self._note(f"step {step} was not saved: {error}")
@@ -416,3 +443,25 @@ class AloneKeeper:
                 signal.signal(number, before)
 
             signal.signal(number, ask)
+
+
+def _let_go(path: str) -> None:
+    fd = _locks.pop(path, -1)
+    if fd >= 0:
+        os.close(fd)
+
+
+def _let_go_of_all() -> None:
+    for path in list(_locks):
+        _let_go(path)
+
+
+# A loader's workers may live on for a while when this process is killed.
+os.register_at_fork(after_in_child=_let_go_of_all)
+
+
+def _only_imported_text(newest: DurableVersion) -> str:
+    return (
+        f"step {newest.step} can't be put back, and all that is left to go on from is the imported "
+        f"model: to begin anew with that, move {newest.path} away and run the script again"
+    )

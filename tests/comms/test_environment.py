@@ -16,6 +16,7 @@ from ftrain.comms.environment import (
     inherited_environment,
     rank_environment,
     replace_environment,
+    running_script,
     secret_from_environment,
 )
 from ftrain.comms.errors import ConfigError
@@ -149,5 +150,13 @@ def test_runs_live_below_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert default_run_dir("examples/train.py") == str(tmp_path / "ftrain-runs" / "train")
+    assert default_run_dir("llama-3.1") == str(tmp_path / "ftrain-runs" / "llama-3.1")
     assert default_run_dir("") == str(tmp_path / "ftrain-runs" / "python")
+    for started, name in (
+        ("runs/llama-3.1.py", "llama-3.1"),
+        ("/opt/package/__main__.py", "package"),
+        ("/usr/bin/ftrain-thing", "ftrain-thing"),
+        ("", ""),
+    ):
+        monkeypatch.setattr("sys.argv", [started])
+        assert running_script() == name

@@ -65,6 +65,18 @@ def test_an_end_that_no_disk_takes_is_no_success(tmp_path: Path, snapshot: str) 
     assert saved(launch) == []
 
 
+def test_an_end_that_found_no_memory_is_no_success(tmp_path: Path) -> None:
+    body = """
+    if step == 18:
+        import resource
+        taken = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (84 << 20), resource.RLIM_INFINITY))"""
+    with launched(tmp_path, script(body, width=1_000_000), "snapshot=off") as launch:
+        assert launch.wait() == 1, launch.shown
+    assert "trained to step 20" in launch.shown
+    assert "step 20, the end of the run, is not durable: no memory for a copy" in launch.shown
+
+
 def test_a_version_that_fails_on_the_way_is_told_once(tmp_path: Path) -> None:
     body = """
     time.sleep(0.1)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from ftrain.checkpoint.lock import held_versions
+
 HEAD = """
 import os, sys, time, warnings
 import torch
@@ -310,3 +312,13 @@ def test_nothing_is_saved_of_a_loop_that_was_left(tmp_path: Path, leave: str) ->
     again = run(tmp_path, OPEN_ENDED.replace("EARLY", "pass").replace("LATE", "pass"))
     assert "end 8" in again.stdout
     assert sorted(losses(tmp_path)) == list(range(8))
+
+
+def test_one_process_at_a_time_saves_into_a_directory(tmp_path: Path) -> None:
+    """Each of two would hide what the other one saves."""
+    versions = tmp_path / "ftrain-runs/job/checkpoints"
+    with held_versions(versions, "do something else"):
+        second = run(tmp_path, loop(), check=False)
+    assert second.returncode != 0
+    assert f"{versions} is in use by another process (pid {os.getpid()})" in second.stderr
+    assert "end 20" in run(tmp_path, loop()).stdout
