@@ -313,14 +313,11 @@ class CaptureEngine:
                 pass
 
     def _await_news(self) -> None:
-        watched = [self._wake]
-        if (fd := self._slots.fileno()) >= 0:
-            watched.append(fd)
-        try:
-            ready, _, _ = select.select(watched, [], [], 0.5)
-        except (OSError, ValueError):  # the manager died and its descriptor with it
-            return
-        if self._wake in ready:
+        watched = select.poll()  # select knows no descriptors from 1024 on
+        for fd in (self._wake, self._slots.fileno()):
+            if fd >= 0:
+                watched.register(fd, select.POLLIN)
+        if any(fd == self._wake for fd, _ in watched.poll(500)):
             os.eventfd_read(self._wake)
 
     def _attempt(self, job: _Job) -> None:

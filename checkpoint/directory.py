@@ -8,12 +8,13 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ftrain.checkpoint.files import NewFile, sync_folder
 from ftrain.comms.errors import FtrainError, RunDirectoryError
 
+_KEPT = frozenset({errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST})  # not empty, or gone
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")  # and the next one fits into 64 bits as well
 
@@ -118,16 +119,33 @@ def make_folders(folder: Path) -> None:
 
 def remove_matching(folder: Path, matches: Callable[[str], object]) -> list[Path]:
     """Remove the files with such names; returns them."""
-    removed = [path for path in sorted(folder.iterdir()) if matches(path.name)]
+    removed = [folder / name for name in names_in(folder) if matches(name)]
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
 
 
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder; nothing if it is gone: somebody else tidies as well."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def sync_if_there(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, unless it is gone itself."""
+    with suppress(FileNotFoundError):
+        sync_folder(folder)
+
+
 def remove_empty(folder: Path) -> None:
     """Remove the folder if nothing is in it."""
-    if not any(folder.iterdir()):
+    try:
         folder.rmdir()
+    except OSError as error:
+        if error.errno not in _KEPT:
+            raise
 
 
 def free_bytes(folder: Path) -> str:

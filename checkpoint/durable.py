@@ -20,10 +20,12 @@ from ftrain.checkpoint.directory import (
     explained,
     fresh_name,
     make_folders,
+    names_in,
     numbered,
     put_once,
     remove_empty,
     remove_matching,
+    sync_if_there,
 )
 from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity, ImageState
@@ -53,10 +55,11 @@ from ftrain.comms.protocol.messages import VersionId
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_LISTINGS_MAX = 20  # of a directory that is being swept meanwhile
 _WRITERS = 2  # one compares a chunk with its digest while the other one writes
 SEGMENT_NAMES = re.compile(r"rank\d{1,10}\.seg(\.\d+\.new)?")
 NEW_SEGMENT_NAMES = re.compile(r"rank\d{1,10}\.seg\.\d+\.new")
-_NEW_RECORD = re.compile(r"(\d{1,19}|fence)\.json\.\d+\.new")
+_NEW_RECORD = re.compile(r"(\d{1,19}|fence)\.(?:json|pin)\.\d+\.new")
 _FENCE = "fence.json"
 _PIN = ".pin"
 
@@ -113,7 +116,7 @@ class DurableStore:
         with the same fence changes nothing.
 
         Raises:
-            RunDirectoryError: the directory can't be written to.
+            RunDirectoryError: the directory can't be written to, or another run begins there too.
         """
         folder = self.directory / str(fence)
         fences = self._fences()[0]
@@ -128,20 +131,24 @@ class DurableStore:
         ).encode()
         with explained(folder, len(content)):
             make_folders(folder)
-            put_once(folder / _FENCE, content)
+            if not put_once(folder / _FENCE, content):
+                _require_of_run(folder / _FENCE, run_id)
             sync_folder(self.directory)  # who made the folder may have died before doing so
         return record
 
     def require_begun(
         self, fence: int, latest: tuple[int, str, VersionId | None] | None = None
     ) -> None:
-        """Raise ``RunDirectoryError`` if what is published under ``fence`` would not count.
+        """Raise ``RunDirectoryError`` if what is published under ``fence`` would not count, or
+        another run began the newest one.
 
         ``latest``: what :meth:`begin_fence` was called with last; it is again if the record is
         gone, or could not be made then.
         """
         if latest is not None and not self._has_begun(latest[0]):
             self.begin_fence(*latest)
+        elif latest is not None:
+            _require_of_run(self.directory / str(latest[0]) / _FENCE, latest[1])
         if not self._has_begun(fence):
             raise RunDirectoryError(
                 f"{self.directory / str(fence) / _FENCE} was deleted, without which no version "
@@ -247,6 +254,8 @@ class DurableStore:
             # Every name on the way to a file: who made it may have died before it was synced.
             for place in (folder, folder.parent, self.directory):
                 sync_folder(place)
+            with suppress(PermissionError):  # somebody else's, and then he made the directory
+                sync_folder(self.directory.parent)
             if not put_once(path, content) and not _says_the_same(path, manifest):
                 raise StateError(f"{path} exists already and differs: nothing is published twice")
         return path
@@ -285,7 +294,8 @@ class DurableStore:
             try:
                 version.check()
             except CorruptionError as error:
-                found.append((version, str(error)))
+                if version.path.exists():  # else it was swept a moment ago
+                    found.append((version, str(error)))
             else:
                 found.append((version, ""))
         highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
@@ -382,7 +392,7 @@ class DurableStore:
             self._make_safe()
             for manifest in doomed:
                 manifest.unlink(missing_ok=True)
-                sync_folder(manifest.parent)  # first nobody can find it, then it goes
+                sync_if_there(manifest.parent)  # first nobody can find it, then it goes
                 removed.append(manifest)
             for fence, folder in numbered(self.directory, ""):
                 removed += self._sweep_leftovers(fence, folder, survey, keep)
@@ -400,14 +410,13 @@ class DurableStore:
                 manifest = self._manifest(version)
                 folder = manifest.with_suffix("")
                 manifest.unlink(missing_ok=True)
-                sync_folder(manifest.parent)
-                if folder.is_dir():
-                    remove_matching(folder, SEGMENT_NAMES.fullmatch)
-                    remove_empty(folder)
+                sync_if_there(manifest.parent)
+                remove_matching(folder, SEGMENT_NAMES.fullmatch)
+                remove_empty(folder)
 
-    def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
+    def pin(self, key: VersionKey, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says; ``RunDirectoryError``."""
-        path = self._manifest(version).with_suffix(_PIN)
+        path = _manifest_path(self._folder(*key)).with_suffix(_PIN)
         with explained(path, 0):
             if pinned:
                 put_once(path, b"")
@@ -458,7 +467,7 @@ class DurableStore:
         """Sync the names of all records and manifests, before anything is removed because of them:
         whoever made one may have died before it was safe."""
         for _, folder in numbered(self.directory, ""):
-            sync_folder(folder)
+            sync_if_there(folder)
         sync_folder(self.directory)
 
     def _sweep_leftovers(
@@ -481,7 +490,7 @@ class DurableStore:
 
         removed += remove_matching(folder, is_leftover)
         if fence < survey.granted:
-            if [entry.name for entry in folder.iterdir()] == [_FENCE]:
+            if names_in(folder) == [_FENCE]:
                 removed += remove_matching(folder, _FENCE.__eq__)
             remove_empty(folder)
         return removed
@@ -505,13 +514,21 @@ class DurableStore:
         """The versions whose manifests can be read, and what is wrong with the others."""
         found: list[DurableVersion] = []
         problems: list[str] = []
-        for _, folder in numbered(self.directory, ""):
-            for _, path in numbered(folder, ".json"):
+        for _ in range(_LISTINGS_MAX):
+            found, problems, swept = [], [], False
+            for path in self._manifests():
                 try:
                     found.append(stated_version(path))
                 except CorruptionError as error:
-                    problems.append(str(error))
+                    swept = swept or not path.exists()
+                    problems += [str(error)] if path.exists() else []
+            if not swept:  # else what it was swept for was published after the listing
+                break
         return found, problems
+
+    def _manifests(self) -> list[Path]:
+        folders = [folder for _, folder in numbered(self.directory, "")]
+        return [path for folder in folders for _, path in numbered(folder, ".json")]
 
     def _written(self, fence: int, version: VersionId, rank: int) -> SegmentReader:
         """A rank's file, not verified beyond its footer; closed, so that only that can be read."""
@@ -550,6 +567,17 @@ def _refuse_published(folder: Path) -> None:
     manifest = _manifest_path(folder)
     if manifest.exists():
         raise StateError(f"{manifest} is published already: its files are never written again")
+
+
+def _require_of_run(record: Path, run_id: str) -> None:
+    """RunDirectoryError if another run began this fence: it is granted to one."""
+    with suppress(CorruptionError, FileNotFoundError):  # which is told by who reads it
+        found = decode_fence(record).run_id
+        if found != run_id:
+            raise RunDirectoryError(
+                f"{record} is of run {found}, this is run {run_id}: two runs save into one "
+                "directory; give each its own with checkpoint.dir"
+            )
 
 
 def _run_of(manifest: Path) -> str | None:

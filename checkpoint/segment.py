@@ -257,8 +257,3 @@ def cut(total: int, size: int) -> list[int]:
 def padded(nbytes: int) -> int:
     """The next multiple of 4096."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def digest_hex(data: bytes | memoryview) -> str:
-    """What :attr:`ChunkRow.xxh3` has to be for these bytes."""
-    return digest_of(data).hex()

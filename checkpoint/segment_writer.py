@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,7 +111,14 @@ def write_file(planned: RawFile, file: NewFile, workers: Executor, pace: Pace) -
         file.write_at(planned.rows[chunk].at, reader.data[start:stop])
 
     file.write_at(0, HEADER)
-    list(workers.map(write_chunk, range(chunks)))
+    written = [workers.submit(write_chunk, chunk) for chunk in range(chunks)]
+    try:
+        for chunk in written:
+            chunk.result()
+    finally:  # if one failed: nobody writes to the file any more when this is left
+        for chunk in written:
+            chunk.cancel()
+        wait(written)
     parts = _parts(planned.small, reader.header.layout.chunk_bytes)
     for row, part in zip(planned.rows[chunks:], parts, strict=True):
         file.write_at(row.at, bytes(part).ljust(padded(len(part)), b"\0"))

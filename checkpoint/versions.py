@@ -52,7 +52,8 @@ class Survey(Generic[_V_co]):
         as newer versions, because it began before the epoch.
         """
         own = any(version.fence == self.granted for version in self.versions)
-        return self.hidden if own else ()
+        # What came after the newest record is not over: its own record was lost.
+        return tuple(v for v in self.hidden if v.fence <= self.granted) if own else ()
 
 
 class VersionStore(Protocol):
@@ -89,7 +90,7 @@ class VersionStore(Protocol):
         """(fence, step) of the versions that are never deleted."""
         ...
 
-    def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
+    def pin(self, key: VersionKey, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says."""
 
     def remove(self, versions: Iterable[PublishedVersion]) -> None:
@@ -131,6 +132,11 @@ def survey_of(
         for fence in sorted(unbegun, reverse=True)
         if fence > granted or not shown  # else it was swept, and what came after is here
     ]
+    if hidden and not (shown or lost):
+        lost = [
+            f"{name}/{hidden[0].fence}/{hidden[0].step}.json is not of the history that epoch "
+            f"{granted} goes on from, of which nothing is left"
+        ]
     return Survey(
         tuple(shown),
         tuple(hidden),

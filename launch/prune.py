@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ftrain.checkpoint.manifest import PublishedVersion
@@ -44,13 +45,13 @@ def prune(place: str, request: PruneRequest, *, as_json: bool) -> int:
 
 def _prune(store: VersionStore, request: PruneRequest, *, as_json: bool) -> int:
     survey = store.survey()
-    pins = [(find_version(survey, store.name, step), True) for step in request.pin]
-    pins += [(find_version(survey, store.name, step), False) for step in request.unpin]
     pinned = set(store.pinned())
-    for version, wanted in pins:
-        (pinned.add if wanted else pinned.discard)(version.key)
+    pins = [(find_version(survey, store.name, step).key, True) for step in request.pin]
+    pins += [(key, False) for step in request.unpin for key in _pinned_at(step, pinned, store.name)]
+    for key, wanted in pins:
+        (pinned.add if wanted else pinned.discard)(key)
         if not request.dry_run:
-            store.pin(version, pinned=wanted)
+            store.pin(key, pinned=wanted)
     doomed = _doomed(survey, request, frozenset(pinned))
     if doomed and not request.dry_run:
         store.remove(doomed)
@@ -72,9 +73,18 @@ def _prune(store: VersionStore, request: PruneRequest, *, as_json: bool) -> int:
         count = f"{len(doomed)} version{'s' if len(doomed) != 1 else ''}"
         print(f"{count} of {total} {would}; kept: {', '.join(map(str, kept)) or 'none'}")
     is_ = "would be" if request.dry_run else "is"
-    for version, wanted in pins:
-        print(f"step {version.step} {is_} {'pinned' if wanted else 'no longer pinned'}")
+    for (_, step), wanted in pins:
+        print(f"step {step} {is_} {'pinned' if wanted else 'no longer pinned'}")
     return 0
+
+
+def _pinned_at(step: int, pinned: Collection[VersionKey], name: str) -> list[VersionKey]:
+    """Every pinned version of a step, also one that is damaged or left the history since."""
+    found = sorted(key for key in pinned if key[1] == step)
+    if not found:
+        there = ", ".join(str(step) for _, step in sorted(pinned)) or "nothing"
+        raise UsageError(f"no version of step {step} is pinned in {name}: {there} is")
+    return found
 
 
 def _doomed(

@@ -84,6 +84,7 @@ class RemoteCopies:
         self._copied: VersionKey | None = None
         self._turn = 0  # of remote_every_steps: the newest that came
         self._due = asyncio.Event()
+        self._unswept = False  # older copies could not be removed, last time
         self._failing = ""  # kind of the newest failure; "": the newest copy went well
 
     async def run(self) -> None:
@@ -158,9 +159,20 @@ class RemoteCopies:
                 "behind_s": round(time.time() - version.manifest.written_s, 3),
             }
         )
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Delete older copies; where that is not allowed, the new one is there all the same."""
         keep_last, keep_every = self._config.remote_keep_last, self._config.remote_keep_every
         sweep = StoreSweep(keep_last, keep_every, self._run_id, ())
-        await _ask(self._client, sweep, StoreDone)
+        try:
+            await _ask(self._client, sweep, StoreDone)
+        except FtrainError as error:
+            kind, again = type(error).__name__, self._unswept
+            self._unswept = True
+            self._on_failed(f"older copies could not be removed: {error}", kind, again)
+        else:
+            self._unswept = False
 
     async def _copy(self, version: DurableVersion) -> int:
         ranks = tuple(range(version.world_size))

@@ -157,15 +157,28 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
     return 1 if problems else 0
 
 
-def _verify(rows: Sequence[_Row]) -> list[str]:
-    """Read all of those whose files are there; what is wrong with them."""
+def _verify(rows: list[_Row]) -> list[str]:
+    """Read all of those whose files are there; what is wrong with them.  What was deleted meanwhile
+    is taken out of ``rows``."""
     whole = [row for row in rows if not row.damage]
     problems: list[str] = []
+    gone: list[_Row] = []
     with progress_bar("verifying", sum(row.version.nbytes for row in whole)) as progress:
         for row in whole:
             row.found = damage_of(row.store, row.version, progress)
-            problems += row.found
+            if row.found and not _is_there(row):
+                gone.append(row)  # the run swept it meanwhile
+            else:
+                problems += row.found
+    rows[:] = [row for row in rows if row not in gone]
     return problems
+
+
+def _is_there(row: _Row) -> bool:
+    """Whether the version is still published."""
+    survey = row.store.survey()
+    known = [*survey.versions, *survey.hidden, *(one.version for one in survey.damaged)]
+    return any(version.key == row.version.key for version in known)
 
 
 def damage_of(

@@ -11,7 +11,7 @@ from ftrain.checkpoint.directory import explained, fresh_name, make_folders, put
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.files import LocalFile, NewFile, sync_folder
 from ftrain.checkpoint.header import PAGE_BYTES
-from ftrain.checkpoint.manifest import FileRecord
+from ftrain.checkpoint.manifest import FileRecord, decode_manifest
 from ftrain.checkpoint.remote.store import RemoteStore, RemoteVersion
 from ftrain.checkpoint.remote.upload import object_name
 from ftrain.checkpoint.segment import HEADER, padded
@@ -45,6 +45,7 @@ def fetch(
         RunDirectoryError: no space, or the directory can't be written to.
         ObjectStoreError: the store does not give it.
     """
+    _refuse_another(store, version, target)
     fetch_fences(store, target)
     files = [
         _fetch_file(store, version, rank, target, progress) for rank in range(version.world_size)
@@ -59,6 +60,26 @@ def fetch(
         files,
         manifest.extra,
     )
+
+
+def _refuse_another(store: RemoteStore, version: RemoteVersion, target: DurableStore) -> None:
+    """StateError if something else is published there: none of its files may be replaced."""
+    try:
+        there = decode_manifest(target.directory / f"{version.fence}/{version.step}.json")
+    except (FileNotFoundError, CorruptionError):
+        return
+    mine = {record.rank: record.digest for record in there.files}
+    for rank in range(version.world_size):
+        source = store.open(version, rank)
+        try:
+            same = mine.get(rank) == plan_copy(source).tail.digest
+        finally:
+            source.close()
+        if not same or there.world_size != version.world_size:
+            raise StateError(
+                f"{target.directory} has another step {version.step} of epoch {version.fence}, of "
+                f"run {there.run_id}: use another run directory"
+            )
 
 
 def fetch_fences(store: RemoteStore, target: DurableStore) -> None:
@@ -131,7 +152,6 @@ def _write(
     with explained(path.parent, planned.nbytes):
         make_folders(path.parent)
         fresh = fresh_name(path)
-        fresh.unlink(missing_ok=True)
         try:
             with NewFile(fresh, planned.nbytes) as file:
                 file.write_at(0, HEADER)

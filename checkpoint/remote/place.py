@@ -116,6 +116,10 @@ class Place:
         """Remove an object, if it is there."""
         self.again(f"removing {self.where(name)}", lambda: self._remove(name))
 
+    def names_in(self, name: str) -> frozenset[str]:
+        """What the names of all objects that begin with ``name`` and a slash go on with."""
+        return self.again(f"listing {self.where(name)}", lambda: self._names_in(name))
+
     def remove_folder(self, name: str) -> None:
         """Remove every object whose name begins with ``name`` and a slash."""
         self.again(f"removing {self.where(name)}", lambda: self._remove_folder(name))
@@ -197,6 +201,14 @@ class Place:
         except OSError:
             if self._fs.get_file_info(FileSelector(path, allow_not_found=True)):
                 raise
+
+    def _names_in(self, name: str) -> frozenset[str]:
+        from pyarrow.fs import FileSelector, FileType
+
+        path = self._path(name)
+        selector = FileSelector(path, recursive=True, allow_not_found=True)
+        found = self._fs.get_file_info(selector)
+        return frozenset(i.path[len(path) + 1 :] for i in found if i.type == FileType.File)
 
     @property
     def _is_local(self) -> bool:

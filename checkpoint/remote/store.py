@@ -25,10 +25,11 @@ from ftrain.checkpoint.manifest import (
     parse_manifest,
     require_place,
 )
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.protocol.lineage import Fence, completed, newest
 from ftrain.checkpoint.remote.place import Place
 from ftrain.checkpoint.remote.reading import RemoteFile
-from ftrain.checkpoint.remote.upload import Pace, object_name, require_object, upload
+from ftrain.checkpoint.remote.upload import object_name, require_object, upload
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.versions import Files, Survey, find_version, survey_of
@@ -230,9 +231,10 @@ class RemoteStore:
             self.place.remove(f"{folder}.json")
             self._remove_segments(folder, names, SEGMENT_NAMES)
 
-    def pin(self, version: PublishedVersion, *, pinned: bool = True) -> None:
+    def pin(self, key: VersionKey, *, pinned: bool = True) -> None:
         """Never delete this version, or do again as the policy says."""
-        name = f"{version.fence}/{version.step}.pin"
+        fence, step = key
+        name = f"{fence}/{step}.pin"
         if pinned:
             self.place.put(name, b"")
         else:
@@ -257,6 +259,7 @@ class RemoteStore:
         survey = self._survey(sizes)
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
         keep = policy.remaining(mine, (version.key for version in survey.hidden))
+        keep |= {v.key for v in survey.hidden if v.fence > survey.granted}  # its record was lost
         keep |= frozenset(active) | _keys(_PIN, sizes)
         removed: list[str] = []
         manifests = _keys(_MANIFEST, sizes)
@@ -266,10 +269,12 @@ class RemoteStore:
                 self.place.remove(name)  # first nobody can find it, then it goes
                 removed.append(name)
                 manifests -= {(fence, step)}
-        removed += self._sweep_segments(sizes, manifests, keep)
-        for name in filter(_NEW_RECORD.fullmatch, sizes):
-            self.place.remove(name)
-            removed.append(name)
+        newest = max([(survey.granted, 0), *(version.key for version in survey.versions)])
+        removed += self._sweep_segments(sizes, manifests, keep, newest)
+        for found in filter(None, map(_NEW_RECORD.fullmatch, sizes)):
+            if (int(found[1]), int(found[3] or 0)) <= newest:
+                self.place.remove(found[0])
+                removed.append(found[0])
         left = sizes.keys() - set(removed)
         for fence in sorted({int(m[1]) for m in map(_FENCE.fullmatch, left) if m}):
             inside = [name for name in left if name.startswith(f"{fence}/")]
@@ -279,18 +284,25 @@ class RemoteStore:
         return tuple(removed)
 
     def _sweep_segments(
-        self, sizes: Collection[str], manifests: frozenset[VersionKey], keep: frozenset[VersionKey]
+        self,
+        sizes: Collection[str],
+        manifests: frozenset[VersionKey],
+        keep: frozenset[VersionKey],
+        newest: VersionKey,
     ) -> list[str]:
-        """Remove the segments of what is neither published nor kept, and those never finished."""
+        """Remove the segments of what is neither published nor kept, and those never finished; what
+        is newer than all that was published and begun somebody else may be copying just now."""
         folders: dict[VersionKey, list[str]] = {}
         for match in filter(None, map(_IN_VERSION.fullmatch, sizes)):
             folders.setdefault((int(match[1]), int(match[2])), []).append(match[3])
         removed = []
         for (fence, step), names in sorted(folders.items()):
             published = (fence, step) in manifests
-            if (fence, step) in keep and not published:
+            if not published and ((fence, step) in keep or (fence, step) >= newest):
                 continue
             folder = f"{fence}/{step}"
+            if not published and self.place.size(f"{folder}.json") is not None:
+                continue  # meanwhile
             pattern = NEW_SEGMENT_NAMES if published else SEGMENT_NAMES
             removed += self._remove_segments(folder, names, pattern)
         return removed
@@ -300,7 +312,7 @@ class RemoteStore:
     ) -> list[str]:
         """Remove what is called so of the ``names`` that a version's folder holds."""
         ours = [name for name in sorted(names) if pattern.fullmatch(name)]
-        if len(ours) == len(names):
+        if self.place.names_in(folder) <= set(ours):  # looked at again: others write there too
             self.place.remove_folder(folder)
         else:  # somebody put something of his own there
             for name in ours:
@@ -313,7 +325,9 @@ class RemoteStore:
         fences, _, problems = self._fences(sizes)
         names = [name for name in sizes if _MANIFEST.fullmatch(name)]
         stated = self.place.side_by_side(self._stated, names)
-        problems += [str(found) for found in stated if isinstance(found, CorruptionError)]
+        for name, one in zip(names, stated, strict=True):
+            if isinstance(one, CorruptionError) and self.place.size(name) is not None:
+                problems.append(str(one))  # else it was swept a moment ago
         versions = [found for found in stated if isinstance(found, RemoteVersion)]
         found = [(version, self._lacking(version, sizes)) for version in versions]
         numbers = (name.partition("/")[0] for name in sizes)

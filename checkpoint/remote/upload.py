@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 
 import msgspec
 
-from ftrain.checkpoint.manifest import FileRecord, file_name
+from ftrain.checkpoint.manifest import FileRecord, file_name, parse_manifest
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.remote.place import Place
 from ftrain.checkpoint.remote.reading import RemoteFile
 from ftrain.checkpoint.segment import TRAILER_BYTES, Footer, place_of_footer
@@ -17,25 +16,6 @@ from ftrain.checkpoint.segment_writer import copy_segment
 from ftrain.comms.errors import CorruptionError, StateError
 
 _PIECE_BYTES = 1024 * 1024  # written, counted and paced at a time
-
-
-class Pace:
-    """Holds several threads together to so many bytes a second; 0: as fast as they can."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._lock = threading.Lock()
-        self._free_s = 0.0  # monotonic: from when on the next piece may go
-
-    def take(self, nbytes: int) -> None:
-        """Return when so many bytes more may go."""
-        if not self._bytes_per_s:
-            return
-        with self._lock:
-            now = time.monotonic()
-            begin_s = max(now, self._free_s)
-            self._free_s = begin_s + nbytes / self._bytes_per_s
-        time.sleep(begin_s - now)  # to wait is what it is for
 
 
 def object_name(fence: int, step: int, rank: int) -> str:
@@ -56,10 +36,13 @@ def upload(
     there = _same_content(place, name, source)
     if there is not None:
         return there
-    if place.size(f"{fence}/{identity.version.step}.json") is not None:
-        raise StateError(
-            f"{place.where(name)} is published with another content: nothing is written twice"
-        )
+    manifest = f"{fence}/{identity.version.step}.json"
+    if place.size(manifest) is not None:
+        if _is_named(place, manifest, identity.rank, name):
+            raise StateError(
+                f"{place.where(name)} is published with another content: nothing is written twice"
+            )
+        place.remove(manifest)  # it lost an object: what it names is copied again
 
     def send() -> tuple[str, int]:
         with place.writing(name) as sink:
@@ -68,7 +51,7 @@ def upload(
                 view = memoryview(data)
                 for start in range(0, len(view), _PIECE_BYTES):
                     piece = view[start : start + _PIECE_BYTES]
-                    pace.take(len(piece))
+                    pace.wait(len(piece))
                     sink(piece)
                     progress(len(piece))
 
@@ -98,6 +81,18 @@ def require_object(place: Place, name: str, record: FileRecord) -> None:
         file.close()
     if digest.hex() != record.digest:
         raise CorruptionError(f"{file.where} is not the file that was uploaded: upload it again")
+
+
+def _is_named(place: Place, manifest: str, rank: int, name: str) -> bool:
+    """Whether the object is there as the manifest says, as far as its size tells."""
+    content = place.get(manifest)
+    if content is None:
+        return False
+    try:
+        found = parse_manifest(content, place.where(manifest))
+    except CorruptionError:
+        return False
+    return place.size(name) in {record.nbytes for record in found.files if record.rank == rank}
 
 
 def _same_content(place: Place, name: str, source: SegmentReader) -> FileRecord | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,13 @@ sweep = DurableStore.sweep
 class Inline:
     """An executor that does it at once, in the thread that asks for it."""
 
-    def map(self, work: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-        return map(work, *arguments)
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 class World:

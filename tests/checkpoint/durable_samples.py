@@ -14,7 +14,8 @@ def save(
     store: DurableStore, fence: int, step: int, world_size: int = 2, run_id: str = "run"
 ) -> DurableVersion:
     """Write and publish a version with random data, of a run that began in ``fence``."""
-    store.begin_fence(fence, run_id, None)
+    if fence not in {record.fence for record in store.fence_files()}:
+        store.begin_fence(fence, run_id, None)
     for rank in range(world_size):
         identity = make_identity(step, rank, world_size, run_id, epoch=fence)
         image = make_image(identity, seed=step * 10 + rank)

@@ -463,7 +463,7 @@ def test_a_disk_that_is_read_only_wants_no_room(small_disk: Path) -> None:
     store = DurableStore(small_disk)
     version = save(store, 3, 1)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for action in (lambda: store.pin(version), lambda: store.remove([version])):
+    for action in (lambda: store.pin(version.key), lambda: store.remove([version])):
         with pytest.raises(RunDirectoryError, match=r"Read-only file system\): change that"):
             action()
 

@@ -19,13 +19,13 @@ from s3_server import KEY, SECRET, S3Server, free_port
 from sending import send
 
 from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.pace import Pace
 from ftrain.checkpoint.remote.fetch import fetch
 from ftrain.checkpoint.remote.filesystems import place_name
 from ftrain.checkpoint.remote.place import Place
 from ftrain.checkpoint.remote.protocol.limits import Limits
 from ftrain.checkpoint.remote.store import RemoteStore
 from ftrain.checkpoint.remote.trouble import sentence
-from ftrain.checkpoint.remote.upload import Pace
 from ftrain.comms.errors import (
     ConfigError,
     FtrainError,
@@ -216,13 +216,13 @@ def test_the_cap_is_kept_by_all_threads_together() -> None:
     pace = Pace(4_000_000)
     began = time.monotonic()
     threads = [
-        threading.Thread(target=lambda: [pace.take(100_000) for _ in range(5)]) for _ in range(4)
+        threading.Thread(target=lambda: [pace.wait(100_000) for _ in range(10)]) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - began > 0.95 * (2_000_000 - 100_000) / 4_000_000
+    assert time.monotonic() - began > 0.7  # a second, less what may be made up for after a pause
 
 
 @pytest.fixture

@@ -165,13 +165,13 @@ def test_pins_stay_until_they_are_taken_away(case: Case) -> None:
         case.save(1, step)
     assert case.store.pinned() == frozenset()
     for version in case.store.survey().versions:
-        case.store.pin(version)
-        case.store.pin(version)
+        case.store.pin(version.key)
+        case.store.pin(version.key)
     assert case.store.pinned() == {(1, 5), (1, 6)}
-    case.store.pin(case.store.find(6), pinned=False)
+    case.store.pin(case.store.find(6).key, pinned=False)
     case.settle()
     assert case.store.pinned() == {(1, 5)}
-    case.store.pin(case.store.find(6), pinned=False)
+    case.store.pin(case.store.find(6).key, pinned=False)
 
 
 def test_a_removed_version_is_gone_its_manifest_first(case: Case) -> None:

@@ -16,6 +16,8 @@ from small_versions import flip, save, weights
 from ftrain.checkpoint.digest import digest_of
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.launch.cli import main
+from ftrain.launch.place import open_place
+from ftrain.launch.versions import _rows, _verify
 from ftrain.launch.words import age_text, parse_size, size_text
 
 
@@ -130,6 +132,10 @@ def test_prune_keeps_what_it_is_told_and_the_newest(shown: Shown, run: Path) -> 
     assert "at least the newest" in shown.refused("prune", run, "--keep-last", "0")
     assert "say how many" in shown.refused("prune", run)
     assert "no version of step 5" in shown.refused("prune", run, "--pin", "5")
+    assert "no version of step 5 is pinned" in shown.refused("prune", run, "--unpin", "5")
+    DurableStore(run / "checkpoints").pin((1, 60))  # whose version is swept, or of no history now
+    shown("prune", run, "--unpin", "60")
+    assert not list(run.glob("checkpoints/*/*.pin"))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "dcp"])
@@ -210,7 +216,8 @@ def test_a_full_disk_leaves_nothing_behind(shown: Shown, run: Path, tmp_path: Pa
             "import", "--from", "torch", tmp_path / "model.pt", tmp_path / "disk/new"
         )
         assert "No space left on device" in sentence
-        assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+        left = [path.name for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+        assert left == ["lock"]
         fill(True)
 
 
@@ -289,3 +296,13 @@ def test_sizes_and_ages_are_written_for_people() -> None:
         2 << 30,
         4096,
     ]
+
+
+def test_what_a_run_deletes_while_it_is_verified_is_no_damage(run: Path) -> None:
+    with open_place(str(run)) as store:
+        rows, _ = _rows(store)
+        count = len(rows)
+        store.remove([rows[-1].version])
+        assert _verify(rows) == []
+        assert len(rows) == count - 1
+        assert all(row.found == [] for row in rows)
