@@ -42,13 +42,22 @@ class JobSpec:
 
 
 def write_job(job: JobSpec, name: str = "job.json") -> Path:
-    """Write the job file atomically, readable by its owner only; returns its path."""
+    """Write the job file atomically, readable by its owner only; returns its path.
+
+    Raises RunDirectoryError.
+    """
     path = Path(job.run_dir) / name
     fresh = path.with_suffix(".json.new")
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(job)))
-    fresh.replace(path)
+    try:
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(job)))
+        fresh.replace(path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} can't be written ({error.strerror}): make room, or choose another directory "
+            "with --run-dir"
+        ) from None
     return path
 
 

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FtrainError as error:
         print(f"ftrain: {error}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:  # of what the user named
+        print(f"ftrain: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UsageError.exit_code
     except BrokenPipeError:  # `ftrain report … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -84,7 +84,7 @@ def _torch() -> Iterator[Finding]:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         yield Finding("missing", "torch runs", f"it can't be imported: {last}")
         return
-    gloo, gpus, names = answer.stdout.split()
+    gloo, gpus, names = answer.stdout.split()[-3:]  # what is imported may print as well
     yield (
         Finding("ok", "gloo", "available")
         if gloo == "True"

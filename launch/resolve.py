@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
@@ -228,6 +229,9 @@ _STD_RANGE = (
 )
 
 
+_ANYTHING: tuple[Callable[[Any], bool], str] = (lambda value: True, "")
+
+
 def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: bool(value >= least)), f"at least {least}"
 
@@ -274,6 +278,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "detection.hang_steps": _at_least(0),
     "detection.poll_s": (lambda v: v > 0, "more than 0"),
     "detection.node_lease_s": (lambda v: v > 0, "more than 0"),
+    "detection.gil_busy_s": (lambda v: v > 0, "more than 0"),
+    "detection.user_stall_s": (lambda v: v > 0, "more than 0"),
+    "detection.user_warn_s": (lambda v: v > 0, "more than 0"),
     "events.bytes_max": _at_least(4096),
     "events.progress_every_s": (lambda v: v > 0, "more than 0"),
     "events.progress_piped_every_s": (lambda v: v > 0, "more than 0"),
@@ -281,11 +288,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_ranges(config: FtrainConfig) -> None:
-    for key, (allowed, words) in _RANGES.items():
-        group, _, name = key.partition(".")
-        value = getattr(getattr(config, group), name)
-        if not allowed(value):
-            raise ConfigError(f"{key} must be {words}, not '{value}'")
+    for group in ("launch", "snapshot", "checkpoint", "detection", "events"):
+        for name, value in dataclasses.asdict(getattr(config, group)).items():
+            key = f"{group}.{name}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key} must be a finite number, not '{value}'")
+            allowed, words = _RANGES.get(key, _ANYTHING)
+            if not allowed(value):
+                raise ConfigError(f"{key} must be {words}, not '{value}'")
     if config.checkpoint.remote:
         if not config.checkpoint.enabled:
             raise ConfigError("checkpoint.remote copies durable versions: leave checkpoint=off out")

@@ -37,7 +37,9 @@ class Victim:
     @property
     def ended(self) -> bool:
         """Whether it has ended (its parent may not have noticed yet)."""
-        return bool(select.select([self._fd], [], [], 0)[0])
+        watched = select.poll()
+        watched.register(self._fd, select.POLLIN)
+        return bool(watched.poll(0))
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, unless it is gone."""

@@ -138,6 +138,11 @@ class FtrainWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Begin this writer's epoch if it is the first version, and number the ranks."""
         assert self._step is not None
+        if not all(getattr(plan, "usable", True) for plan in plans):
+            raise UsageError(
+                "FtrainWriter needs every save's whole plan: give dcp.save no planner, or a "
+                "DefaultSavePlanner without enable_plan_caching"
+            )
         if not self._fence:
             survey = self._store.survey()
             newest = survey.versions[0].version if survey.versions else None

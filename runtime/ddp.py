@@ -34,12 +34,16 @@ def supported() -> bool:
     )
 
 
+def will_rebuild(module: DistributedDataParallel) -> bool:
+    """Whether DDP lays this module's buckets out again after its first backward."""
+    return bool(module.static_graph) or not module.find_unused_parameters
+
+
 def settle_buckets(module: DistributedDataParallel) -> list[int] | None:
     """Lay the buckets out by arrival order now, and return that order.
 
     To be called by every rank at the boundary after the first backward (the layout is broadcast).
-    Returns parameter indices in arrival order, or None when DDP keeps its first layout for good
-    (``find_unused_parameters``) or has not seen a backward yet.
+    Returns parameter indices in arrival order, or None when DDP has not seen a backward yet.
     """
     ddp: Any = module
     ddp.reducer._rebuild_buckets()

@@ -126,6 +126,7 @@ class Session:
         self._logged: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
         self._bucket_orders: list[list[int] | None] | None = None
+        self._unsettled: dict[int, Any] | None = None  # DDP modules that have none yet
         self._keeper: Keeper = open_keeper(self._environment, self._note)
         self._records = StepRecords(
             self._keeper.run_dir,
@@ -249,8 +250,8 @@ class Session:
             self._skipping = False
         self._step += 1
         self._steps_done += 1
-        if self._bucket_orders is None and self._stepped:
-            self._bucket_orders = [ddp.settle_buckets(m) for m in self._ddp_modules()]
+        if self._stepped:
+            self._settle_buckets()
         collectives = collectives_enqueued()
         seconds = (now - began_ns) / 1e9
         self._records.step(self._step - 1, now, seconds, self._data.ledger(), self._logged)
@@ -269,6 +270,23 @@ class Session:
         self._logged = {}
         if self._steps_done == _UNSTEPPED_WARNING:
             self._doubt()
+
+    def _settle_buckets(self) -> None:
+        """Of modules whose layout is not known yet: some have their first backward later."""
+        if self._unsettled is None:
+            modules = self._ddp_modules()
+            orders: list[list[int] | None] = self._bucket_orders or [None for _ in modules]
+            self._bucket_orders = orders
+            self._unsettled = {
+                number: module
+                for number, module in enumerate(modules)
+                if orders[number] is None and ddp.will_rebuild(module)
+            }
+        for number, module in list(self._unsettled.items()):
+            order = ddp.settle_buckets(module)
+            if order is not None and self._bucket_orders is not None:
+                self._bucket_orders[number] = order
+                del self._unsettled[number]
 
     def _finish(self) -> None:
         global _unsaved

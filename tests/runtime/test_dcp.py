@@ -272,3 +272,18 @@ def test_nothing_is_unpickled_in_a_load(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_UNPICKLING, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_plans_that_torch_caches_are_refused(tmp_path: Path) -> None:
+    """They are those of the first save, without what was said of the second."""
+    state = {"weight": torch.ones(3)}
+    writer = FtrainWriter(tmp_path)
+
+    def save(step: int) -> None:
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state, storage_writer=writer, checkpoint_id=str(step), planner=planner)
+
+    save(1)
+    with pytest.raises(CheckpointException, match="without enable_plan_caching"):
+        save(2)
+    assert [version.step for version in DurableStore(tmp_path).versions()] == [1]

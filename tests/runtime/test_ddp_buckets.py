@@ -80,3 +80,38 @@ def test_four_ranks_resume_bit_exactly_with_the_kept_layout_and_not_without(
 
 def test_this_torch_has_the_private_names() -> None:
     assert ddp.supported()
+
+
+LATE = """
+import sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import ftrain
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+parts = {name: DistributedDataParallel(torch.nn.Linear(4, 4)) for name in ("g", "critic")}
+optimizers = {name: torch.optim.AdamW(part.parameters()) for name, part in parts.items()}
+session = ftrain.Session(model=parts, optimizer=optimizers, total_steps=5)
+for step, _ in session.steps():
+    name = "g" if step == 3 else "critic"
+    parts[name](torch.ones(2, 4)).sum().backward()
+    optimizers[name].step()
+    print(step, session._bucket_orders, flush=True)
+"""
+
+
+def test_a_module_that_is_first_trained_later_has_its_layout_kept_as_well(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    found = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "rendezvous")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    shown = dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
+    assert shown["1"].startswith("[None, [")
+    assert shown["4"].startswith("[[")
+    assert "None" not in shown["4"]

@@ -246,3 +246,15 @@ def test_no_element_is_cut_in_two() -> None:
 def test_a_file_can_be_made_around_the_page_cache(tmp_path: Path) -> None:
     with NewFile(tmp_path / "x", 8192) as file:
         assert file.is_direct, "the tests' folder refuses direct I/O"
+
+
+def test_damage_under_another_layout_is_damage_and_not_another_model() -> None:
+    """So that the next older version is tried: rank 1's own share is whole in rank 1's image, and
+    what it wants of rank 2's is not."""
+    sources = [bytearray(image.raw) for image in images(torch.float32, 0, 3)]
+    torn = ImageReader(sources[2])
+    sources[2][torn.total_bytes - torn.header.layout.data_bytes] ^= 1
+    readers = [ImageReader(data, where=f"image {rank}") for rank, data in enumerate(sources)]
+    found = blank(layout(whole_tensors(torch.float32), 0, 2, 1))
+    with pytest.raises(CorruptionError, match="image 2"):
+        Restoration(readers).fill(found, TOPOLOGY)
