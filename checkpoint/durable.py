@@ -288,16 +288,13 @@ class DurableStore:
             StateError: it holds versions in another format.
         """
         fences, problems = self._fences()
-        stated, unreadable = self._stated()
+        stated: list[DurableVersion] = []
         found: list[tuple[DurableVersion, str]] = []
-        for version in stated:
-            try:
-                version.check()
-            except CorruptionError as error:
-                if version.path.exists():  # else it was swept a moment ago
-                    found.append((version, str(error)))
-            else:
-                found.append((version, ""))
+        for _ in range(_LISTINGS_MAX):
+            stated, unreadable = self._stated()
+            found = [(version, _damage(version)) for version in stated]
+            if all(version.path.exists() for version, damage in found if damage):
+                break  # else some were swept, and what for was published after the listing
         highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
         record = settling(fences.values(), _counted(stated, fences))
         return survey_of(self.name, found, fences, record, [*problems, *unreadable], highest)
@@ -548,6 +545,15 @@ class DurableStore:
 
     def _manifest(self, version: PublishedVersion) -> Path:
         return _manifest_path(self._folder(version.fence, version.step))
+
+
+def _damage(version: DurableVersion) -> str:
+    """What is wrong with the files that a manifest names; "": nothing."""
+    try:
+        version.check()
+    except CorruptionError as error:
+        return str(error)
+    return ""
 
 
 def _record(reader: SegmentReader) -> FileRecord:

@@ -7,8 +7,10 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from image_samples import TOPOLOGY, make_identity, make_image, make_plan
 
 from ftrain.checkpoint.durable import DurableStore
 from ftrain.checkpoint.image import ImageReader, ImageWriter
-from ftrain.checkpoint.manifest import FileRecord
+from ftrain.checkpoint.manifest import FileRecord, decode_fence
 from ftrain.checkpoint.retention import Retention
 from ftrain.comms.errors import CorruptionError, RunDirectoryError, StateError
 from ftrain.comms.protocol.messages import VersionId
@@ -477,3 +479,53 @@ def test_a_full_disk_is_said_and_older_versions_stay(small_disk: Path) -> None:
     assert files(store) == {"3/1.json", "3/1/rank0.seg", "3/1/rank1.seg"}
     assert data_of(version, 0)
     save(store, 3, 3, world_size=1)
+
+
+def test_a_store_of_which_nothing_counts_is_no_empty_one(store: DurableStore) -> None:
+    """Or else training would begin anew beside versions that somebody can still make use of."""
+    save(store, 1, 100)
+    later = save(store, 1, 200)
+    store.begin_fence(2, "run", VersionId(1, 100))
+    store.remove([store.find(100)])
+    record = store.directory / "2/fence.json"
+    record.write_bytes(replace(decode_fence(record), rests_on=None).encode())
+    survey = store.survey()
+    assert (survey.versions, survey.hidden) == ((), (later,))
+    assert "1/200.json is not of the history that epoch 2 goes on from" in survey.problems[0]
+
+
+def test_what_came_after_a_lost_record_is_not_superseded(store: DurableStore) -> None:
+    """Putting the record back makes it count again."""
+    save(store, 4, 10, world_size=1)
+    store.begin_fence(5, "run", VersionId(4, 10))
+    for step in (20, 30):
+        save(store, 5, step, world_size=1)
+    (store.directory / "5/fence.json").rename(store.directory / "lost")
+    assert store.survey().superseded == ()
+    store.sweep(Retention(1), "run")
+    (store.directory / "lost").rename(store.directory / "5/fence.json")
+    assert [version.step for version in store.versions()] == [30, 20, 10]
+
+
+def test_a_version_that_is_swept_while_it_is_looked_at_is_no_damage(store: DurableStore) -> None:
+    """A run goes on while its versions are listed."""
+    for step in range(1, 4):
+        save(store, 1, step, world_size=1)
+    over = threading.Event()
+
+    def go_on() -> None:
+        for step in range(4, 40):
+            save(store, 1, step, world_size=1)
+            store.sweep(Retention(1), "run")
+        over.set()
+
+    running = threading.Thread(target=go_on)
+    running.start()
+    looks = 0
+    while not over.is_set():
+        survey = store.survey()
+        assert survey.versions
+        assert survey.problems == ()
+        looks += 1
+    running.join()
+    assert looks > 10

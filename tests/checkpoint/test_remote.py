@@ -286,6 +286,33 @@ def test_of_two_writers_the_second_changes_nothing(
     assert store.versions() == (sent,)
 
 
+def test_a_copy_that_lost_an_object_is_made_good(
+    remote: tuple[RemoteStore, Path], local: DurableStore
+) -> None:
+    """As by a rule of the bucket's that removes what is old."""
+    store, _ = remote
+    version = save(local, 3, 7)
+    sent = send(store, version)
+    store.place.remove("3/7/rank1.seg")
+    assert store.survey().versions == ()
+    assert send(store, version).manifest.same_files(sent.manifest)
+    assert [v.key for v in store.versions()] == [(3, 7)]
+
+
+def test_files_of_another_version_are_not_replaced(
+    remote: tuple[RemoteStore, Path], local: DurableStore, tmp_path: Path
+) -> None:
+    store, _ = remote
+    sent = send(store, save(local, 3, 7))
+    target = DurableStore(tmp_path / "other")
+    other = save(target, 3, 7, numbers=20_000)
+    other.file(1).unlink()
+    before = other.file(0).read_bytes()
+    with pytest.raises(StateError, match="has another step 7 of epoch 3"):
+        fetch(store, sent, target)
+    assert other.file(0).read_bytes() == before
+
+
 def test_a_damaged_source_is_not_published(
     remote: tuple[RemoteStore, Path], local: DurableStore
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -267,3 +268,19 @@ def test_tensors_of_any_sizes_fit(tmp_path: Path) -> None:
         image = make_image(plan=plan, small=b"" if number % 2 else b"s")
         path = tmp_path / f"{number}.seg"
         assert read(path, write(path, image))[0] == bytes(ImageReader(image).data)
+
+
+def test_nobody_writes_to_a_file_that_was_given_up(path: Path) -> None:
+    """Its descriptor's number may be another file's by then, and the image's slot reused."""
+    image = make_image(plan=make_plan((3 * 4096, 4096)))
+    planned = plan_file(ImageReader(bytes(image)))
+    image[ImageReader(bytes(image)).header.layout.data_offset + 2 * 4096] ^= 1
+    planned = plan_file(ImageReader(image))
+    slow = Pace(4096)  # bytes per second: who has got as far waits for its turn
+    slow.wait(1024)
+    met = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as workers:
+        with NewFile(path, planned.nbytes) as file, pytest.raises(CorruptionError):
+            write_file(planned, file, workers, slow)
+        idle = [workers.submit(met.wait, 0.3) for _ in range(2)]
+        assert sorted(one.result() for one in idle) == [0, 1]
