@@ -288,13 +288,13 @@ class DurableStore:
             StateError: it holds versions in another format.
         """
         fences, problems = self._fences()
-        stated: list[DurableVersion] = []
+        stated, unreadable = self._stated()
         found: list[tuple[DurableVersion, str]] = []
         for _ in range(_LISTINGS_MAX):
-            stated, unreadable = self._stated()
             found = [(version, _damage(version)) for version in stated]
             if all(version.path.exists() for version, damage in found if damage):
-                break  # else some were swept, and what for was published after the listing
+                break
+            stated, unreadable = self._stated()  # what some were swept for was published since
         highest = max((fence for fence, _ in numbered(self.directory, "")), default=0)
         record = settling(fences.values(), _counted(stated, fences))
         return survey_of(self.name, found, fences, record, [*problems, *unreadable], highest)
