@@ -503,7 +503,7 @@ class Cluster:
     def _fault_flush(self, fault: Fault, node: SimNode) -> None:
         if self.membership is not None:
             self.delivered["flush asked"] += 1
-            self.membership.request_flush()
+            self.membership.request_flush(kept=True)
             self._guarded(self.coordinator.pump)
 
     def _fault_stop(self, fault: Fault, node: SimNode) -> None:
