@@ -159,9 +159,16 @@ def hull(source: Box, target: Box) -> tuple[int, int]:
 
 def disjoint(boxes: list[Box]) -> bool:
     """Whether no two of the boxes share an element."""
-    ordered = sorted(boxes, key=lambda box: box.origin)
-    if all(len(box.shape) == 1 for box in ordered):  # the common case, and a long one
-        return all(a.origin[0] + a.shape[0] <= b.origin[0] for a, b in pairwise(ordered))
+    ordered = sorted((box for box in boxes if box.volume), key=lambda box: box.origin)
+    cut = [
+        dim
+        for dim in range(max((len(box.shape) for box in ordered), default=0))
+        if len({(box.origin[dim], box.shape[dim]) for box in ordered}) > 1
+    ]
+    if len(cut) == 1:  # the common case, and a long one: shards along one dimension
+        return all(
+            a.origin[cut[0]] + a.shape[cut[0]] <= b.origin[cut[0]] for a, b in pairwise(ordered)
+        )
     return not any(
         box.intersection(other) for number, box in enumerate(ordered) for other in ordered[:number]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -41,11 +41,12 @@ class SavedTensor:
         """How many of its bytes are in no file."""
         item = item_bytes(self.dtype)
         missing = 0
+        runs: dict[Box, list[tuple[int, int]]] = defaultdict(list)
+        for segment in self.segments:
+            runs[segment.box].append((segment.start, segment.start + segment.nbytes))
         for box in self.boxes:
             end = 0
-            for start, stop in sorted(
-                (s.start, s.start + s.nbytes) for s in self.segments if s.box == box
-            ):
+            for start, stop in sorted(runs[box]):
                 missing += max(0, start - end)
                 end = max(end, stop)
             missing += box.volume * item - end

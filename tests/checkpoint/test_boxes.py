@@ -83,3 +83,9 @@ def test_overlaps_are_seen() -> None:
     assert not disjoint([*quarters, Box((2, 2), (2, 2))])
     assert disjoint([Box((at,), (3,)) for at in (6, 0, 3)])
     assert not disjoint([Box((at,), (4,)) for at in (6, 0, 3)])
+    assert disjoint([])
+    assert not disjoint([Box((0, 0), (2, 2))] * 2)
+    assert disjoint([Box((), ())])
+    rows = [Box((at, 0), (3, 8)) for at in range(0, 3 * 4000, 3)]
+    assert disjoint([*rows, Box((0, 0), (0, 8))])  # thousands of shards take no thousands of times
+    assert not disjoint([*rows, Box((5, 0), (1, 8))])
