@@ -80,6 +80,7 @@ class Job:
         assert len(survey.versions) == KEEP
         expected = {f for v in survey.versions for f in (v.path, v.file(0), v.file(1))}
         records = {version.path.with_name("fence.json") for version in survey.versions}
+        records.add(self.store.directory / "lock")
         files = {path for path in self.store.directory.rglob("*") if path.is_file()}
         assert files == expected | records
 
