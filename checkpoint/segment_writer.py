@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,8 +111,10 @@ def write_file(planned: RawFile, file: NewFile, workers: Executor, pace: Pace) -
         file.write_at(planned.rows[chunk].at, reader.data[start:stop])
 
     file.write_at(0, HEADER)
-    written = [workers.submit(write_chunk, chunk) for chunk in range(chunks)]
+    written: list[Future[None]] = []
     try:
+        for number in range(chunks):
+            written.append(workers.submit(write_chunk, number))
         for chunk in written:
             chunk.result()
     finally:  # if one failed: nobody writes to the file any more when this is left

@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +48,11 @@ class _InTurn(Executor):
     """No threads: Python's own pools take no work once the interpreter began to end, and then the
     last checkpoint is still being written."""
 
-    def map(
-        self, fn: Callable[..., Any], *iterables: Iterable[Any], **unused: Any
-    ) -> Iterator[Any]:
-        """The results, one after the other."""
-        return map(fn, *iterables)
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Done when this returns; raises what ``fn`` raises."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
 _Task = Callable[[], None]

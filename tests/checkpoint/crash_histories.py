@@ -30,10 +30,7 @@ class Inline:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         done: Future[Any] = Future()
-        try:
-            done.set_result(work(*arguments))
-        except Exception as error:
-            done.set_exception(error)
+        done.set_result(work(*arguments))
         return done
 
 
