@@ -113,8 +113,7 @@ def write_file(planned: RawFile, file: NewFile, workers: Executor, pace: Pace) -
     file.write_at(0, HEADER)
     written: list[Future[None]] = []
     try:
-        for number in range(chunks):
-            written.append(workers.submit(write_chunk, number))
+        written.extend(workers.submit(write_chunk, number) for number in range(chunks))
         for chunk in written:
             chunk.result()
     finally:  # if one failed: nobody writes to the file any more when this is left
