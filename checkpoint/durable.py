@@ -372,11 +372,7 @@ class DurableStore:
         Raises:
             RunDirectoryError: something can't be removed.
         """
-        listed = [  # before the survey: what is published after it is not known to it, and stays
-            ((fence, step), manifest)
-            for fence, folder in numbered(self.directory, "")
-            for step, manifest in numbered(folder, ".json")
-        ]
+        listed = self._manifests()  # before the survey: what is published after it stays
         survey = self.survey()
         bad = {v.key for v in survey.versions if v.version in withdrawn}
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id and v.key not in bad]
@@ -513,7 +509,7 @@ class DurableStore:
         problems: list[str] = []
         for _ in range(_LISTINGS_MAX):
             found, problems, swept = [], [], False
-            for path in self._manifests():
+            for _, path in self._manifests():
                 try:
                     found.append(stated_version(path))
                 except CorruptionError as error:
@@ -523,9 +519,13 @@ class DurableStore:
                 break
         return found, problems
 
-    def _manifests(self) -> list[Path]:
-        folders = [folder for _, folder in numbered(self.directory, "")]
-        return [path for folder in folders for _, path in numbered(folder, ".json")]
+    def _manifests(self) -> list[tuple[VersionKey, Path]]:
+        """What is named like a manifest, with the (fence, step) of its place."""
+        return [
+            ((fence, step), path)
+            for fence, folder in numbered(self.directory, "")
+            for step, path in numbered(folder, ".json")
+        ]
 
     def _written(self, fence: int, version: VersionId, rank: int) -> SegmentReader:
         """A rank's file, not verified beyond its footer; closed, so that only that can be read."""

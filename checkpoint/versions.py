@@ -52,8 +52,12 @@ class Survey(Generic[_V_co]):
         as newer versions, because it began before the epoch.
         """
         own = any(version.fence == self.granted for version in self.versions)
-        # What came after the newest record is not over: its own record was lost.
-        return tuple(v for v in self.hidden if v.fence <= self.granted) if own else ()
+        return tuple(v for v in self.hidden if v not in self.unrecorded) if own else ()
+
+    @property
+    def unrecorded(self) -> tuple[_V_co, ...]:
+        """The hidden ones that came after the newest record: they are not over, theirs was lost."""
+        return tuple(version for version in self.hidden if version.fence > self.granted)
 
 
 class VersionStore(Protocol):

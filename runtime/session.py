@@ -125,7 +125,7 @@ class Session:
         self._skipping = False  # a deliberate fault: this step leaves its all-reduce out
         self._logged: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
-        self._bucket_orders: list[list[int] | None] | None = None
+        self._bucket_orders: list[list[int] | None] = []  # of each DDP module; empty: not known
         self._unsettled: dict[int, Any] | None = None  # DDP modules that have none yet
         self._keeper: Keeper = open_keeper(self._environment, self._note)
         self._records = StepRecords(
@@ -275,16 +275,14 @@ class Session:
         """Of modules whose layout is not known yet: some have their first backward later."""
         if self._unsettled is None:
             modules = self._ddp_modules()
-            orders: list[list[int] | None] = self._bucket_orders or [None for _ in modules]
-            self._bucket_orders = orders
+            self._bucket_orders = self._bucket_orders or [None for _ in modules]
             self._unsettled = {
                 number: module
                 for number, module in enumerate(modules)
-                if orders[number] is None and ddp.will_rebuild(module)
+                if self._bucket_orders[number] is None and ddp.will_rebuild(module)
             }
         for number, module in list(self._unsettled.items()):
-            order = ddp.settle_buckets(module)
-            if order is not None and self._bucket_orders is not None:
+            if (order := ddp.settle_buckets(module)) is not None:
                 self._bucket_orders[number] = order
                 del self._unsettled[number]
 

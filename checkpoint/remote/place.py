@@ -118,7 +118,8 @@ class Place:
 
     def names_in(self, name: str) -> frozenset[str]:
         """What the names of all objects that begin with ``name`` and a slash go on with."""
-        return self.again(f"listing {self.where(name)}", lambda: self._names_in(name))
+        found = self.again(f"listing {self.where(name)}", lambda: self._files(self._path(name)))
+        return frozenset(found)
 
     def remove_folder(self, name: str) -> None:
         """Remove every object whose name begins with ``name`` and a slash."""
@@ -142,15 +143,7 @@ class Place:
         return f"{self._filesystem.root}/{name}"
 
     def _sizes(self) -> dict[str, int]:
-        from pyarrow.fs import FileSelector, FileType
-
-        root = self._filesystem.root
-        selector = FileSelector(root, recursive=True, allow_not_found=True)
-        found = {
-            info.path[len(root) + 1 :]: info.size
-            for info in self._fs.get_file_info(selector)
-            if info.type == FileType.File
-        }
+        found = self._files(self._filesystem.root)
         if not found and self._filesystem.is_bucket:
             self._require_bucket()  # one that is not there looks empty
         return found
@@ -202,13 +195,16 @@ class Place:
             if self._fs.get_file_info(FileSelector(path, allow_not_found=True)):
                 raise
 
-    def _names_in(self, name: str) -> frozenset[str]:
+    def _files(self, path: str) -> dict[str, int]:
+        """Sizes of the objects below ``path``, by what their names go on with."""
         from pyarrow.fs import FileSelector, FileType
 
-        path = self._path(name)
         selector = FileSelector(path, recursive=True, allow_not_found=True)
-        found = self._fs.get_file_info(selector)
-        return frozenset(i.path[len(path) + 1 :] for i in found if i.type == FileType.File)
+        return {
+            info.path[len(path) + 1 :]: info.size
+            for info in self._fs.get_file_info(selector)
+            if info.type == FileType.File
+        }
 
     @property
     def _is_local(self) -> bool:

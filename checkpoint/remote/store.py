@@ -259,7 +259,7 @@ class RemoteStore:
         survey = self._survey(sizes)
         mine = [v.key for v in survey.versions if v.manifest.run_id == run_id]
         keep = policy.remaining(mine, (version.key for version in survey.hidden))
-        keep |= {v.key for v in survey.hidden if v.fence > survey.granted}  # its record was lost
+        keep |= {version.key for version in survey.unrecorded}
         keep |= frozenset(active) | _keys(_PIN, sizes)
         removed: list[str] = []
         manifests = _keys(_MANIFEST, sizes)
