@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import allow_many_descriptors, die_with_parent
+from ftrain.comms.local import close_all
+from ftrain.comms.process import STOP_SIGNALS, allow_many_descriptors, die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
     FinishCaptures,
@@ -70,7 +70,6 @@ _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reache
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
 _DRAIN_S = 2.0
 _NO_SESSION = "ftrain: the script made no ftrain.Session: nothing of it was saved or protected"
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Agent:
@@ -150,7 +149,7 @@ class Agent:
     async def run(self) -> int:
         """Serve until the job is over; returns the exit code, with every child gone."""
         self._loop.set_exception_handler(self._unexpected)
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._signalled, number.name)
         if self._manager is not None:
             self._manager.start()

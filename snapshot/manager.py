@@ -19,7 +19,12 @@ from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, from_descriptor
-from ftrain.comms.process import allow_many_descriptors, die_with_parent, set_oom_score_adj
+from ftrain.comms.process import (
+    allow_many_descriptors,
+    die_with_parent,
+    ignore_stop_signals,
+    set_oom_score_adj,
+)
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
 from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
@@ -307,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent(sock.peer_pid)
     set_oom_score_adj(_OOM_SCORE)
     allow_many_descriptors()
+    ignore_stop_signals()
     sock.settimeout(_SETUP_S_MAX)
     try:
         setup, fds = sock.receive()
