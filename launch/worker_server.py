@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,6 +135,8 @@ class WorkerServer:
                     self._fork_ranks()
                 except PeerLostError:
                     os._exit(_AGENT_GONE)
+                except BaseException:  # the copy's root: what goes past it would serve here
+                    traceback.print_exc()
                 finally:
                     os._exit(1)
             status = os.waitpid(copy, 0)[1]
@@ -188,6 +191,8 @@ class WorkerServer:
             if pid == 0:
                 try:
                     self._become_rank(request, spec, fds, index)
+                except BaseException as error:  # the root of the rank's process
+                    rank_main.describe(error, spec.error_file)
                 finally:
                     os._exit(1)
             self._socket.send(Forked(request.epoch, spec.rank, pid, time.monotonic_ns()))
