@@ -589,7 +589,7 @@ def main() -> int:
         asyncio.run(coordinate())
     except (FtrainError, OSError) as error:
         print(f"ftrain: coordinator: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, FtrainError) else 1
     return 0
 
 
