@@ -70,7 +70,9 @@ def test_a_stop_signal_to_every_process_saves(tmp_path: Path, number: signal.Sig
             os.kill(pid, number)
         assert launch.wait() == 75, launch.shown
         assert f"with step {saved(launch)[-1]} saved" in launch.shown
-        assert " ended (" not in launch.shown
+        events = (launch.run_dir / "events.jsonl").read_text()
+        assert events.count('"kind":"launch"') == 1  # one coordinator
+        assert "the snapshot manager ended" not in events
 
 
 def test_a_wish_to_save_without_snapshots_in_memory_is_done_by_the_ranks(tmp_path: Path) -> None:
