@@ -29,7 +29,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import die_with_parent
+from ftrain.comms.process import die_with_parent, ignore_stop_signals
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Obstacle, Publish
 from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
@@ -579,6 +579,7 @@ def main() -> int:
     try:
         job = read_job(options.job)
         die_with_parent(job.front_pid)
+        ignore_stop_signals()
 
         async def coordinate() -> None:
             coordinator = Coordinator(job, Path(options.job))
@@ -588,7 +589,7 @@ def main() -> int:
         asyncio.run(coordinate())
     except (FtrainError, OSError) as error:
         print(f"ftrain: coordinator: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, FtrainError) else 1
     return 0
 
 

@@ -15,7 +15,7 @@ from serving import Rank, Serving, gone, until
 
 from ftrain.launch import rank_main
 from ftrain.launch.children import children_of
-from ftrain.launch.worker_messages import ScriptEdited
+from ftrain.launch.worker_messages import ForkRequest, RankSpec, ScriptEdited
 
 pytestmark = pytest.mark.may_leak("a server has a copy of itself ready, a new one after each fork")
 
@@ -255,6 +255,29 @@ def test_preloaded_module_that_starts_a_thread_is_refused(tmp_path: Path) -> Non
     with pytest.raises(AssertionError, match=r"2 threads.*launch.preload"):
         serving.fork(tmp_path / "out")
     serving.close()
+
+
+def test_what_ends_a_rank_before_its_script_is_described(server: Serving, place: Path) -> None:
+    server.epoch += 1
+    spec = RankSpec(0, {}, str(place / "error0.json"))
+    with open(os.devnull, "w") as null:  # and no telemetry page
+        server.socket.send(ForkRequest(server.epoch, (spec,), {}), [null.fileno()] * 3)
+    rank = Rank(0, server.receive().pid, place)
+    assert rank.wait() == 1
+    error = rank_main.read_error_file(rank.error_file)
+    assert error.line.startswith("ValueError: telemetry page is shorter than ")
+    assert "_mark_started" in error.traceback
+    os.unlink(rank.error_file)
+
+
+def test_what_ends_a_copy_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text("")
+    serving = Serving(["train.py"], cwd=tmp_path)
+    os.write(serving.socket.fileno(), b"garbage")
+    failed = serving.receive()
+    assert failed.cause == "forking ended with exit code 1"
+    serving.close()
+    assert "ftrain.comms.errors.RemoteProtocolError: " in capfd.readouterr().err
 
 
 def test_ranks_outlive_the_server(tmp_path: Path) -> None:
