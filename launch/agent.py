@@ -42,6 +42,7 @@ from ftrain.launch.contract import (
     shared_environment,
     threads_per_rank,
 )
+from ftrain.launch.group_stores import GroupStores
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
 from ftrain.launch.pulse import answer_pulse
@@ -79,6 +80,7 @@ class Agent:
             incarnation,
             report=lambda: self._machine.report,
             on_directive=lambda directive: self._driver.receive(directive),
+            on_store=lambda order: self._stores.order(order),
         )
         self._driver: Driver[None] = Driver(
             self._machine,
@@ -98,8 +100,11 @@ class Agent:
             on_forked=self._forked,
             on_failed=self._forks_failed,
             on_change=self._write_node_file,
+            on_ready=lambda: self._stores.server_ready(),
+            on_store=lambda served: self._stores.served(served),
             say=self._say,
         )
+        self._stores = GroupStores(self._server, self._reaper, launch.bind, self._uplink.send)
         self._manager: ManagerLink | None = None
         if job.config.snapshot.enabled:
             self._manager = ManagerLink(

@@ -19,6 +19,8 @@ from ftrain.launch.worker_messages import (
     Preload,
     ScriptEdited,
     ServerReady,
+    StoreRequest,
+    StoreServed,
 )
 
 _SLOW_S = 20.0  # when to say that ranks wait for a server
@@ -38,6 +40,8 @@ class WorkerLink:
         on_forked: a rank has a process.
         on_failed: no further rank of the request will have one, and why.
         on_change: a server was started, or is gone.
+        on_ready: a server has imported everything; called before ranks are asked of it.
+        on_store: the answer to a :class:`StoreRequest`.
         say: takes news, a kind and a sentence.
     """
 
@@ -50,6 +54,8 @@ class WorkerLink:
         on_forked: Callable[[Forked], None],
         on_failed: Callable[[str], None],
         on_change: Callable[[], None],
+        on_ready: Callable[[], None],
+        on_store: Callable[[StoreServed], None],
         say: Callable[[str, str], None],
     ) -> None:
         self._preload = Preload(job.argv, job.module, job.config.launch.preload)
@@ -57,6 +63,8 @@ class WorkerLink:
         self._on_forked = on_forked
         self._on_failed = on_failed
         self._on_change = on_change
+        self._on_ready = on_ready
+        self._on_store = on_store
         self._say = say
         self._loop = asyncio.get_running_loop()
         self._ready = False  # the server has imported everything
@@ -88,6 +96,19 @@ class WorkerLink:
     def forking(self) -> bool:
         """Whether a request is not answered completely: ranks of it may still come."""
         return self._request is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a server that has imported everything."""
+        return self._ready
+
+    def post(self, request: StoreRequest) -> None:
+        """Ask a server that is ready for a store."""
+        self._process.post(request)
+
+    def kill(self) -> None:
+        """SIGKILL the server; another one follows."""
+        self._process.kill()
 
     def start(self) -> None:
         """Start the server; raises OSError when that can't be."""
@@ -140,12 +161,15 @@ class WorkerLink:
         elif isinstance(message, ForkFailed):
             if self._asked:
                 self._fail(message.cause)
+        elif isinstance(message, StoreServed):
+            self._on_store(message)
         elif isinstance(message, ScriptEdited):
             self._say("warning", f"{message.path} was edited: the ranks run the new text")
         elif isinstance(message, ServerReady):
             for problem in message.problems:
                 self._say("warning", problem)
             self._ready = True
+            self._on_ready()
             self._ask()
 
     def _went_down(self, how: str) -> None:

@@ -36,6 +36,7 @@ from ftrain.comms.process import (
 )
 from ftrain.comms.telemetry import TelemetryPage, Word
 from ftrain.launch import rank_main
+from ftrain.launch.stores import serve_store
 from ftrain.launch.worker_messages import (
     FDS_PER_RANK,
     TELEMETRY_FD,
@@ -46,6 +47,8 @@ from ftrain.launch.worker_messages import (
     RankSpec,
     ScriptEdited,
     ServerReady,
+    StoreRequest,
+    StoreServed,
 )
 
 STACK_SIGNAL = signal.SIGRTMIN + 1  # a rank writes all its stacks to its stderr
@@ -145,11 +148,11 @@ class WorkerServer:
             if status != 0:
                 self._socket.send(ForkFailed(0, f"forking ended with {describe_exit(status)}"))
 
-    def _receive(self, kind: type[Any]) -> tuple[Any, list[int]]:
-        """The next message of this kind, with its descriptors."""
+    def _receive(self, *kinds: type[Any]) -> tuple[Any, list[int]]:
+        """The next message of one of these kinds, with its descriptors."""
         while True:
             message, fds = self._socket.receive()
-            if isinstance(message, kind):
+            if isinstance(message, kinds):
                 return message, fds
             for fd in fds:
                 os.close(fd)
@@ -168,18 +171,23 @@ class WorkerServer:
         self._socket.send(ServerReady(time.monotonic() - began, tuple(problems)))
 
     def _refuse(self, threads: int) -> None:
-        request, fds = self._receive(ForkRequest)
+        request, fds = self._receive(ForkRequest, StoreRequest)
         for fd in fds:
             os.close(fd)
         why = (
             f"the worker server runs {threads} threads, so it can't fork safely: one of the "
             "preloaded modules starts a thread at import, take it out of launch.preload"
         )
-        self._socket.send(ForkFailed(request.epoch, why))
+        if isinstance(request, StoreRequest):
+            self._socket.send(StoreServed(0, 0, why))
+        else:
+            self._socket.send(ForkFailed(request.epoch, why))
 
     def _fork_ranks(self) -> NoReturn:
-        """The copy's life: wait for a request, fork its ranks, end."""
-        request, fds = self._receive(ForkRequest)
+        """The copy's life: wait for a request, fork its ranks (or a store), end."""
+        request, fds = self._receive(ForkRequest, StoreRequest)
+        if isinstance(request, StoreRequest):
+            self._fork_store(request)
         if self._script is not None and self._script.refresh():
             self._socket.send(ScriptEdited(self._script.path))
         for index, spec in enumerate(request.ranks):
@@ -196,6 +204,17 @@ class WorkerServer:
                 finally:
                     os._exit(1)
             self._socket.send(Forked(request.epoch, spec.rank, pid, time.monotonic_ns()))
+        os._exit(0)
+
+    def _fork_store(self, request: StoreRequest) -> NoReturn:
+        if os.fork() == 0:
+            try:
+                os.setsid()
+                _await_adoption(self._agent_pid)
+                die_with_parent(self._agent_pid)
+                serve_store(self._socket, request.bind)
+            finally:
+                os._exit(1)
         os._exit(0)
 
     def _become_rank(

@@ -63,6 +63,8 @@ def test_nothing_outlives_a_killed_front(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING, "--nproc-per-node", "2") as launch:
         wait_for(lambda: len(began(launch)) == 2)
         assert len(launch.processes()) >= 5
+        coordinator = launch.pid_of("ftrain.launch.coordinator")
+        assert "libtorch" not in Path(f"/proc/{coordinator}/maps").read_text()  # 200 MB
         launch.popen.kill()
         assert launch.gone_after(1.0)
 
