@@ -16,6 +16,9 @@ from pathlib import Path
 import ftrain
 from ftrain.comms.errors import LocalProtocolError
 
+# What asks a whole job to save and stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _DESCRIPTORS = 65536  # some programs close as many at start as they may have
@@ -37,6 +40,13 @@ def die_with_parent(expected_parent_pid: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != expected_parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ignore_stop_signals() -> None:
+    """Outlive the signals that ask the job to stop: systemd and SLURM send them to everybody, but
+    saving needs this process. Who started it decides when it ends, by SIGKILL."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def become_subreaper() -> None:

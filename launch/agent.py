@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from functools import partial
 from typing import Any
 
 from ftrain.comms.driver import Driver
-from ftrain.comms.environment import inherited_environment
-from ftrain.comms.errors import FtrainError
+from ftrain.comms.errors import FtrainError, UsageError
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import allow_many_descriptors, die_with_parent
+from ftrain.comms.local import close_all
+from ftrain.comms.process import STOP_SIGNALS, allow_many_descriptors, die_with_parent
 from ftrain.comms.protocol.effects import (
     Exit,
     FinishCaptures,
@@ -40,11 +39,10 @@ from ftrain.launch.contract import (
     own_environment,
     place_of,
     seats,
-    server_environment,
     shared_environment,
     threads_per_rank,
 )
-from ftrain.launch.helper import HelperProcess
+from ftrain.launch.group_stores import GroupStores
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
 from ftrain.launch.pulse import answer_pulse
@@ -52,15 +50,8 @@ from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.uplink import Uplink
-from ftrain.launch.worker_messages import (
-    Forked,
-    ForkFailed,
-    ForkRequest,
-    Preload,
-    RankSpec,
-    ScriptEdited,
-    ServerReady,
-)
+from ftrain.launch.worker_link import WorkerLink
+from ftrain.launch.worker_messages import Forked, ForkRequest, RankSpec
 from ftrain.recovery.node_file import NodeFile, write_node_file
 from ftrain.snapshot.protocol import messages as smp
 
@@ -70,7 +61,6 @@ _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reache
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
 _DRAIN_S = 2.0
 _NO_SESSION = "ftrain: the script made no ftrain.Session: nothing of it was saved or protected"
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Agent:
@@ -90,6 +80,7 @@ class Agent:
             incarnation,
             report=lambda: self._machine.report,
             on_directive=lambda directive: self._driver.receive(directive),
+            on_store=lambda order: self._stores.order(order),
         )
         self._driver: Driver[None] = Driver(
             self._machine,
@@ -102,14 +93,18 @@ class Agent:
         self._pump = OutputPump(self._output_trouble)
         self._pages = PageStore()
         self._threads = threads_per_rank(job)
-        self._server = HelperProcess(
-            "ftrain.launch.worker_server",
-            server_environment(inherited_environment(), self._threads),
+        self._server = WorkerLink(
+            job,
+            self._threads,
             self._reaper,
-            on_start=self._preload,
-            on_message=self._from_server,
-            on_down=self._server_down,
+            on_forked=self._forked,
+            on_failed=self._forks_failed,
+            on_change=self._write_node_file,
+            on_ready=lambda: self._stores.server_ready(),
+            on_store=lambda served: self._stores.served(served),
+            say=self._say,
         )
+        self._stores = GroupStores(self._server, self._reaper, launch.bind, self._uplink.send)
         self._manager: ManagerLink | None = None
         if job.config.snapshot.enabled:
             self._manager = ManagerLink(
@@ -120,13 +115,10 @@ class Agent:
                 on_started=self._manager_started,
                 on_message=self._from_manager,
                 on_down=self._manager_down,
-                on_hung=lambda: self._uplink.say(
-                    "warning",
-                    f"node {node}: the snapshot manager does not answer: it is being replaced",
-                ),
+                on_mistake=lambda why: self._fail(UsageError(why)),
+                say=partial(self._say, "warning"),
             )
         self._group: RankGroup | None = None
-        self._forking = False  # a ForkRequest is not answered completely
         self._killing = False
         self._failed_ns = 0  # when the first failure of the epoch was noticed
         self._stopped_ns = 0
@@ -150,12 +142,11 @@ class Agent:
     async def run(self) -> int:
         """Serve until the job is over; returns the exit code, with every child gone."""
         self._loop.set_exception_handler(self._unexpected)
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._signalled, number.name)
         if self._manager is not None:
             self._manager.start()
         self._server.start()
-        self._write_node_file()
         tasks = [
             self._loop.create_task(coroutine)
             for coroutine in (self._uplink.run(), self._tick(), self._observe())
@@ -184,17 +175,23 @@ class Agent:
         if not self._over.done():
             self._over.set_result(code)
 
+    def _fail(self, error: BaseException) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+
+    def _say(self, kind: str, text: str) -> None:
+        self._uplink.say(kind, f"node {self._node}: {text}")
+
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback failed. What is known here may be wrong; the next agent takes over."""
         error = context.get("exception")
         if not isinstance(error, FtrainError | OSError):  # those are said in a sentence
             loop.default_exception_handler(context)
-        if not self._over.done():
-            self._over.set_exception(error or RuntimeError(context["message"]))
+        self._fail(error or RuntimeError(context["message"]))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not self._over.done():
-            self._over.set_exception(error)
+        if not task.cancelled() and (error := task.exception()):
+            self._fail(error)
 
     # ------------------------------------------------------------------ the driver's side
 
@@ -210,10 +207,6 @@ class Agent:
 
     # ------------------------------------------------------------------ forking
 
-    def _preload(self) -> None:
-        job = self._job
-        self._server.post(Preload(job.argv, job.module, job.config.launch.preload))
-
     def _fork_ranks(self, effect: ForkRanks) -> None:
         formation = effect.formation
         if self._manager is not None:
@@ -227,8 +220,13 @@ class Agent:
         self._loop.run_in_executor(
             None, prune_attempts, attempts, self._job.config.launch.log_attempts
         )
-        if not self._server.running:
-            self._forks_failed("the worker server is being started again")
+        fds: list[int] = []
+        try:
+            for rank in group.ranks:
+                self._open_outputs(rank, fds)
+        except OSError as error:  # no descriptors: another start may find some
+            close_all(fds)
+            self._forks_failed(error.strerror or str(error))
             return
         smp_socket = self._manager.socket_path if self._manager is not None else ""
         environment = shared_environment(
@@ -238,42 +236,23 @@ class Agent:
             RankSpec(rank.rank, own_environment(rank.seat), rank.seat.error_file)
             for rank in group.ranks
         )
-        fds = [fd for rank in group.ranks for fd in self._open_outputs(rank)]
-        self._forking = True
-        self._server.post(ForkRequest(formation.epoch, specs, environment), fds)
-        for fd in set(fds) - {rank.page_fd for rank in group.ranks}:
-            os.close(fd)
+        self._server.fork(ForkRequest(formation.epoch, specs, environment), fds)
 
-    def _open_outputs(self, rank: LocalRank) -> tuple[int, int, int]:
-        """A rank's stdout, stderr and telemetry page; the first two are to be closed."""
+    def _open_outputs(self, rank: LocalRank, fds: list[int]) -> None:
+        """Add a rank's stdout, stderr and telemetry page."""
         launch, seat = self._job.config.launch, rank.seat
         prefix = f"[node{self._node} rank{rank.rank}] "
         redirects = parse_std(launch.redirects, seat.local_rank)
         tee = parse_std(launch.tee, seat.local_rank)
         with suppress(OSError):  # the pump says so; without its file an error is not described
             seat.directory.mkdir(parents=True, exist_ok=True)
-        out, err = (
-            self._pump.open(kind, seat.directory, prefix, redirects=redirects, tee=tee)
-            for kind in ("stdout", "stderr")
-        )
-        return out, err, rank.page_fd
+        for kind in ("stdout", "stderr"):
+            out = self._pump.open(kind, seat.directory, prefix, redirects=redirects, tee=tee)
+            fds.append(out)
+        fds.append(os.dup(rank.page_fd))
 
     def _output_trouble(self, text: str) -> None:
-        self._loop.call_soon_threadsafe(self._uplink.say, "warning", f"node {self._node}: {text}")
-
-    def _from_server(self, message: Any, fds: list[int]) -> None:
-        for fd in fds:
-            os.close(fd)
-        if isinstance(message, Forked):
-            self._forked(message)
-        elif isinstance(message, ForkFailed):
-            if self._forking:
-                self._forks_failed(message.cause)
-        elif isinstance(message, ScriptEdited):
-            self._uplink.say("warning", f"{message.path} was edited: the ranks run the new text")
-        elif isinstance(message, ServerReady):
-            for problem in message.problems:
-                self._uplink.say("warning", f"node {self._node}: {problem}")
+        self._loop.call_soon_threadsafe(self._say, "warning", text)
 
     def _forked(self, message: Forked) -> None:
         group = self._group
@@ -285,7 +264,6 @@ class Agent:
         if self._killing:
             self._reaper.kill(rank.pid)
         if group.all_forked:
-            self._forking = False
             group.forked_ns = message.forked_ns
             self._machine.ranks_forked(group.epoch)
             self._driver.pump()
@@ -295,7 +273,6 @@ class Agent:
         self._settle(group)
 
     def _forks_failed(self, cause: str) -> None:
-        self._forking = False
         group = self._group
         if group is None:
             return
@@ -303,14 +280,6 @@ class Agent:
         failure = RankFailure(rank.rank, "fork", f"not started: {cause}", time.monotonic_ns())
         self._report_failure(group, failure)
         self._settle(group)
-
-    def _server_down(self, how: str) -> None:
-        self._uplink.say(
-            "info", f"node {self._node}: the worker server ended ({how}); ranks are not hit"
-        )
-        self._write_node_file()
-        if self._forking:
-            self._forks_failed(f"the worker server ended: {how}")
 
     # ------------------------------------------------------------------ running
 
@@ -417,10 +386,11 @@ class Agent:
         for rank in self._group.ranks:
             if rank.alive:
                 self._reaper.kill(rank.pid)
+        self._server.call_off()
         self._see_whether_gone(self._group)
 
     def _see_whether_gone(self, group: RankGroup) -> None:
-        if group.any_alive or self._forking or "gone" in self._waits:
+        if group.any_alive or self._server.forking or "gone" in self._waits:
             return
         self._stopped_ns = time.monotonic_ns()
         self._watch.end()
@@ -442,7 +412,7 @@ class Agent:
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:
-        self._uplink.say("warning", f"node {self._node}: no answer from the snapshot manager")
+        self._say("warning", "no answer from the snapshot manager")
         self._tell_gone(self._machine.report.held)  # what it said last, before the ranks ended
 
     def _tell_gone(self, held: tuple[Held, ...]) -> None:
@@ -477,9 +447,7 @@ class Agent:
             self._captures_finished(self._machine.epoch, held)
 
     def _manager_down(self, how: str) -> None:
-        self._uplink.say(
-            "warning", f"node {self._node}: the snapshot manager ended ({how}); no version is lost"
-        )
+        self._say("warning", f"the snapshot manager ended ({how}); no version is lost")
         self._write_node_file()
         self._machine.smp("")
         self._driver.pump()

@@ -69,19 +69,25 @@ class Children:
         pulse: Pulse | None = None,
     ) -> Child:
         """Start ``python -m module arguments`` in a process group of its own, so that a Ctrl-C at
-        the terminal reaches the front alone. One with a ``pulse`` has to answer it."""
+        the terminal reaches the front alone. One with a ``pulse`` has to answer it. OSError: the
+        system has no process or descriptor left."""
         if pulse is not None:
             arguments = [*arguments, "--pulse-fd", str(pulse.child_fd)]
             pass_fds = [*pass_fds, pulse.child_fd]
-        popen = subprocess.Popen(
-            [*python_command(), "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=inherited_environment(),
-            pass_fds=pass_fds,
-            process_group=0,
-        )
+        try:
+            popen = subprocess.Popen(
+                [*python_command(), "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=inherited_environment(),
+                pass_fds=pass_fds,
+                process_group=0,
+            )
+        except OSError:
+            if pulse is not None:
+                pulse.close()
+            raise
         if pulse is not None:
             pulse.started()
         child = Child(name, popen, pulse)
@@ -131,7 +137,11 @@ class Children:
         return False
 
     def _kill_orphans(self) -> None:
-        for pid in children_of(os.getpid()):
+        try:
+            found = children_of(os.getpid())
+        except OSError:  # no descriptor left: they are looked for again with the next end
+            return
+        for pid in found:
             if pid not in self._children:
                 try:
                     os.kill(pid, signal.SIGKILL)

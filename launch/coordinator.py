@@ -29,7 +29,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import die_with_parent
+from ftrain.comms.process import die_with_parent, ignore_stop_signals
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Incident, Obstacle, Publish
 from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import (
@@ -40,15 +40,18 @@ from ftrain.comms.protocol.messages import (
     NodeReport,
     Notice,
     StopRequest,
+    StoreOpened,
     VersionId,
 )
 from ftrain.comms.protocol.records import MembershipHard
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.comms.protocol.transitions import Phase
 from ftrain.launch.advice import History, advise
+from ftrain.launch.group_stores import StoreOrders
 from ftrain.launch.incidents import (
     Account,
     FailedStarts,
+    Rate,
     Tracebacks,
     begins,
     complete_at,
@@ -58,7 +61,6 @@ from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore, begin_with, withdrawn_in
-from ftrain.launch.stores import GroupStores
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
 
 TICK_S = 0.05
@@ -105,7 +107,7 @@ class Coordinator:
         self._account = Account.read(events, self._launch, time.time())
         self._history = History.read(read_events(events))
         self._events = EventLog(events, config.events.bytes_max)
-        self._stores = GroupStores(config.launch.bind)
+        self._stores = StoreOrders(self._send)
         self._agents: dict[int, Channel] = {}
         self._watchers: list[Channel] = []
         self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
@@ -116,7 +118,7 @@ class Coordinator:
         self._told_unusable: tuple[str, ...] = ()
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
-        self._rate = _Rate()
+        self._rate = Rate()
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._effects: dict[type, Callable[[Any], object]] = {
@@ -146,7 +148,6 @@ class Coordinator:
             await self._failed
         finally:
             server.close()
-            self._stores.close()
             self._store.close()
             for task in self._tasks:
                 task.cancel()
@@ -202,8 +203,7 @@ class Coordinator:
         before, self._phase = self._phase, self._machine.phase
         if self._phase is not Phase.RUNNING or before is Phase.RECOVERING:
             return
-        self._stores.retire()
-        self._rate = _Rate()
+        self._rate = Rate()
         if self._account.running_s == 0 and self._machine.hard.formation is not None:
             version = self._machine.hard.formation.restore.version
             first_step = 0 if version is None else version.step
@@ -244,11 +244,14 @@ class Coordinator:
         self._effects[type(effect)](effect)
 
     def _begin_forming(self, effect: Form) -> None:
+        if self._forming is not None:
+            self._forming.cancel()  # overtaken
         self._forming = self._spawn(self._form(effect))
 
     async def _form(self, effect: Form) -> None:
         try:
-            port = await self._stores.take()
+            first = effect.places[0]
+            port = await self._stores.opened(first.node, effect.epoch)
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
@@ -266,7 +269,7 @@ class Coordinator:
         formation = Formation(
             epoch=effect.epoch,
             places=effect.places,
-            store_host=self._job.config.launch.host,
+            store_host=first.host,
             store_port=port,
             restore=restore,
             restarts=effect.restarts,
@@ -399,6 +402,8 @@ class Coordinator:
                     self._hear(message)
                 elif isinstance(message, Notice):
                     self._hear_notice(message)
+                elif isinstance(message, StoreOpened):
+                    self._stores.hear(message)
                 else:
                     raise RemoteProtocolError(f"node {node} sent a {type(message).__name__}")
         finally:
@@ -554,20 +559,6 @@ class Coordinator:
         self._announce(Notice("end", "", {"exit_code": effect.exit_code}))
 
 
-class _Rate:
-    """Steps per second between two looks."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, float] | None = None
-
-    def update(self, step: int, now_s: float) -> float:
-        """The rate since the look before; 0 at the first."""
-        last, self._last = self._last, (step, now_s)
-        if last is None or now_s <= last[1]:
-            return 0.0
-        return max(0.0, (step - last[0]) / (now_s - last[1]))
-
-
 def main() -> int:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="ftrain.launch.coordinator")
@@ -579,6 +570,7 @@ def main() -> int:
     try:
         job = read_job(options.job)
         die_with_parent(job.front_pid)
+        ignore_stop_signals()
 
         async def coordinate() -> None:
             coordinator = Coordinator(job, Path(options.job))
@@ -588,7 +580,7 @@ def main() -> int:
         asyncio.run(coordinate())
     except (FtrainError, OSError) as error:
         print(f"ftrain: coordinator: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code if isinstance(error, FtrainError) else 1
     return 0
 
 

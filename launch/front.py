@@ -13,9 +13,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ftrain.launch.children import Child, Children
 from ftrain.launch.console import Console
 from ftrain.launch.joining import find_mark, join_request
 from ftrain.launch.pulse import PERIOD_S, Pulse
+from ftrain.launch.restarts import Restarts
 from ftrain.launch.run_directory import RunDirectory
 from ftrain.recovery.hold import is_held
 from ftrain.recovery.injection import never_struck
@@ -42,8 +45,7 @@ _WORD_S = 0.3  # for the coordinator's word that the job is over, when an agent 
 _HOLD_POLL_S = 0.02
 _COORDINATOR_LEASES = 2  # of silence, until it is replaced: nobody needs its memory
 _AGENT_LEASES = 12  # ... an agent's node loses its memory with it
-_QUICK_S = 3.0  # a process that ends of itself sooner than this never worked
-_QUICK_ENDS_MAX = 3  # ... and after so many in a row it never will
+_REFUSED_PAUSE_S = 1.0  # before what the system did not start is tried again
 _RELAY_BYTES = 1 << 16
 _WAITING_S = 5.0  # when to say what is being waited for
 _WAITING_PHASES = ("recovering", "gathering", "forming", "stopping")
@@ -54,7 +56,7 @@ class _Agent:
     node: int
     incarnation: int
     child: Child
-    quick_ends: int = 0
+    replaced: bool = False  # it ended, and another one takes its place
 
 
 @dataclass(slots=True)
@@ -98,7 +100,9 @@ class Front:
         self._children = Children()
         self._agents: dict[int, _Agent] = {}
         self._coordinator: Child | None = None
-        self._coordinator_quick_ends = 0
+        self._served = False  # a coordinator has ever answered
+        self._restarts: defaultdict[str, Restarts] = defaultdict(Restarts)  # by a child's name
+        self._nodes_started = False
         self._injector: Child | None = None
         self._channel: Channel | None = None
         self._news = _News()
@@ -120,7 +124,7 @@ class Front:
                 loop.add_signal_handler(number, self._stop, number)
         self._out, self._err = self._relay(1), self._relay(2)
         if self._listener is not None:
-            self._start_coordinator()
+            self._start("coordinator", self._start_coordinator)
             self._start_nodes()
         self._spawn(self._follow_coordinator())
         self._spawn(self._replace_silent())
@@ -169,15 +173,30 @@ class Front:
 
     # ------------------------------------------------------------------ processes
 
+    def _start(self, name: str, start: Callable[[], None], *, again: bool = False) -> None:
+        """Start a process; what the system has no room for now is tried until it has."""
+        if self._exit_code.done():
+            return
+        try:
+            start()
+        except OSError as error:
+            if not again:
+                why = error.strerror or error
+                self._console.line(
+                    f"ftrain: the {name} can't be started ({why}): it is tried again", "warning"
+                )
+            later = partial(self._start, name, start, again=True)
+            asyncio.get_running_loop().call_later(_REFUSED_PAUSE_S, later)
+
     def _start_nodes(self) -> None:
+        self._nodes_started = True
         for node in self._local_nodes():
-            self._start_agent(node)
+            self._start(f"agent of node {node}", partial(self._start_agent, node))
         if self._job.config.faults.schedule or self._job.config.faults.replay:
-            self._start_injector()
+            self._start("fault injector", self._start_injector)
 
     def _start_coordinator(self) -> None:
-        if self._listener is None or self._exit_code.done():
-            return
+        assert self._listener is not None
         fd = self._listener.fileno()
         self._coordinator = self._children.start(
             "coordinator",
@@ -191,23 +210,22 @@ class Front:
     def _coordinator_ended(self, child: Child) -> None:
         if self._exit_code.done():
             return
-        if child.popen.returncode == USAGE:
+        code = child.popen.returncode
+        if code == USAGE and not self._served:
             self._end(USAGE)  # its sentence was printed; another one would say the same
             return
-        quick = child.age_s < _QUICK_S and child.popen.returncode > 0
-        self._coordinator_quick_ends = self._coordinator_quick_ends + 1 if quick else 0
-        if self._coordinator_quick_ends >= _QUICK_ENDS_MAX:
-            self._fail(
-                f"the coordinator ended with {child.ended} {_QUICK_ENDS_MAX} times right after its"
-                " start; its complaint is above"
-            )
+        restarts = self._restarts[child.name]
+        pause_s = restarts.ended(child, explained=is_held(self._directory.path))
+        if why := restarts.hopeless(child):
+            self._fail(why, USAGE if code == USAGE else EXIT_FAILED)
             return
-        self._spawn(self._restart_coordinator())
+        self._spawn(self._restart_coordinator(pause_s))
 
-    async def _restart_coordinator(self) -> None:
+    async def _restart_coordinator(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
         while is_held(self._directory.path):
             await asyncio.sleep(_HOLD_POLL_S)
-        self._start_coordinator()
+        self._start("coordinator", self._start_coordinator)
 
     def _next_incarnation(self) -> int:
         """A number that no agent of this job had before: the time, which no other host has to know
@@ -215,7 +233,7 @@ class Front:
         self._incarnation = max(self._incarnation + 1, time.time_ns())
         return self._incarnation
 
-    def _start_agent(self, node: int, quick_ends: int = 0) -> None:
+    def _start_agent(self, node: int) -> None:
         incarnation = self._next_incarnation()
         arguments = ["--job", str(self._job_path), "--node", str(node)]
 
@@ -231,7 +249,7 @@ class Front:
             stderr=self._err,
             pulse=Pulse(self._job.config.detection.node_lease_s, _AGENT_LEASES),
         )
-        self._agents[node] = _Agent(node, incarnation, child, quick_ends)
+        self._agents[node] = _Agent(node, incarnation, child)
 
     def _agent_ended(self, agent: _Agent) -> None:
         if self._exit_code.done():
@@ -245,15 +263,14 @@ class Front:
         child = agent.child
         cause = f"its agent {child.lost}" if child.lost else child.ended
         self._tell(NodeGone(agent.node, agent.incarnation, cause))
-        quick = child.age_s < _QUICK_S and child.popen.returncode > 0
-        quick_ends = agent.quick_ends + 1 if quick else 0
-        if quick_ends >= _QUICK_ENDS_MAX:
-            self._fail(
-                f"the {child.name} ended with {child.ended} {_QUICK_ENDS_MAX} times right after its"
-                " start; its complaint is above"
-            )
+        restarts = self._restarts[child.name]
+        pause_s = restarts.ended(child)
+        if why := restarts.hopeless(child):
+            self._fail(why)
             return
-        self._start_agent(agent.node, quick_ends)
+        agent.replaced = True
+        start = partial(self._start, child.name, partial(self._start_agent, agent.node))
+        asyncio.get_running_loop().call_later(pause_s, start)
 
     async def _agent_left(self, agent: _Agent) -> None:
         """An agent ended of itself: told to, or by a mistake of ours. Who knows is the coordinator,
@@ -266,7 +283,7 @@ class Front:
             self._end(USAGE)  # its sentence was printed; another one would say the same
         elif code not in _FINAL_CODES:
             self._replace_agent(agent)
-        elif all(other.child.ended for other in self._agents.values()):
+        elif all(a.child.ended and not a.replaced for a in self._agents.values()):
             await asyncio.sleep(_GRACE_AFTER_END_S)  # the coordinator may be restarting
             self._end(max(a.child.popen.returncode for a in self._agents.values()))
 
@@ -319,8 +336,10 @@ class Front:
     # ------------------------------------------------------------------ stopping
 
     def _stop(self, number: signal.Signals) -> None:
+        if self._exit_code.done():
+            return  # how it ended is said; what still runs ends within seconds
         interrupt = number == signal.SIGINT
-        if self._news.stop is not None or self._exit_code.done():
+        if self._news.stop is not None:
             if interrupt:
                 self._console.line("ftrain: forced to stop: nothing was saved", "warning")
                 self._end(EXIT_FORCED)
@@ -367,7 +386,7 @@ class Front:
         while True:
             try:
                 self._channel = await connect(self._job.coordinator, identity, secret)
-                pause_s = 0.02
+                self._served, pause_s = True, 0.02
                 if self._listener is None:
                     self._channel.post(join_request(self._job))
                 for message in self._news.messages():
@@ -411,7 +430,7 @@ class Front:
             self._fail(why, USAGE)
             return
         self._mark = answer.mark
-        if not self._agents:
+        if not self._nodes_started:
             self._incarnation = answer.incarnation  # also if this host's clock was set back
             self._start_nodes()
 

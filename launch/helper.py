@@ -13,6 +13,7 @@ from ftrain.launch.reaper import Reaper
 
 _HEALTHY_S = 10.0  # having lived so long, its death is no crash loop
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.1, 5.0  # before the next start, in a crash loop
+_REFUSED_PAUSE_S = 1.0  # ... when the system had no process or descriptor for it
 
 
 class HelperProcess:
@@ -22,6 +23,7 @@ class HelperProcess:
         on_start: a process was started; the place to post the first messages.
         on_message: called with each message and its descriptors, which it has to close.
         on_down: the process ended, and how; another one follows.
+        on_refused: the next one can't be started, and why; it is tried until it can.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class HelperProcess:
         on_start: Callable[[], None],
         on_message: Callable[[Any, list[int]], None],
         on_down: Callable[[str], None],
+        on_refused: Callable[[str], None],
     ) -> None:
         self.pid = 0  # 0: none runs at this moment
         self._module = module
@@ -41,31 +44,48 @@ class HelperProcess:
         self._on_start = on_start
         self._on_message = on_message
         self._on_down = on_down
+        self._on_refused = on_refused
         self._loop = asyncio.get_running_loop()
         self._link: LocalLink | None = None
         self._started_s = 0.0
         self._pause_s = 0.0
+        self._refused = False
         self._closed = False
 
-    @property
-    def running(self) -> bool:
-        """Whether there is a process to post to."""
-        return self._link is not None
-
     def start(self) -> None:
-        """Start the process."""
-        if self._closed:
-            return
+        """Start the process. Raises OSError when it can't be: there is nothing to lose yet."""
         ours, theirs = local.pair()
+        link = LocalLink(ours, self._on_message, self._hung_up)
         with theirs:
             fd = theirs.fileno()
             arguments = ["--fd", str(fd)]
-            self.pid = self._reaper.start(
-                self._module, arguments, self._ended, environment=self._environment, pass_fds=[fd]
-            )
+            try:
+                self.pid = self._reaper.start(
+                    self._module,
+                    arguments,
+                    self._ended,
+                    environment=self._environment,
+                    pass_fds=[fd],
+                )
+            except OSError:
+                link.close()
+                raise
         self._started_s = self._loop.time()
-        self._link = LocalLink(ours, self._on_message, self._hung_up)
+        self._link = link
         self._on_start()
+
+    def _start_again(self) -> None:
+        if self._closed:
+            return
+        try:
+            self.start()
+        except OSError as error:  # what else lives here is worth more than this process
+            if not self._refused:
+                self._on_refused(error.strerror or str(error))
+            self._refused = True
+            self._loop.call_later(_REFUSED_PAUSE_S, self._start_again)
+        else:
+            self._refused = False
 
     def post(self, message: object, fds: Sequence[int] = ()) -> None:
         """Send without waiting; lost when no process runs."""
@@ -98,6 +118,6 @@ class HelperProcess:
         if self._closed:
             return
         crash_loop = self._loop.time() - self._started_s < _HEALTHY_S
-        self._loop.call_later(self._pause_s, self.start)
+        self._loop.call_later(self._pause_s, self._start_again)
         self._pause_s = max(_PAUSE_S_MIN, min(2 * self._pause_s, _PAUSE_S_MAX)) * crash_loop
         self._on_down(describe_exit(status))

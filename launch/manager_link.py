@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrain.comms.environment import inherited_environment
+from ftrain.comms.errors import UsageError
 from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, Held
 from ftrain.launch.contract import place_of
@@ -25,9 +26,11 @@ from ftrain.snapshot.protocol.messages import (
     RankDied,
     SetGroup,
     Setup,
+    SetupRefused,
     Taken,
 )
 
+_START_LEASES = 12  # until the first answer; a slow disk may hold up the start
 _PING_S = 1.0
 _HUNG_S = 5.0  # without an answer; replacing one that was only slow costs nothing but a moment
 
@@ -39,7 +42,8 @@ class ManagerLink:
         on_started: the manager serves; called with its address and inventory, also after a restart.
         on_message: any other message for the agent.
         on_down: it died, and why; a new one is on its way.
-        on_hung: it will be killed because it does not answer.
+        on_mistake: no manager has ever served here, and none will before the user mends this.
+        say: takes a sentence for the user.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class ManagerLink:
         on_started: Callable[[str, tuple[Held, ...]], None],
         on_message: Callable[[Any], None],
         on_down: Callable[[str], None],
-        on_hung: Callable[[], None],
+        on_mistake: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:
         self.socket_path = str(Path(job.run_dir, "state", f"smp{node}.sock"))
         self._setup = _setup(job, node, incarnation, self.socket_path)
@@ -61,7 +66,11 @@ class ManagerLink:
         self._slots: dict[Taken, int] = {}  # descriptors kept for the next manager
         self._group: SetGroup | None = None
         self._loop = asyncio.get_running_loop()
-        self._on_hung = on_hung
+        self._start_s_max = _START_LEASES * job.config.detection.node_lease_s
+        self._served = False
+        self._refusal = ""  # told already
+        self._on_mistake = on_mistake
+        self._say = say
         self._deadline: asyncio.TimerHandle | None = None  # of the answer to a ping
         self._next_ping: asyncio.TimerHandle | None = None
         self._on_down = on_down
@@ -72,6 +81,9 @@ class ManagerLink:
             on_start=self._set_up,
             on_message=self._received,
             on_down=self._went_down,
+            on_refused=lambda why: say(
+                f"the snapshot manager can't be started ({why}): it is tried again"
+            ),
         )
 
     @property
@@ -80,7 +92,7 @@ class ManagerLink:
         return self._process.pid
 
     def start(self) -> None:
-        """Start the manager; it answers with ``on_started``."""
+        """Start the manager, which answers with ``on_started``; raises OSError if that can't be."""
         self._process.start()
 
     def post(self, message: object) -> None:
@@ -111,6 +123,7 @@ class ManagerLink:
         self._process.post(replace(self._setup, taken=taken), [self._slots[slot] for slot in taken])
         if self._group is not None:
             self._process.post(self._group)
+        self._ping(self._start_s_max)
 
     def _received(self, message: Any, fds: list[int]) -> None:
         if isinstance(message, Hold) and len(fds) == 1:
@@ -121,17 +134,29 @@ class ManagerLink:
         if isinstance(message, Drop):
             self._forget(Taken(message.rank, message.slot))
         elif isinstance(message, ManagerStarted):
-            self._ping()
+            self._served, self._refusal = True, ""
             self._on_started(message.address, message.held)
+        elif isinstance(message, SetupRefused):
+            self._refused(message)
         elif isinstance(message, Pong):
             self._stop_pings()
             self._next_ping = self._loop.call_later(_PING_S, self._ping)
         elif not isinstance(message, Hold):
             self._on_message(message)
 
-    def _ping(self) -> None:
+    def _refused(self, message: SetupRefused) -> None:
+        """A manager before may have served as well: then what is in the way may go again, and the
+        memory that is kept here is worth trying until it does."""
+        if message.exit_code == UsageError.exit_code and not self._served:
+            self.close()
+            self._on_mistake(message.why)
+        elif message.why != self._refusal:
+            self._refusal = message.why
+            self._say(f"the snapshot manager can't serve: {message.why}")
+
+    def _ping(self, limit_s: float = _HUNG_S) -> None:
         self._stop_pings()
-        self._deadline = self._loop.call_later(_HUNG_S, self._replace)
+        self._deadline = self._loop.call_later(limit_s, self._replace)
         self.post(Ping())
 
     def _stop_pings(self) -> None:
@@ -141,7 +166,7 @@ class ManagerLink:
 
     def _replace(self) -> None:
         """It is stopped, or caught in something: its memory is here, the next one takes it over."""
-        self._on_hung()
+        self._say("the snapshot manager does not answer: it is being replaced")
         self._process.kill()
 
     def _went_down(self, how: str) -> None:

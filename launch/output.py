@@ -118,6 +118,7 @@ class OutputPump:
         ``redirects`` to ``directory`` only; with ``tee`` to both.
         """
         bit = _BITS[kind]
+        reading, writing = os.pipe2(os.O_CLOEXEC)
         log_fd, console_fd = -1, _CONSOLE[kind]
         if (redirects | tee) & bit:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -128,7 +129,6 @@ class OutputPump:
                 self._complain(directory, error)
             else:
                 console_fd = -1 if redirects & bit and not tee & bit else console_fd
-        reading, writing = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # over the user's limit: the default size does
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 

@@ -70,7 +70,7 @@ def _run_guarded(program: Program, error_file: str) -> int:
         return _exit_code(ended) or _saved(error_file)
     except BaseException as error:  # the root of the process: nothing may get past it
         _linger(error)
-        _describe(error, error_file)
+        describe(error, error_file)
         return 1
     return _saved(error_file)
 
@@ -142,7 +142,7 @@ def _exit_code(ended: SystemExit) -> int:
     return 1
 
 
-def _describe(error: BaseException, error_file: str) -> None:
+def describe(error: BaseException, error_file: str) -> None:
     """Write the error file, in the form that torchelastic uses, so that its readers work too."""
     trimmed = _without_bootstrap(error.__traceback__)
     text = "".join(traceback.format_exception(type(error), error, trimmed))

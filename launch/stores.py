@@ -1,18 +1,21 @@
 """The stores through which the ranks of a formation find each other.
 
 torch's own way of sharing one store between restarts lets new ranks read what dead ones left there.
-Here every formation has a store of its own, on a port of its own, hosted by a process that is no
-rank.  The next one is made ahead of time, because forming must not wait for it.
+Here every formation has a store of its own, on a port of its own, in a process of its own that is
+no rank: forked by the worker server, where torch is imported already.
 """
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ftrain.comms.addresses import format_address, listen_tcp
+from ftrain.comms.errors import FtrainError
+from ftrain.comms.local import LocalSocket
+from ftrain.launch.worker_messages import StoreServed
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -20,42 +23,17 @@ if TYPE_CHECKING:
 _TIMEOUT = timedelta(seconds=60)
 
 
-class GroupStores:
-    """Makes stores in a thread of its own, which also imports torch; close it at the end."""
-
-    def __init__(self, bind: str) -> None:
-        self._bind = bind
-        self._thread = ThreadPoolExecutor(1, "stores")
-        self._next: asyncio.Future[TCPStore] = self._prepare()
-        self._present: TCPStore | None = None
-        self._outgoing: list[TCPStore] = []
-
-    async def take(self) -> int:
-        """Port of a fresh store. Raises UsageError or RuntimeError when none can be made."""
-        try:
-            store = await self._next
-        finally:
-            self._next = self._prepare()
-        if self._present is not None:
-            self._outgoing.append(self._present)
-        self._present = store
-        return int(store.port)
-
-    def retire(self) -> None:
-        """Close every store but the newest: their ranks are gone."""
-        outgoing, self._outgoing = self._outgoing, []
-        if outgoing:
-            self._thread.submit(outgoing.clear)
-
-    def close(self) -> None:
-        """Give up all stores, without waiting."""
-        self._next.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _prepare(self) -> asyncio.Future[TCPStore]:
-        future = asyncio.get_running_loop().run_in_executor(self._thread, make_store, self._bind)
-        future.add_done_callback(_look_at)
-        return future
+def serve_store(socket: LocalSocket, bind: str) -> NoReturn:
+    """Be a store's process from now on; says on ``socket`` where the store is, or why it is not."""
+    try:
+        store = make_store(bind)
+    except (FtrainError, RuntimeError) as error:
+        socket.send(StoreServed(0, 0, str(error)))
+        os._exit(1)
+    socket.send(StoreServed(os.getpid(), int(store.port)))
+    socket.close()
+    while True:
+        signal.pause()
 
 
 def make_store(bind: str, port: int = 0) -> TCPStore:
@@ -88,8 +66,3 @@ def make_store(bind: str, port: int = 0) -> TCPStore:
 def _reachable(host: str) -> str:
     """An address of this host for one that it listens on."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _look_at(future: asyncio.Future[TCPStore]) -> None:
-    if not future.cancelled():
-        future.exception()  # raised again to who takes it; nobody may

@@ -9,7 +9,7 @@ from contextlib import suppress
 from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.errors import AuthenticationError, FtrainError, PeerLostError
 from ftrain.comms.job import JobSpec
-from ftrain.comms.protocol.messages import Directive, NodeReport, Notice
+from ftrain.comms.protocol.messages import Directive, NodeReport, Notice, OpenStore
 
 _RECONNECT_S_MIN, _RECONNECT_S_MAX = 0.02, 0.5
 _NOTICES_MAX = 100  # kept while there is no coordinator
@@ -21,6 +21,7 @@ class Uplink:
     Args:
         report: the node's report as of now, the first thing that a coordinator hears.
         on_directive: called with each directive.
+        on_store: called with each order of a store.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Uplink:
         *,
         report: Callable[[], NodeReport],
         on_directive: Callable[[Directive], None],
+        on_store: Callable[[OpenStore], None],
     ) -> None:
         self._address = job.coordinator
         self._identity = Identity(job.run_id, "agent", node, incarnation)
         self._secret = bytes.fromhex(job.secret)
         self._report = report
         self._on_directive = on_directive
+        self._on_store = on_store
         self._channel: Channel | None = None
         self._notices: list[Notice] = []
 
@@ -64,6 +67,8 @@ class Uplink:
                         message = await channel.receive()
                         if isinstance(message, Directive):
                             self._on_directive(message)
+                        elif isinstance(message, OpenStore):
+                            self._on_store(message)
             except AuthenticationError:
                 raise
             except FtrainError:

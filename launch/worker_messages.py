@@ -67,10 +67,36 @@ class ForkFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """Fork a process with a store for ranks to find each other. Answer: StoreServed."""
+
+    bind: str  # host it listens on
+
+
+@dataclass(frozen=True, slots=True)
+class StoreServed:
+    """The store is there until its process, a child of the agent, is killed."""
+
+    pid: int
+    port: int
+    problem: str = ""  # why there is none
+
+
+@dataclass(frozen=True, slots=True)
 class ScriptEdited:
     """The script is another one than at the last fork."""
 
     path: str
 
 
-wire.register(Preload, ServerReady, RankSpec, ForkRequest, Forked, ForkFailed, ScriptEdited)
+wire.register(
+    Preload,
+    ServerReady,
+    RankSpec,
+    ForkRequest,
+    Forked,
+    ForkFailed,
+    StoreRequest,
+    StoreServed,
+    ScriptEdited,
+)

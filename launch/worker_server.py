@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,9 +27,16 @@ from typing import Any, NoReturn
 from ftrain.comms.environment import inherited_environment, replace_environment
 from ftrain.comms.errors import PeerLostError
 from ftrain.comms.local import LocalSocket, from_descriptor
-from ftrain.comms.process import describe_exit, die_with_parent, set_oom_score_adj
+from ftrain.comms.process import (
+    STOP_SIGNALS,
+    describe_exit,
+    die_with_parent,
+    ignore_stop_signals,
+    set_oom_score_adj,
+)
 from ftrain.comms.telemetry import TelemetryPage, Word
 from ftrain.launch import rank_main
+from ftrain.launch.stores import serve_store
 from ftrain.launch.worker_messages import (
     FDS_PER_RANK,
     TELEMETRY_FD,
@@ -39,12 +47,13 @@ from ftrain.launch.worker_messages import (
     RankSpec,
     ScriptEdited,
     ServerReady,
+    StoreRequest,
+    StoreServed,
 )
 
 STACK_SIGNAL = signal.SIGRTMIN + 1  # a rank writes all its stacks to its stderr
 _AGENT_GONE = 3  # exit code of a copy
 _RANK_OOM_SCORE = 300  # a rank is killed before the processes that can bring it back
-_MAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # What a training script pulls in by its first step; most of it through the constructor of
 # DistributedDataParallel, which imports torch._dynamo and FSDP (1.8 s on the machine measured).
@@ -129,6 +138,8 @@ class WorkerServer:
                     self._fork_ranks()
                 except PeerLostError:
                     os._exit(_AGENT_GONE)
+                except BaseException:  # the copy's root: what goes past it would serve here
+                    traceback.print_exc()
                 finally:
                     os._exit(1)
             status = os.waitpid(copy, 0)[1]
@@ -137,11 +148,11 @@ class WorkerServer:
             if status != 0:
                 self._socket.send(ForkFailed(0, f"forking ended with {describe_exit(status)}"))
 
-    def _receive(self, kind: type[Any]) -> tuple[Any, list[int]]:
-        """The next message of this kind, with its descriptors."""
+    def _receive(self, *kinds: type[Any]) -> tuple[Any, list[int]]:
+        """The next message of one of these kinds, with its descriptors."""
         while True:
             message, fds = self._socket.receive()
-            if isinstance(message, kind):
+            if isinstance(message, kinds):
                 return message, fds
             for fd in fds:
                 os.close(fd)
@@ -160,18 +171,23 @@ class WorkerServer:
         self._socket.send(ServerReady(time.monotonic() - began, tuple(problems)))
 
     def _refuse(self, threads: int) -> None:
-        request, fds = self._receive(ForkRequest)
+        request, fds = self._receive(ForkRequest, StoreRequest)
         for fd in fds:
             os.close(fd)
         why = (
             f"the worker server runs {threads} threads, so it can't fork safely: one of the "
             "preloaded modules starts a thread at import, take it out of launch.preload"
         )
-        self._socket.send(ForkFailed(request.epoch, why))
+        if isinstance(request, StoreRequest):
+            self._socket.send(StoreServed(0, 0, why))
+        else:
+            self._socket.send(ForkFailed(request.epoch, why))
 
     def _fork_ranks(self) -> NoReturn:
-        """The copy's life: wait for a request, fork its ranks, end."""
-        request, fds = self._receive(ForkRequest)
+        """The copy's life: wait for a request, fork its ranks (or a store), end."""
+        request, fds = self._receive(ForkRequest, StoreRequest)
+        if isinstance(request, StoreRequest):
+            self._fork_store(request)
         if self._script is not None and self._script.refresh():
             self._socket.send(ScriptEdited(self._script.path))
         for index, spec in enumerate(request.ranks):
@@ -183,9 +199,22 @@ class WorkerServer:
             if pid == 0:
                 try:
                     self._become_rank(request, spec, fds, index)
+                except BaseException as error:  # the root of the rank's process
+                    rank_main.describe(error, spec.error_file)
                 finally:
                     os._exit(1)
             self._socket.send(Forked(request.epoch, spec.rank, pid, time.monotonic_ns()))
+        os._exit(0)
+
+    def _fork_store(self, request: StoreRequest) -> NoReturn:
+        if os.fork() == 0:
+            try:
+                os.setsid()
+                _await_adoption(self._agent_pid)
+                die_with_parent(self._agent_pid)
+                serve_store(self._socket, request.bind)
+            finally:
+                os._exit(1)
         os._exit(0)
 
     def _become_rank(
@@ -257,7 +286,7 @@ def _guard_descendants() -> None:
     A handler that does nothing (instead of "ignore") is undone by exec; forked children undo it
     here.  They also die with the rank: DataLoader workers would look for it every 5 s only.
     """
-    for number in _MAIN_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, _do_nothing)
     rank = os.getpid()
     forking = threading.local()
@@ -265,13 +294,13 @@ def _guard_descendants() -> None:
     def before() -> None:
         forking.from_main = threading.current_thread() is threading.main_thread()
         # or else one that comes before the child has undone the handler would be lost
-        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_SIGNALS)
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def in_parent() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
 
     def in_child() -> None:
-        for number in _MAIN_SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is _do_nothing:
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default)
@@ -325,8 +354,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     socket = from_descriptor(parser.parse_args().fd)
     die_with_parent(socket.peer_pid)
-    for number in _MAIN_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the agent decides when this process ends
+    ignore_stop_signals()  # the agent decides when this process ends
     try:
         WorkerServer(socket).serve()
     except PeerLostError:

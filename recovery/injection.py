@@ -27,7 +27,7 @@ import msgspec
 from ftrain.comms.errors import ConfigError, FtrainError, RunDirectoryError
 from ftrain.comms.events import EventLog, read_events
 from ftrain.comms.job import JobSpec, read_job
-from ftrain.comms.process import die_with_parent
+from ftrain.comms.process import die_with_parent, ignore_stop_signals
 from ftrain.comms.protocol.phases import Phase
 from ftrain.configs.schema import FaultConfig, FaultsConfig
 from ftrain.recovery.faults import (
@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = read_job(parser.parse_args(arguments).job)
         if job.front_pid:
             die_with_parent(job.front_pid)
+            ignore_stop_signals()
         faults = replace(job.config.faults, schedule=_schedule(job.config.faults))
         check_schedule(faults, nodes=job.nodes, world_size=job.nodes * job.local_world)
         asyncio.run(Injector(job, faults.schedule, faults.seed).run())

@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,12 @@ from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.links import LocalLink
 from ftrain.comms.local import LocalSocket, from_descriptor
-from ftrain.comms.process import allow_many_descriptors, die_with_parent, set_oom_score_adj
+from ftrain.comms.process import (
+    allow_many_descriptors,
+    die_with_parent,
+    ignore_stop_signals,
+    set_oom_score_adj,
+)
 from ftrain.comms.protocol.messages import Held, Notice, VersionId
 from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
@@ -42,6 +48,7 @@ from ftrain.snapshot.protocol.messages import (
     Repaired,
     SetGroup,
     Setup,
+    SetupRefused,
     Withdrawn,
 )
 from ftrain.snapshot.ranks import RankServer
@@ -305,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="local socket to the agent")
     sock = from_descriptor(parser.parse_args(argv).fd)
     die_with_parent(sock.peer_pid)
+    ignore_stop_signals()
     set_oom_score_adj(_OOM_SCORE)
     allow_many_descriptors()
     sock.settimeout(_SETUP_S_MAX)
@@ -318,7 +326,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def serve_agent() -> None:
         await Manager(sock, setup, fds).run()
 
-    asyncio.run(serve_agent())
+    try:
+        asyncio.run(serve_agent())
+    except FtrainError as error:
+        with suppress(PeerLostError, TimeoutError):
+            sock.send(SetupRefused(str(error), error.exit_code))
+        return error.exit_code
     return 0
 
 

@@ -45,7 +45,7 @@ from ftrain.checkpoint.remote.store import RemoteStore, RemoteVersion
 from ftrain.checkpoint.retention import Retention
 from ftrain.comms.errors import CorruptionError, FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.local import LocalSocket, close_all, from_descriptor
-from ftrain.comms.process import die_with_parent, set_oom_score_adj
+from ftrain.comms.process import die_with_parent, ignore_stop_signals, set_oom_score_adj
 
 _NICE = 19  # of the disk as well: its priority follows that of the CPU
 _OOM_SCORE = 500  # the first to go: what it does can be done again
@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="local socket to the parent")
     sock = from_descriptor(parser.parse_args(argv).fd)
     die_with_parent(sock.peer_pid)
+    ignore_stop_signals()
     set_oom_score_adj(_OOM_SCORE)
     os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # threads that come later inherit it
     try:

@@ -192,6 +192,22 @@ class Directive:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenStore:
+    """To the first node of a formation: have a fresh store opened for it. Said until answered."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOpened:
+    """Answer to :class:`OpenStore`."""
+
+    epoch: int
+    port: int
+    problem: str = ""  # why there is none
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGone:
     """The front saw a node's agent end, or a node's lease ran out."""
 

@@ -115,6 +115,14 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class SetupRefused:
+    """The manager can't serve with this :class:`Setup`, and ends."""
+
+    why: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
 class ManagerStarted:
     """The manager serves: answer to :class:`Setup`."""
 
@@ -436,6 +444,7 @@ MESSAGES: tuple[type, ...] = (
     AskInventory,
     Ping,
     Flush,
+    SetupRefused,
     ManagerStarted,
     Hold,
     Drop,

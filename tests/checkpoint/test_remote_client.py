@@ -123,6 +123,20 @@ def test_sweeping_by_order(local: DurableStore, tmp_path: Path) -> None:
     assert asyncio.run(run()) == ("3/7.json", "3/7/rank0.seg", "3/7/rank1.seg")
 
 
+def test_stop_signals_are_not_for_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        client = StoreClient((tmp_path / "mounted").as_uri(), QUICK)
+        await client.ask(StoreAskVersions(), S)
+        pid = client.pid
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, number)
+        await client.ask(StoreAskVersions(), S)
+        assert client.pid == pid
+        await client.close()
+
+    asyncio.run(run())
+
+
 def test_what_is_wrong_keeps_its_kind(
     s3: S3Server, local: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

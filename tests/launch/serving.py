@@ -23,6 +23,8 @@ from ftrain.launch.worker_messages import (
     RankSpec,
     ScriptEdited,
     ServerReady,
+    StoreRequest,
+    StoreServed,
 )
 
 
@@ -105,6 +107,13 @@ class Serving:
                 assert isinstance(message, ForkFailed)
                 raise AssertionError(message.cause)
         return ranks
+
+    def store(self, bind: str = "127.0.0.1") -> StoreServed:
+        """Have a store opened."""
+        self.socket.send(StoreRequest(bind))
+        found = self.receive()
+        assert isinstance(found, StoreServed)
+        return found
 
     def close(self) -> None:
         self.socket.close()

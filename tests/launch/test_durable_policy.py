@@ -97,7 +97,7 @@ def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     del content["xxh3"]  # another format need not have the digest where this one has it
     manifest.write_text(json.dumps({**content, "format": 1}))
     again = Launch(tmp_path, *TWO)
-    assert again.wait() != 0
+    assert again.wait() == 2, again.shown
     assert "10.json is in format 1" in again.shown
     assert "use the ftrain that wrote it" in again.shown
     assert "Traceback" not in again.shown

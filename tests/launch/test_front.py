@@ -14,6 +14,7 @@ from launching import Launch, launched, small_disk, wait_for
 
 from ftrain.launch.children import children_of
 from ftrain.recovery.hold import hold_coordinator, let_go
+from ftrain.recovery.node_file import node_file_path, read_node_file
 
 HELLO = """
 import os, sys
@@ -62,6 +63,8 @@ def test_nothing_outlives_a_killed_front(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING, "--nproc-per-node", "2") as launch:
         wait_for(lambda: len(began(launch)) == 2)
         assert len(launch.processes()) >= 5
+        coordinator = launch.pid_of("ftrain.launch.coordinator")
+        assert "libtorch" not in Path(f"/proc/{coordinator}/maps").read_text()  # 200 MB
         launch.popen.kill()
         assert launch.gone_after(1.0)
 
@@ -143,6 +146,24 @@ def test_second_interrupt_forces(tmp_path: Path) -> None:
         assert launch.wait(5) == 130
         assert launch.gone_after(0)
         assert "Traceback" not in launch.shown
+
+
+@pytest.mark.slow
+def test_an_interrupt_after_the_end_says_nothing_more(tmp_path: Path) -> None:
+    """An agent that is stopped takes the front a while to end."""
+    fails = WAITING + "if os.environ['RANK'] == '1': raise ValueError('told to')"
+    options = ("--local-nodes", "2", "--max-restarts", "0", "snapshot=off", "checkpoint=off")
+    with launched(tmp_path, fails, *options) as launch:
+        wait_for(lambda: len(began(launch)) == 2)
+        other = wait_for(lambda: read_node_file(node_file_path(launch.run_dir, 0)))
+        os.kill(other.agent_pid, signal.SIGSTOP)
+        (tmp_path / "go-on").touch()
+        wait_for(lambda: "raised ValueError: told to" in launch.shown)
+        time.sleep(0.3)  # the end comes in the same moment
+        assert launch.popen.poll() is None
+        launch.popen.send_signal(signal.SIGINT)
+        assert launch.wait(20) == 1, launch.shown
+        assert "forced" not in launch.shown
 
 
 @pytest.mark.slow

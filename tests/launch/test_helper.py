@@ -46,6 +46,7 @@ def test_descriptors_are_kept_of_a_process_that_died_after_sending_them(
             on_start=lambda: helper.post(Flush(VersionId(1, 1), 1)),  # never read
             on_message=received,
             on_down=down,
+            on_refused=news.append,
         )
         helper.start()
         # Another child's end is seen by the loop; before it is handled, the loop stands still until

@@ -172,3 +172,14 @@ def test_nobody_to_join(hosts: Hosts) -> None:
     assert alone.wait(20) == 1
     assert "was not there for 0.5 s: see whether node 0's launch runs there" in alone.shown
     assert alone.gone_after(0)
+
+
+@pytest.mark.slow
+def test_an_address_that_is_not_the_hosts_own_is_wrong_usage(hosts: Hosts) -> None:
+    first = hosts.launch(0)
+    second = hosts.launch(1, "--local-addr", "192.0.2.1")
+    assert second.wait(30) == 2, second.shown
+    assert second.gone_after(0)
+    assert second.shown.count("ftrain: node 1: can't listen on 192.0.2.1:0: ") == 1, second.shown
+    assert "Traceback" not in second.shown
+    assert first.popen.poll() is None

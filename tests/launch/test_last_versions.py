@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -55,6 +56,23 @@ def test_a_stop_without_snapshots_in_memory_saves(tmp_path: Path) -> None:
     assert again.wait() == 0, again.shown
     assert again.shown.count("trained to step 200") == 2
     assert saved(again) == [step, 200]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_signal_to_every_process_saves(tmp_path: Path, number: signal.Signals) -> None:
+    """As systemd and SLURM send it: nobody who is needed for saving dies of it."""
+    store = f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"
+    options = ("checkpoint.durable_every_s=1", "checkpoint.remote_every_s=0.1")
+    with launched(tmp_path, script("2000"), *TWO, store, *options) as launch:
+        wait_for(lambda: saved(launch))
+        launch.pid_of("ftrain.checkpoint.remote.worker")
+        for pid in (*launch.processes(), launch.popen.pid):
+            os.kill(pid, number)
+        assert launch.wait() == 75, launch.shown
+        assert f"with step {saved(launch)[-1]} saved" in launch.shown
+        events = (launch.run_dir / "events.jsonl").read_text()
+        assert events.count('"kind":"launch"') == 1  # one coordinator
+        assert "the snapshot manager ended" not in events
 
 
 def test_a_wish_to_save_without_snapshots_in_memory_is_done_by_the_ranks(tmp_path: Path) -> None:

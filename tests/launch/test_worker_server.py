@@ -8,14 +8,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from serving import Rank, Serving, gone, until
+from serving import Rank, Serving, adopted, gone, until
 
 from ftrain.launch import rank_main
 from ftrain.launch.children import children_of
-from ftrain.launch.worker_messages import ScriptEdited
+from ftrain.launch.worker_messages import ForkRequest, RankSpec, ScriptEdited
 
 pytestmark = pytest.mark.may_leak("a server has a copy of itself ready, a new one after each fork")
 
@@ -254,7 +255,51 @@ def test_preloaded_module_that_starts_a_thread_is_refused(tmp_path: Path) -> Non
     assert "not_there can't be preloaded" in serving.ready.problems[-1]
     with pytest.raises(AssertionError, match=r"2 threads.*launch.preload"):
         serving.fork(tmp_path / "out")
+    assert "2 threads" in serving.store().problem
     serving.close()
+
+
+def test_what_ends_a_rank_before_its_script_is_described(server: Serving, place: Path) -> None:
+    server.epoch += 1
+    spec = RankSpec(0, {}, str(place / "error0.json"))
+    with open(os.devnull, "w") as null:  # and no telemetry page
+        server.socket.send(ForkRequest(server.epoch, (spec,), {}), [null.fileno()] * 3)
+    rank = Rank(0, server.receive().pid, place)
+    assert rank.wait() == 1
+    error = rank_main.read_error_file(rank.error_file)
+    assert error.line.startswith("ValueError: telemetry page is shorter than ")
+    assert "_mark_started" in error.traceback
+    os.unlink(rank.error_file)
+
+
+def test_what_ends_a_copy_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text("")
+    serving = Serving(["train.py"], cwd=tmp_path)
+    os.write(serving.socket.fileno(), b"garbage")
+    failed = serving.receive()
+    assert failed.cause == "forking ended with exit code 1"
+    serving.close()
+    assert "ftrain.comms.errors.RemoteProtocolError: " in capfd.readouterr().err
+
+
+def test_stores_are_served_by_processes_of_their_own(server: Serving, place: Path) -> None:
+    first, second = server.store(), server.store()
+    assert (first.problem, second.problem) == ("", "")
+    assert first.port != second.port
+    script = f"""
+        from torch.distributed import TCPStore
+        store = TCPStore("127.0.0.1", {first.port}, is_master=False)
+        store.set("x", "1")
+        print(store.get("x"), TCPStore("127.0.0.1", {second.port}, is_master=False).check(["x"]))
+    """
+    (rank,) = run(server, place, script)
+    assert rank.wait() == 0, rank.err
+    assert rank.out == "b'1' False\n"
+    assert "can't listen" in server.store("192.0.2.1").problem
+    for pid in (first.pid, second.pid):
+        until(partial(adopted, pid))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_ranks_outlive_the_server(tmp_path: Path) -> None:

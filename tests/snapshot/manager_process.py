@@ -63,6 +63,7 @@ class Manager:
         self.node = node
         self.incarnation = incarnation
         self.settings = {
+            "bind": "127.0.0.1",
             "slots": slots,
             "memory_share_max": 0.5,
             "bytes_per_s_max": 0.0,
@@ -91,7 +92,6 @@ class Manager:
             node=self.node,
             incarnation=self.incarnation,
             socket_path=self.socket_path,
-            bind="127.0.0.1",
             host="127.0.0.1",
             taken=tuple(Taken(rank, slot) for rank, slot in places),
             **self.settings,

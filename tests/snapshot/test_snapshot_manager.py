@@ -32,6 +32,7 @@ from ftrain.snapshot.protocol.messages import (
     FlushRefused,
     ImageSealed,
     Reserve,
+    SetupRefused,
     Withdrawn,
 )
 
@@ -530,3 +531,17 @@ def test_a_withdrawn_version_is_not_held_not_flushed_and_not_found_again(tmp_pat
             assert rank.capture(3)
             manager.newest_committed(v(3))
             assert steps_held(manager)[-1] == 3
+
+
+def test_a_manager_that_can_not_serve_says_why_and_ends(tmp_path: Path) -> None:
+    """Where no socket can be made, as on some file systems; and at a foreign address."""
+    place = tmp_path / "gone"
+    for settings, words in (
+        ({}, f"no socket can be made at {place}/smp0.sock"),
+        ({"bind": "192.0.2.1"}, "can't listen on 192.0.2.1:0"),
+    ):
+        with Manager(place, wait=False, **settings) as manager:
+            refused = manager.expect(SetupRefused)
+            assert words in refused.why
+            assert refused.exit_code == 2
+            assert manager.process.wait(10) == 2
