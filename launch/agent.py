@@ -105,19 +105,7 @@ class Agent:
             say=self._say,
         )
         self._stores = GroupStores(self._server, self._reaper, launch.bind, self._uplink.send)
-        self._manager: ManagerLink | None = None
-        if job.config.snapshot.enabled:
-            self._manager = ManagerLink(
-                job,
-                node,
-                incarnation,
-                self._reaper,
-                on_started=self._manager_started,
-                on_message=self._from_manager,
-                on_down=self._manager_down,
-                on_mistake=lambda why: self._fail(UsageError(why)),
-                say=partial(self._say, "warning"),
-            )
+        self._manager = self._manager_link() if job.config.snapshot.enabled else None
         self._group: RankGroup | None = None
         self._killing = False
         self._failed_ns = 0  # when the first failure of the epoch was noticed
@@ -138,6 +126,19 @@ class Agent:
             FlushVersion: self._flush_version,
             Exit: lambda effect: self._leave(effect.code),
         }
+
+    def _manager_link(self) -> ManagerLink:
+        return ManagerLink(
+            self._job,
+            self._node,
+            self._incarnation,
+            self._reaper,
+            on_started=self._manager_started,
+            on_message=self._from_manager,
+            on_down=self._manager_down,
+            on_mistake=lambda why: self._fail(UsageError(why)),
+            say=partial(self._say, "warning"),
+        )
 
     async def run(self) -> int:
         """Serve until the job is over; returns the exit code, with every child gone."""

@@ -64,6 +64,8 @@ class Forking:
             on_forked=self._forked,
             on_failed=self.failed.append,
             on_change=lambda: None,
+            on_ready=lambda: None,
+            on_store=lambda served: None,
             say=lambda kind, text: self.said.append(text),
         )
 
