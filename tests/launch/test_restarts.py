@@ -80,24 +80,15 @@ def test_ranks_wait_for_a_worker_server_that_is_in_a_crash_loop(tmp_path: Path) 
     """The only restart that is allowed is not used up by the pause between its starts."""
     with launched(tmp_path, WAITING, "--max-restarts", "1") as launch:
         wait_for(lambda: began(launch))
-        agent, (rank,) = node(launch).agent_pid, node(launch).ranks
+        (rank,) = node(launch).ranks
         for _ in range(5):
-            pid = wait_for(lambda: _worker_server(agent, rank.pid))
+            pid = wait_for(lambda: node(launch).worker_server_pid)
             os.kill(pid, signal.SIGKILL)
-            wait_for(lambda old=pid: _worker_server(agent, rank.pid) != old)
+            wait_for(lambda old=pid: node(launch).worker_server_pid != old)
         os.kill(rank.pid, signal.SIGKILL)
         wait_for(lambda: len(began(launch)) == 2)
         (tmp_path / "go-on").touch()
         assert launch.wait() == 0, launch.shown
-
-
-def _worker_server(agent: int, rank: int) -> int:
-    """Of the agent's children; a rank looks like it."""
-    for pid in children_of(agent):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if pid != rank and b"ftrain.launch.worker_server\0" in command:
-            return pid
-    return 0
 
 
 @pytest.mark.slow
