@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ftrain.comms.protocol.messages import VersionId
 
 HERE = Path(__file__).parent
 DISK_MIB = 16
+_NAMESPACE_S_MAX = 60.0
 Key = tuple[int, int]
 
 
@@ -53,8 +54,23 @@ class Disk:
             os.close(fd)
 
     def unmount(self) -> None:
-        """Take it away."""
+        """Take it away.
+
+        A mount namespace that a test beside this one has made meanwhile has a copy of the mount:
+        until that is gone, the file system lives on as it was when its power was cut.
+        """
         _run("umount", self.place)
+        deadline_s = time.monotonic() + _NAMESPACE_S_MAX
+        while self._in_use():
+            assert time.monotonic() < deadline_s, f"{self._image} is mounted somewhere else"
+            time.sleep(0.01)
+
+    def _in_use(self) -> bool:
+        for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+            with suppress(OSError):  # gone since it was listed
+                if file.read_text().strip() == str(self._image):
+                    return True
+        return False
 
 
 def _run(*words: str | Path) -> None:
