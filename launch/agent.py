@@ -33,7 +33,7 @@ from ftrain.comms.protocol.effects import (
     ReleaseRanks,
     UpdatePeers,
 )
-from ftrain.comms.protocol.messages import Held, Notice, RankFailure, VersionId
+from ftrain.comms.protocol.messages import Held, NodeState, Notice, RankFailure, VersionId
 from ftrain.comms.protocol.node import NodeMember
 from ftrain.launch.contract import (
     own_environment,
@@ -100,11 +100,19 @@ class Agent:
             on_forked=self._forked,
             on_failed=self._forks_failed,
             on_change=self._write_node_file,
+            on_down=lambda how: self._stores.server_down(how),
             on_ready=lambda: self._stores.server_ready(),
             on_store=lambda served: self._stores.served(served),
             say=self._say,
         )
-        self._stores = GroupStores(self._server, self._reaper, launch.bind, self._uplink.send)
+        self._stores = GroupStores(
+            self._server,
+            self._reaper,
+            launch.bind,
+            opened=self._uplink.send,
+            lost=self._store_lost,
+            say=self._say,
+        )
         self._manager = self._manager_link() if job.config.snapshot.enabled else None
         self._group: RankGroup | None = None
         self._killing = False
@@ -163,6 +171,7 @@ class Agent:
             await self._clean_up()
 
     async def _clean_up(self) -> None:
+        self._stores.close()
         self._server.close()
         if self._manager is not None:
             self._manager.close()
@@ -281,6 +290,11 @@ class Agent:
         failure = RankFailure(rank.rank, "fork", f"not started: {cause}", time.monotonic_ns())
         self._report_failure(group, failure)
         self._settle(group)
+
+    def _store_lost(self, how: str) -> None:
+        """The ranks that met there need it no more; those on their way would seek it for long."""
+        if self._group is not None and self._machine.report.state is NodeState.STARTING:
+            self._forks_failed(f"the process with the group's store ended: {how}")
 
     # ------------------------------------------------------------------ running
 

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FtrainError as error:
         print(f"ftrain: {error}", file=sys.stderr)
         return error.exit_code
-    except PermissionError as error:  # of what the user named
+    except PermissionError as error:
+        if error.filename is None:
+            raise  # nothing that the user named
         print(f"ftrain: {error.filename}: {error.strerror}", file=sys.stderr)
         return UsageError.exit_code
     except BrokenPipeError:  # `ftrain report … | head`

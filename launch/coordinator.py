@@ -85,6 +85,8 @@ class Coordinator:
         self._durable = DurableStore(folder)
         self._epoch: tuple[int, str, VersionId | None] | None = None  # that this process began
         self._forming: asyncio.Task[None] | None = None
+        self._recorded = asyncio.Event()  # the fence of the newest epoch, or why it is not is known
+        self._recorded.set()
         self._copies = self._make_copies() if config.checkpoint.remote else None
         self._mark = leave_mark(job, self._launch)
         events = Path(job.run_dir, "events.jsonl")
@@ -246,26 +248,34 @@ class Coordinator:
     def _begin_forming(self, effect: Form) -> None:
         if self._forming is not None:
             self._forming.cancel()  # overtaken
-        self._forming = self._spawn(self._form(effect))
+        self._recorded = asyncio.Event()
+        self._forming = self._spawn(self._form(effect, self._recorded))
 
-    async def _form(self, effect: Form) -> None:
+    async def _form(self, effect: Form, recorded: asyncio.Event) -> None:
         try:
-            first = effect.places[0]
-            port = await self._stores.opened(first.node, effect.epoch)
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
             held = dict(effect.held)
             restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
-        except (FtrainError, RuntimeError) as error:
+        except FtrainError as error:
+            recorded.set()
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
             return
         unusable = (*problems, *remarks)
         if restore.level == "fresh" and unusable:
+            recorded.set()
             why = none_usable_text(self._durable.directory, unusable)
             self._input(self._machine.formed, effect.epoch, Obstacle(why, lasting=True))
             return
         await self._begin_fence(effect.epoch, restore.parent)
+        recorded.set()
+        first = effect.places[0]
+        try:
+            port = await self._stores.opened(first.node, effect.epoch)
+        except RuntimeError as error:
+            self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
+            return
         formation = Formation(
             epoch=effect.epoch,
             places=effect.places,
@@ -301,7 +311,7 @@ class Coordinator:
         try:
             await asyncio.to_thread(self._durable.begin_fence, *arguments)
         except FtrainError as error:
-            self._events.write("warning", text=f"epoch {epoch} can't be recorded yet: {error}")
+            self._announce(Notice("warning", f"epoch {epoch} can't be recorded yet: {error}", {}))
             return
         if self._copies is not None:
             self._spawn(self._copies.begin_fences())
@@ -323,8 +333,7 @@ class Coordinator:
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
-        if self._forming is not None:  # overtaken by a stop, and still to record the epoch
-            await asyncio.wait([self._forming])
+        await self._recorded.wait()  # also of a formation that a stop has overtaken
         try:
             await asyncio.to_thread(self._durable.require_begun, effect.fence, self._epoch)
             path = await asyncio.to_thread(

@@ -56,6 +56,7 @@ class _Agent:
     node: int
     incarnation: int
     child: Child
+    successor: bool  # of one that worked
     replaced: bool = False  # it ended, and another one takes its place
 
 
@@ -249,7 +250,7 @@ class Front:
             stderr=self._err,
             pulse=Pulse(self._job.config.detection.node_lease_s, _AGENT_LEASES),
         )
-        self._agents[node] = _Agent(node, incarnation, child)
+        self._agents[node] = _Agent(node, incarnation, child, node in self._agents)
 
     def _agent_ended(self, agent: _Agent) -> None:
         if self._exit_code.done():
@@ -279,7 +280,7 @@ class Front:
         if self._exit_code.done():
             return
         code = agent.child.popen.returncode
-        if code == USAGE:
+        if code == USAGE and not agent.successor:
             self._end(USAGE)  # its sentence was printed; another one would say the same
         elif code not in _FINAL_CODES:
             self._replace_agent(agent)

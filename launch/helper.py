@@ -111,10 +111,10 @@ class HelperProcess:
         self._reaper.kill(self.pid)  # nobody can talk to it any more
 
     def _ended(self, status: int) -> None:
+        self.pid = 0  # before its last words: nobody answers them
         if self._link is not None:
-            self._link.drain()  # its last words: descriptors of slots that it just made, say
+            self._link.drain()  # descriptors of slots that it just made, say
         self._unlink()
-        self.pid = 0
         if self._closed:
             return
         crash_loop = self._loop.time() - self._started_s < _HEALTHY_S

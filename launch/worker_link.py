@@ -1,4 +1,4 @@
-"""An agent's worker server: kept running, asked for ranks, and replaced when it answers no more."""
+"""An agent's worker server: kept running, asked to fork, and replaced when it answers no more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ftrain.comms.job import JobSpec
 from ftrain.comms.local import close_all
 from ftrain.launch.contract import server_environment
 from ftrain.launch.helper import HelperProcess
+from ftrain.launch.patience import Patience
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.worker_messages import (
     Forked,
@@ -23,9 +24,6 @@ from ftrain.launch.worker_messages import (
     StoreServed,
 )
 
-_SLOW_S = 20.0  # when to say that ranks wait for a server
-_READY_S_MAX = 300.0  # ... and when to give up: torch may come from a cold network file system
-_ENDS_MAX = 3  # of servers that ranks wait for: the next one would end in the same way
 _ANSWER_LEASES = 4  # to fork takes milliseconds; of a large process, or on a slow disk, seconds
 _UNWANTED_S = 1.0  # for an answer that nobody wants any more
 
@@ -40,6 +38,7 @@ class WorkerLink:
         on_forked: a rank has a process.
         on_failed: no further rank of the request will have one, and why.
         on_change: a server was started, or is gone.
+        on_down: a server ended, and how.
         on_ready: a server has imported everything; called before ranks are asked of it.
         on_store: the answer to a :class:`StoreRequest`.
         say: takes news, a kind and a sentence.
@@ -54,6 +53,7 @@ class WorkerLink:
         on_forked: Callable[[Forked], None],
         on_failed: Callable[[str], None],
         on_change: Callable[[], None],
+        on_down: Callable[[str], None],
         on_ready: Callable[[], None],
         on_store: Callable[[StoreServed], None],
         say: Callable[[str, str], None],
@@ -63,6 +63,7 @@ class WorkerLink:
         self._on_forked = on_forked
         self._on_failed = on_failed
         self._on_change = on_change
+        self._on_down = on_down
         self._on_ready = on_ready
         self._on_store = on_store
         self._say = say
@@ -72,7 +73,7 @@ class WorkerLink:
         self._fds: Sequence[int] = ()  # of a request that still waits here
         self._asked = False  # it does not: the server has it
         self._left: set[int] = set()  # ranks of it without a process
-        self._ends = 0  # of servers while it waited
+        self._patience = Patience(self._fail, self.kill, say, "the ranks wait")
         self._late = ""  # why the server that has it was killed
         self._timer: asyncio.TimerHandle | None = None
         self._process = HelperProcess(
@@ -100,7 +101,7 @@ class WorkerLink:
     @property
     def ready(self) -> bool:
         """Whether there is a server that has imported everything."""
-        return self._ready
+        return self._ready and self.pid != 0  # its last words may be that it is
 
     def post(self, request: StoreRequest) -> None:
         """Ask a server that is ready for a store."""
@@ -118,8 +119,8 @@ class WorkerLink:
         """Have ranks forked; ``fds`` are the link's to close from now on."""
         self._request, self._fds, self._asked = request, fds, False
         self._left = {spec.rank for spec in request.ranks}
-        self._ends, self._late = 0, ""
-        self._wait(_SLOW_S, self._slow)
+        self._late = ""
+        self._patience.begin()
         self._ask()
 
     def call_off(self) -> None:
@@ -129,7 +130,7 @@ class WorkerLink:
         that no rank comes after that.
         """
         if self._asked:
-            self._wait(_UNWANTED_S, self._replace, _UNWANTED_S)
+            self._wait(_UNWANTED_S)
         else:
             self._over()
 
@@ -143,12 +144,13 @@ class WorkerLink:
         self._on_change()
 
     def _ask(self) -> None:
-        if self._request is None or not self._ready:
+        if self._request is None or self._asked or not self.ready:
             return
+        self._patience.end()
         self._process.post(self._request, self._fds)
         close_all(self._fds)
         self._fds, self._asked = (), True
-        self._wait(self._answer_s_max, self._replace, self._answer_s_max)
+        self._wait(self._answer_s_max)
 
     def _received(self, message: Any, fds: list[int]) -> None:
         close_all(fds)
@@ -159,7 +161,8 @@ class WorkerLink:
                     self._over()
             self._on_forked(message)
         elif isinstance(message, ForkFailed):
-            if self._asked:
+            asked = self._request.epoch if self._request is not None and self._asked else -1
+            if message.epoch in (0, asked) and asked >= 0:  # 0: it died before it knew
                 self._fail(message.cause)
         elif isinstance(message, StoreServed):
             self._on_store(message)
@@ -176,22 +179,17 @@ class WorkerLink:
         self._ready = False
         self._say("info", f"the worker server ended ({how}); ranks are not hit")
         self._on_change()
-        self._ends += 1
-        if self.forking and (self._asked or self._ends >= _ENDS_MAX):
+        self._on_down(how)
+        if self._asked:
             self._fail(self._late or f"the worker server ended: {how}")
-
-    def _slow(self) -> None:
-        self._say("info", "the ranks wait for the worker server, which is not ready yet")
-        self._wait(_READY_S_MAX - _SLOW_S, self._replace, _READY_S_MAX)
+        else:
+            self._patience.server_ended(how)
 
     def _replace(self, waited_s: float) -> None:
-        """It is stopped, or caught in something."""
+        """It is stopped, or caught in something; ranks may come until it is gone."""
         self._late = f"the worker server did not answer for {waited_s:g} s"
-        if self._process.pid:
-            self._say("warning", f"{self._late}: it is being replaced")
-            self._process.kill()
-        if not self._asked:  # else ranks may come until it is gone
-            self._fail(self._late)
+        self._say("warning", f"{self._late}: it is being replaced")
+        self._process.kill()
 
     def _fail(self, cause: str) -> None:
         self._over()
@@ -199,12 +197,13 @@ class WorkerLink:
 
     def _over(self) -> None:
         """Nobody waits for an answer."""
+        self._patience.end()
         if self._timer is not None:
             self._timer.cancel()
         close_all(self._fds)
         self._request, self._fds, self._asked = None, (), False
 
-    def _wait(self, limit_s: float, late: Callable[..., None], *arguments: float) -> None:
+    def _wait(self, limit_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(limit_s, late, *arguments)
+        self._timer = self._loop.call_later(limit_s, self._replace, limit_s)

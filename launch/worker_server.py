@@ -109,8 +109,9 @@ class ScriptCache:
 class WorkerServer:
     """Imports once, then keeps a copy of itself ready that answers the next request.
 
-    The copy was forked ahead of time, forks the ranks and ends, which makes them the agent's
-    children.  A rank that the server forked itself would end, or lose its parent, with the server.
+    The copy was forked ahead of time, forks the ranks, or a formation's store, and ends, which
+    makes them the agent's children.  A rank that the server forked itself would end, or lose its
+    parent, with the server.
     """
 
     def __init__(self, socket: LocalSocket) -> None:
@@ -126,16 +127,23 @@ class WorkerServer:
         while True:
             threads = thread_count()
             if threads != 1:
-                self._refuse(threads)
+                self._refuse(
+                    f"the worker server runs {threads} threads, so it can't fork safely: one of "
+                    "the preloaded modules starts a thread at import, take it out of launch.preload"
+                )
                 continue
             if self._script is not None:
                 self._script.refresh()
             server = os.getpid()
-            copy = os.fork()
+            try:
+                copy = os.fork()
+            except OSError as error:
+                self._refuse(f"the worker server can't fork: {error.strerror}")
+                continue
             if copy == 0:
                 try:
                     die_with_parent(server)
-                    self._fork_ranks()
+                    self._serve_one()
                 except PeerLostError:
                     os._exit(_AGENT_GONE)
                 except BaseException:  # the copy's root: what goes past it would serve here
@@ -170,21 +178,17 @@ class WorkerServer:
         gc.freeze()  # the collector of a rank leaves these pages shared
         self._socket.send(ServerReady(time.monotonic() - began, tuple(problems)))
 
-    def _refuse(self, threads: int) -> None:
+    def _refuse(self, why: str) -> None:
         request, fds = self._receive(ForkRequest, StoreRequest)
         for fd in fds:
             os.close(fd)
-        why = (
-            f"the worker server runs {threads} threads, so it can't fork safely: one of the "
-            "preloaded modules starts a thread at import, take it out of launch.preload"
-        )
         if isinstance(request, StoreRequest):
             self._socket.send(StoreServed(0, 0, why))
         else:
             self._socket.send(ForkFailed(request.epoch, why))
 
-    def _fork_ranks(self) -> NoReturn:
-        """The copy's life: wait for a request, fork its ranks (or a store), end."""
+    def _serve_one(self) -> NoReturn:
+        """The copy's life: wait for a request, fork its ranks or a store, end."""
         request, fds = self._receive(ForkRequest, StoreRequest)
         if isinstance(request, StoreRequest):
             self._fork_store(request)
@@ -207,7 +211,12 @@ class WorkerServer:
         os._exit(0)
 
     def _fork_store(self, request: StoreRequest) -> NoReturn:
-        if os.fork() == 0:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._socket.send(StoreServed(0, 0, f"can't fork: {error.strerror}"))
+            os._exit(0)
+        if pid == 0:
             try:
                 os.setsid()
                 _await_adoption(self._agent_pid)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,7 @@ _RUN_ID = "alone"  # of a run without a launcher
 _LOOK_EVERY_S = 1.0  # how often the ranks of a group ask each other whether something is due
 _LOOK_STEPS_MAX = 64
 _locks: dict[str, int] = {}  # by directory: descriptors of what this process holds
+_holders: Counter[str] = Counter()  # how many Sessions of it save there
 
 
 class LocalSlots:
@@ -193,6 +195,7 @@ class AloneKeeper:
         self._topology = ""
         self._fence = 0
         self._parent: VersionId | None = None  # what this run goes on from
+        self._held = ""  # the directory, once it is held for this Session
         self._group = GroupView(
             environment.rank,
             environment.world_size,
@@ -262,6 +265,9 @@ class AloneKeeper:
                 _locks[path] = hold_versions(Path(path), "run the script in another directory")
             except RunDirectoryError as error:
                 return str(error)
+        if not self._held:
+            _holders[path] += 1
+            self._held = path
         return ""
 
     def _put_back(
@@ -313,7 +319,11 @@ class AloneKeeper:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        _let_go(os.path.realpath(self._store.directory))
+        path, self._held = self._held, ""
+        if path:
+            _holders[path] -= 1
+            if not _holders[path]:
+                _let_go(path)
 
     def save(self) -> None:
         """A durable version is wanted soon."""
@@ -452,6 +462,7 @@ def _let_go(path: str) -> None:
 
 
 def _let_go_of_all() -> None:
+    _holders.clear()
     for path in list(_locks):
         _let_go(path)
 

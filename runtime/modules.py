@@ -87,7 +87,7 @@ class Modules:
 
     def extra_state(self) -> dict[str, Any]:
         """What modules keep besides (``get_extra_state``), by their plain paths."""
-        return {plain_name(path): module.get_extra_state() for path, module in self._special}
+        return {_plain_path(path): module.get_extra_state() for path, module in self._special}
 
     def load(
         self, name: str, buffers: Mapping[str, torch.Tensor], extra: Mapping[str, Any]
@@ -109,7 +109,7 @@ class Modules:
                         "directory?"
                     )
                 buffer.copy_(buffers[path])
-        special = {plain_name(path): module for path, module in named if _has_extra_state(module)}
+        special = {_plain_path(path): module for path, module in named if _has_extra_state(module)}
         if set(special) != set(extra):
             odd = sorted(set(special) ^ set(extra))[0]
             raise StateError(
@@ -124,6 +124,11 @@ class Modules:
         parameters = [p for of_module in self._parameters for p in of_module.values()]
         names = [name for buffers in self._kept for name in buffers]
         return children + parameters + names
+
+
+def _plain_path(path: str) -> str:
+    """A module's path without wrappers; that of what a wrapper wraps is the wrapper's."""
+    return plain_name(f"{path}.").removesuffix(".")
 
 
 def _has_extra_state(module: torch.nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ftrain.comms.protocol.messages import NodeReport, VersionId
 from ftrain.comms.protocol.quorum import Tally
@@ -85,9 +86,30 @@ class FlushRound:
         return ""
 
 
-def still_wished(wished: VersionId | None, written: VersionId) -> VersionId | None:
-    """What somebody still waits for once ``written`` is durable."""
-    return wished if wished is not None and wished > written else None
+@dataclass(slots=True)
+class Wish:
+    """A durable version that somebody asked for and gets, of that boundary or a later one."""
+
+    waits: VersionId | None = None  # until there is time
+    written: VersionId | None = None  # what is being written is for it
+
+    def begin(self, at: VersionId) -> None:
+        """It is being written from now on, for all who asked up to ``at``."""
+        self.waits, self.written = None, at
+
+    def broken_off(self) -> None:
+        """The ranks end: what is written for it may never be whole."""
+        self.waits, self.written = self.waits or self.written, None
+
+    def renew(self, at: VersionId) -> None:
+        """Ranks of another epoch go on from ``at``; nobody will ask again."""
+        self.waits = self.waits and at
+
+    def fulfil(self, durable: VersionId) -> None:
+        """This version is durable."""
+        if self.waits is not None and self.waits <= durable:
+            self.waits = None
+        self.written = None
 
 
 def due(

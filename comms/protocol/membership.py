@@ -26,7 +26,7 @@ from ftrain.comms.errors import LocalProtocolError
 from ftrain.comms.protocol import saving
 from ftrain.comms.protocol.directives import Outbox, directive_of
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Obstacle, Publish
-from ftrain.comms.protocol.flush import FlushRound, due, still_wished
+from ftrain.comms.protocol.flush import FlushRound, Wish, due
 from ftrain.comms.protocol.messages import (
     Formation,
     NodeGone,
@@ -107,14 +107,11 @@ class Membership:
         self._attempts = 0  # at durable versions, by this process
         self._flush_tries = self._save_tries = self._end_tries = 0
         self._publishing: Publish | None = None
-        self._wished: VersionId | None = (
-            None  # a durable version of it or later, once there is time
-        )
-        self._places: tuple[NodePlace, ...] = ()
+        self._wish = Wish()
         self._wait_ticks = 0  # before forming again after a formation could not be made
-        self._phase = Phase.RECOVERING if self._hard.formation else Phase.GATHERING
-        if self._hard.formation is not None:
-            self._places = self._hard.formation.places
+        formation = self._hard.formation
+        self._phase = Phase.RECOVERING if formation else Phase.GATHERING
+        self._places: tuple[NodePlace, ...] = formation.places if formation else ()
         if self._hard.ended >= 0:
             self._phase = Phase.FINISHED
             self._effects.append(EndJob(self._hard.ended, self._hard.end_reason))
@@ -147,7 +144,7 @@ class Membership:
         self._wait_ticks = max(0, self._wait_ticks - 1)
         if self._round is not None:
             self._round.tick(self._reached, over=self._all_done())
-        if self._wished is not None:
+        if self._wish.waits is not None and self._can_save(kept=True):
             self.request_flush(kept=True)
         self._outbox.tick()
         self._failed_writes.tick()
@@ -185,6 +182,7 @@ class Membership:
             step = formation.restore.version.step if formation.restore.version else 0
             self._hard = saving.formed(self._hard, formation, self._reached, step)
             self._reached = self._kept = step
+            self._wish.renew(VersionId(epoch, step))
             self._enter(Event.FORMED, f"epoch {epoch}: {formation.restore.reason}")
         self._advance()
 
@@ -196,7 +194,8 @@ class Membership:
         if version in self._committed.withdrawn:  # meanwhile
             self.publish_failed(f"step {version.step} was withdrawn")
             return
-        self._publishing, self._wished = None, still_wished(self._wished, version)
+        self._publishing = None
+        self._wish.fulfil(version)
         self._hard = replace(self._hard, durable=version)
         self._say("info", f"step {version.step} is durable", {"step": version.step, "fence": fence})
         self._advance()
@@ -211,13 +210,18 @@ class Membership:
     def request_flush(self, every: int = 0, *, kept: bool = False) -> None:
         """Ask for a durable version, or (``every`` > 0) one of the next boundary that it divides.
         Unless the wish is ``kept`` until then, it counts only if nothing is being written."""
-        free = self._round is None or (kept and self._round.waits(self._reached))
-        if self._phase is Phase.RUNNING and free and not (self._publishing or self._wait_ticks):
-            self._flush_tries, self._wished = 0, None if kept else self._wished
+        if self._can_save(kept=kept):
+            self._flush_tries = 0
+            if kept:
+                self._wish.begin(VersionId(self._hard.epoch, self._reached))
             self._aim_ahead(0 if every else self._flush_margin, every)
             self._advance()
         elif kept and self._phase in (Phase.STARTING, Phase.RUNNING):
-            self._wished = VersionId(self._hard.epoch, self._reached)
+            self._wish.waits = VersionId(self._hard.epoch, self._reached)
+
+    def _can_save(self, *, kept: bool) -> bool:
+        busy = self._round is not None and not (kept and self._round.waits(self._reached))
+        return self._phase is Phase.RUNNING and not (busy or self._publishing or self._wait_ticks)
 
     def ready(self) -> Ready[MembershipHard]:
         """What has to be done now."""
@@ -262,14 +266,14 @@ class Membership:
                 f"membership: {event.value} can't happen while {self._phase.value}: a bug in ftrain"
             ) from None
         if self._phase in (Phase.STOPPING, Phase.GATHERING):
-            self._round = self._wished = None
+            self._round = None
+            self._wish.broken_off()
         self._explain(reason)
 
     def _explain(self, reason: str) -> None:
-        if reason == self._reason:
-            return
-        self._reason = reason
-        self._say("phase", reason, {"phase": self._phase.value, "epoch": self._hard.epoch})
+        if reason != self._reason:
+            self._reason = reason
+            self._say("phase", reason, {"phase": self._phase.value, "epoch": self._hard.epoch})
 
     def _say(self, kind: str, text: str, data: dict[str, object]) -> None:
         self._effects.append(Announce(Notice(kind, text, data)))
@@ -314,7 +318,7 @@ class Membership:
         elif len(here) == self._nodes and any(r.state in _RUNS for r in here):
             self._enter(Event.SOME_RUN, "the group has formed; the coordinator is new")
         else:
-            # The store through which the ranks were finding each other died with the old process.
+            # How far the ranks have come in finding each other nobody can tell.
             self._enter(Event.BROKEN, "the coordinator died while the group was forming")
 
     def _gathering(self) -> None:
@@ -364,8 +368,8 @@ class Membership:
         self._close_incident()
         if trouble:
             self._break(trouble)
-        elif self._all_ended():  # also when a stop was asked for: there is nothing left to stop
-            self._finish()
+        elif self._all_done() and all(r.stopped_at < 0 for r in self._roster.reports()):
+            self._finish()  # also when a stop was asked for: there is nothing left to stop
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping: {self._hard.stop_cause}")
         else:
@@ -373,10 +377,6 @@ class Membership:
 
     def _all_done(self) -> bool:
         return all(r.state is NodeState.DONE for r in self._roster.reports())
-
-    def _all_ended(self) -> bool:
-        """Every rank ended by itself, none at the boundary of a stop."""
-        return self._all_done() and all(r.stopped_at < 0 for r in self._roster.reports())
 
     def _finish(self) -> None:
         """Every rank ended by itself: the last version goes to the durable level, then all is over.
@@ -460,8 +460,7 @@ class Membership:
         return self._roster.trouble(self._places, self._hard.epoch, started=started)
 
     def _break(self, trouble: Trouble) -> None:
-        words = trouble.words(self._places)
-        hard = self._hard
+        words, hard = trouble.words(self._places), self._hard
         # A version that can't be put back is refused from then on, so such failures are finite.
         named = hard.formation is not None and hard.formation.restore.version is not None
         finite = named and any(failure.kind == "restore" for failure in trouble.failures)
@@ -489,10 +488,10 @@ class Membership:
 
     def _close_incident(self) -> None:
         hard = self._hard
-        if hard.incident is None or hard.formation is None:
-            return
-        self._effects.append(close_incident(hard.incident, hard.formation, self._roster.reports()))
-        self._hard = replace(hard, incident=None)
+        if hard.incident is not None and hard.formation is not None:
+            closed = close_incident(hard.incident, hard.formation, self._roster.reports())
+            self._effects.append(closed)
+            self._hard = replace(hard, incident=None)
 
     # ------------------------------------------------------------------ durable versions
 
@@ -518,9 +517,9 @@ class Membership:
         failure, failed = self._round.failure(), self._round.write_failed
         if not failure and self._round.age_ticks > self._flush_ticks:
             failure, failed = self._round.silence(), True
+        if failure and failed:
+            self._tell_failed(failure)
         if failure:
-            if failed:
-                self._tell_failed(failure)
             self._retry_flush(failure)
 
     def _tell_failed(self, why: str) -> None:
@@ -546,6 +545,7 @@ class Membership:
             margin, every = (before.margin, before.every) if before else (self._flush_margin, 0)
             self._aim_ahead(max(1, 2 * margin), every)
         else:
+            self._wish.written = None
             self._tell_failed(why)
 
     def _save_from_memory(self) -> None:
@@ -580,8 +580,8 @@ class Membership:
             self._end_unsaved("no node's memory has all of a version to save")
 
     def _end_saved(self, step: int, *, before: bool = False) -> None:
-        text = saving.saved_end(self._hard, step, before=before)
-        self._end(self._hard.exit_code(EXIT_SAVED), text)
+        hard = self._hard
+        self._end(hard.exit_code(EXIT_SAVED), saving.saved_end(hard, step, before=before))
 
     def _end_unsaved(self, why: str) -> None:
         stopped = self._hard.giving_up or f"stopped ({self._hard.stop_cause})"
@@ -596,5 +596,5 @@ class Membership:
         if directive.order is Order.WAIT:
             return
         answered = self._round.answered if self._round is not None else set()
-        for node in self._outbox.due(reports, directive, flush_answered=answered):
-            self._messages.append((node, directive))
+        due_nodes = self._outbox.due(reports, directive, flush_answered=answered)
+        self._messages += [(node, directive) for node in due_nodes]

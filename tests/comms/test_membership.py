@@ -453,6 +453,37 @@ def test_a_users_wish_waits_for_what_is_being_written() -> None:
     assert job.directives[0].flush is None
 
 
+def test_what_is_written_for_a_wish_answers_all_that_came_before_it() -> None:
+    job, epoch = running(flush_margin=2)
+    job.say(step_max=10)
+    job.machine.request_flush(kept=True)
+    job.machine.request_flush(kept=True)  # the other node's ranks
+    job.take()
+    for step in range(11, 15):  # writing takes a while
+        job.say(step_max=step)
+        job.tick()
+    written(job, epoch, VersionId(epoch, 12))
+    job.tick()
+    assert job.directives[0].flush is None
+
+
+@pytest.mark.parametrize("step", [10, 13])
+def test_a_users_wish_outlives_a_failure(step: int) -> None:
+    """The script is past the boundary at which it asked; it will not ask again."""
+    job, epoch = running(flush_margin=2)
+    job.say(step_max=step)
+    job.machine.request_flush(kept=True)
+    if step == 13:
+        job.machine.request_flush(kept=True)
+    job.take()
+    job.fail(epoch)
+    again = job.run(step=8)
+    job.tick()
+    flush = job.directives[0].flush
+    assert flush is not None
+    assert flush.epoch == again
+
+
 def test_a_users_wish_comes_before_a_boundary_far_ahead() -> None:
     job, epoch = running(flush_margin=2)
     job.say(step_max=10)

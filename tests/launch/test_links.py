@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from ftrain.comms.job import JobSpec
-from ftrain.comms.protocol.messages import Held
+from ftrain.comms.protocol.messages import Held, OpenStore, StoreOpened
 from ftrain.comms.telemetry import TelemetryPage
 from ftrain.configs.schema import DetectionConfig, FtrainConfig
 from ftrain.launch.children import children_of
+from ftrain.launch.group_stores import GroupStores
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.worker_link import WorkerLink
@@ -64,8 +65,19 @@ class Forking:
             on_forked=self._forked,
             on_failed=self.failed.append,
             on_change=lambda: None,
-            on_ready=lambda: None,
-            on_store=lambda served: None,
+            on_down=self._down,
+            on_ready=lambda: self.stores.server_ready(),
+            on_store=lambda served: self.stores.served(served),
+            say=lambda kind, text: self.said.append(text),
+        )
+        self.opened: list[StoreOpened] = []
+        self.lost: list[str] = []
+        self.stores = GroupStores(
+            self.link,
+            reaper,
+            "127.0.0.1",
+            opened=self.opened.append,
+            lost=self.lost.append,
             say=lambda kind, text: self.said.append(text),
         )
 
@@ -78,6 +90,9 @@ class Forking:
             ForkRequest(self.epoch, (spec,)), [null, os.dup(null), TelemetryPage.create()]
         )
         return self.epoch
+
+    def _down(self, how: str) -> None:
+        self.stores.server_down(how)
 
     def stop_server(self) -> None:
         """Stop the server, and the copy of it that waits for a request."""
@@ -96,6 +111,7 @@ def with_server(job: JobSpec, scenario: Callable[[Forking], Awaitable[None]]) ->
         agent = Forking(job, reaper)
         agent.link.start()
         await scenario(agent)
+        agent.stores.close()
         agent.link.close()
         assert await reaper.kill_all()
 
@@ -159,6 +175,43 @@ def test_servers_that_die_while_ranks_wait_are_given_up(tmp_path: Path) -> None:
         await until(lambda: agent.failed)
         assert agent.failed == ["the worker server ended: SIGKILL"]
         assert not agent.link.forking
+
+    with_server(job_in(tmp_path, 60.0), scenario)
+
+
+def test_a_store_that_no_server_lives_to_open_is_given_up(tmp_path: Path) -> None:
+    """Before the first formation nothing else waits for a server."""
+
+    async def scenario(agent: Forking) -> None:
+        agent.stores.order(OpenStore(1))
+        for _ in range(3):
+            await until(lambda: agent.link.pid)
+            killed = agent.link.pid
+            os.kill(killed, signal.SIGKILL)
+            await until(lambda old=killed: agent.link.pid != old)
+        await until(lambda: agent.opened)
+        assert agent.opened == [StoreOpened(1, 0, "the worker server ended: SIGKILL")]
+        agent.stores.order(OpenStore(2))  # and the next group's is opened by the next server
+        await until(lambda: len(agent.opened) == 2)
+        assert agent.opened[1].epoch == 2
+        assert agent.opened[1].port
+        agent.stores.order(OpenStore(2))  # its answer was lost
+        assert agent.opened[2] == agent.opened[1]
+
+    with_server(job_in(tmp_path, 60.0), scenario)
+
+
+def test_a_store_that_is_killed_is_told_and_replaced(tmp_path: Path) -> None:
+    async def scenario(agent: Forking) -> None:
+        agent.stores.order(OpenStore(1))
+        await until(lambda: agent.opened)
+        present = next(pid for pid in children_of(os.getpid()) if pid != agent.link.pid)
+        os.kill(present, signal.SIGKILL)
+        await until(lambda: agent.lost)
+        assert agent.lost == ["SIGKILL"]
+        agent.stores.order(OpenStore(1))
+        await until(lambda: len(agent.opened) == 2)
+        assert agent.opened[1].port != agent.opened[0].port
 
     with_server(job_in(tmp_path, 60.0), scenario)
 
