@@ -125,7 +125,8 @@ def test_load_runs(tmp_path: Path) -> None:
     assert set(found["states"]["tiny"]["ours_to_fastest"]) == {"cold", "warm"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(300)
 def test_checkpoint_runs(tmp_path: Path) -> None:
     """Ours under a launch, and a peer."""
     size = ("--sizes", "tiny", "--ratios", "1", "--rounds", "1")

@@ -45,7 +45,7 @@ from ftrain.comms.protocol.messages import VersionId
 Patch = pytest.MonkeyPatch
 
 POINTS = 15
-QUICK, FIXED, FRESH, SOAK = range(10), range(100), 20, range(1000, 4000)
+QUICK, FIXED, FRESH, SOAK = range(10), range(50), 20, range(1000, 4000)
 MUTANT_SEEDS = range(60)
 
 
@@ -83,7 +83,7 @@ def test_some_histories(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_histories(place: Path) -> None:
+def test_fifty_histories(place: Path) -> None:
     began = time.monotonic()
     found = explore_all(place, FIXED)
     print(told(found, FIXED, began))

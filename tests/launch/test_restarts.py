@@ -91,7 +91,7 @@ def test_ranks_wait_for_a_worker_server_that_is_in_a_crash_loop(tmp_path: Path) 
         assert launch.wait() == 0, launch.shown
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_stop_while_the_worker_server_hangs_ends_the_job(tmp_path: Path) -> None:
     """Its ranks were about to be started again."""
     with launched(tmp_path, WAITING) as launch:

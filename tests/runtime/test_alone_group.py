@@ -7,8 +7,10 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import torch
+from forked_script import imported, python
 
 from ftrain.runtime.alone import Looks
 
@@ -125,9 +127,13 @@ def test_an_import_is_not_mixed_with_what_a_damaged_version_left(tmp_path: Path)
     words = ("checkpoints", "import", "--from", "torch", str(tmp_path / "model.pt"))
     subprocess.run([sys.executable, "-m", "ftrain.launch.cli", *words, checkpoints], check=True)
 
-    def run() -> subprocess.CompletedProcess[str]:
-        job = [sys.executable, "job.py"]
-        return subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    with imported("ftrain", "torch._dynamo"):
+        _import_and_damage(tmp_path, checkpoints)
+
+
+def _import_and_damage(tmp_path: Path, checkpoints: Path) -> None:
+    def run() -> CompletedProcess[str]:
+        return python(tmp_path, "job.py")
 
     assert "from step 0 0" in run().stdout
     assert steps_saved(tmp_path) == [0, 3]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("fuzz_reader.py")
-CI_S, SOAK_S = 20, 600
+CI_S, SOAK_S = 8, 600
 
 
 def fuzz(folder: Path, seed: int, seconds: float) -> None:

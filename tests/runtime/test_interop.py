@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forked_script import imported, python
 from safetensors.torch import load_file
 from test_placing import image_of, layout, whole_tensors
 
@@ -69,11 +69,17 @@ torch.save({"begun": begun, "first": first, "model": model.state_dict(),
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The process that scripts are forked from."""
+    with imported("ftrain", "torch._dynamo"):
+        yield
+
+
 def train(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     """One run of the script alone; what it saved with torch.save."""
     (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "train.py", str(seed), str(steps), "out.pt"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+    done = python(folder, "train.py", str(seed), str(steps), "out.pt")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(folder / "out.pt", weights_only=True)
     return {**found, "said": done.stderr}

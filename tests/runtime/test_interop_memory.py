@@ -114,7 +114,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.soak) if k != "dcp" else k for k in KINDS]
+)
 def test_a_version_takes_the_memory_of_its_largest_tensor(
     runs: tuple[Path, Path], tmp_path: Path, kind: str
 ) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from forked_script import imported, python
 
 from ftrain.checkpoint.lock import held_versions
 
@@ -41,19 +42,12 @@ print("end", session.step)
 """
 
 
-def run(
-    folder: Path, body: str, *, head: str = HEAD, check: bool = True
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, body: str, *, head: str = HEAD, check: bool = True) -> CompletedProcess[str]:
     script = folder / "job.py"
     script.write_text(head + body)
-    return subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=check,
-    )
+    done = python(folder, str(script))
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def loop(total: int = 20, extra: str = "pass") -> str:
@@ -68,6 +62,13 @@ def losses(folder: Path) -> dict[int, float]:
         if record["kind"] == "step":
             assert found.setdefault(record["step"], record["loss"]) == record["loss"]
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    """The process that scripts are forked from."""
+    with imported("ftrain", "torch._dynamo"):
+        yield
 
 
 @pytest.fixture(scope="module")

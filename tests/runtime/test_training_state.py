@@ -397,6 +397,27 @@ def test_what_modules_keep_besides_is_put_back() -> None:
         put_back(image_of(made(1.0)[1]), TrainingState({"model": plain}, {}, {}, 0))
 
 
+def test_what_modules_keep_is_put_back_into_another_wrapping() -> None:
+    def made(scale: float) -> Scaled:
+        return Scaled(scale)
+
+    class Wrapper(torch.nn.Module):
+        """As DistributedDataParallel, and compiled modules, do."""
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    wrapped = TrainingState({"model": Wrapper(made(7.5))}, {}, {}, 0)
+    bare = made(1.0)
+    put_back(image_of(wrapped), TrainingState({"model": bare}, {}, {}, 0))
+    assert bare.scale == 7.5
+    again = made(2.0)
+    saved = image_of(TrainingState({"model": torch.nn.Sequential(Wrapper(made(3.5)))}, {}, {}, 0))
+    put_back(saved, TrainingState({"model": torch.nn.Sequential(again)}, {}, {}, 0))
+    assert again.scale == 3.5
+
+
 def test_buffers_of_one_plain_name_are_refused() -> None:
     outer, inner = torch.nn.Module(), torch.nn.Module()
     inner.register_buffer("mean", torch.zeros(2))
