@@ -557,7 +557,8 @@ class Coordinator:
             self._account.count(lost_s, hard.incident.recomputed)
         rows = self._account.rows(time.time(), max(0, hard.formations - 1))
         failed = effect.exit_code not in (0, 75)
-        again = "; the same command goes on from there" if effect.exit_code == 75 else ""
+        saved = effect.exit_code == 75 and hard.durable is not None
+        again = "; the same command goes on from there" if saved else ""
         complete = complete_at(hard, self._total_steps) if effect.exit_code == 0 else 0
         text = f"ftrain: {effect.reason}{again}"
         if complete:

@@ -13,6 +13,7 @@ from ftrain.launch.reaper import Reaper
 
 _HEALTHY_S = 10.0  # having lived so long, its death is no crash loop
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.1, 5.0  # before the next start, in a crash loop
+_LAST_S = 0.2  # between closing its connection and its end
 _REFUSED_PAUSE_S = 1.0  # ... when the system had no process or descriptor for it
 
 
@@ -107,8 +108,8 @@ class HelperProcess:
             self._link = None
 
     def _hung_up(self, reason: str) -> None:
-        self._link = None
-        self._reaper.kill(self.pid)  # nobody can talk to it any more
+        self._link = None  # nobody can talk to it any more, but it may end by itself, and say how
+        self._loop.call_later(_LAST_S, self._reaper.kill, self.pid)
 
     def _ended(self, status: int) -> None:
         self.pid = 0  # before its last words: nobody answers them

@@ -43,6 +43,7 @@ def export_version(
         raise RunDirectoryError(f"{out} exists already: choose a new name, nothing is overwritten")
     with open_place(place) as store:
         version = store.find(step)
+        passed = store.survey().problems if step is None else ()
         from ftrain.runtime.interop.outline import all_items, model_items
         from ftrain.runtime.interop.whole import whole_version
 
@@ -53,7 +54,8 @@ def export_version(
             with progress_bar(f"exporting step {version.step}", total) as progress:
                 _write(kind, whole, items, target, shard_bytes, progress)
             repaired = list(whole.repaired)
-    text = [f"{text}: taken from another copy" for text in repaired]
+    text = [f"not exported: {problem}" for problem in passed]
+    text += [f"{text}: taken from another copy" for text in repaired]
     text.append(
         f"step {version.step}: {len(tensors)} tensors, {size_text(total)}, written to {out}"
     )

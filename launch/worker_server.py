@@ -254,7 +254,7 @@ def import_all(names: tuple[str, ...], *, required: bool) -> list[str]:
         except ModuleNotFoundError as error:
             if required or not _is_part_of(name, error.name):
                 problems.append(f"module {name} can't be preloaded: {error}")
-        except Exception as error:  # an import runs anybody's code
+        except (Exception, SystemExit) as error:  # an import runs anybody's code
             problems.append(f"module {name} can't be preloaded: {type(error).__name__}: {error}")
     return problems
 

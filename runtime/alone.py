@@ -202,6 +202,7 @@ class AloneKeeper:
             0,
             tuple(range(environment.world_size)),
         )
+        # torchrun ends ranks by SIGTERM also when another one died, and waits for each of them.
         if context is None and not environment.run_id:
             self._catch_signals()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ftrain.comms.errors import RunDirectoryError
 from ftrain.comms.events import EventLog
 
 
@@ -22,7 +23,13 @@ class StepRecords:
 
     def __init__(self, run_dir: str, rank: int, epoch: int, bytes_max: int) -> None:
         directory = Path(run_dir) / "steps"
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"the run directory {run_dir} can't be written ({error.strerror}): run the script "
+                "in another directory, or name one with ftrain launch --run-dir"
+            ) from None
         self._log = EventLog(directory / f"rank{rank}.jsonl", bytes_max)
         self._epoch = epoch
         self._durations_s: list[float] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def job_in(place: Path, lease_s: float) -> JobSpec:
         coordinator="127.0.0.1:1",
         front_pid=os.getpid(),
     )
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -95,8 +100,11 @@ class Forking:
         self.stores.server_down(how)
 
     def stop_server(self) -> None:
-        """Stop the server, and the copy of it that waits for a request."""
-        for pid in (self.link.pid, *children_of(self.link.pid)):
+        """Stop the server, so that it forks no other copy, and the one that waits for a request."""
+        os.kill(self.link.pid, signal.SIGSTOP)
+        while is_running(self.link.pid):
+            time.sleep(0.001)
+        for pid in children_of(self.link.pid):
             os.kill(pid, signal.SIGSTOP)
 
     def _forked(self, message: Forked) -> None:

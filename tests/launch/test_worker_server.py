@@ -250,8 +250,10 @@ def test_preloaded_module_that_starts_a_thread_is_refused(tmp_path: Path) -> Non
     (tmp_path / "threaded.py").write_text(
         "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
     )
-    modules = ["threaded", "not_there", "zlib"]
+    (tmp_path / "leaving.py").write_text("import sys; sys.exit(3)")
+    modules = ["threaded", "leaving", "not_there", "zlib"]
     serving = Serving(["train.py"], modules=modules, cwd=tmp_path)
+    assert serving.ready.problems[-2] == "module leaving can't be preloaded: SystemExit: 3"
     assert "not_there can't be preloaded" in serving.ready.problems[-1]
     with pytest.raises(AssertionError, match=r"2 threads.*launch.preload"):
         serving.fork(tmp_path / "out")

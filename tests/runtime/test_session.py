@@ -187,6 +187,16 @@ def test_misuse_gets_one_clear_sentence(tmp_path: Path, body: str, sentence: str
     assert sentence in failed.stderr.strip().splitlines()[-1]
 
 
+def test_a_run_directory_that_can_not_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "ftrain-runs").write_text("")
+    failed = run(tmp_path, loop(3), check=False)
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "can't be written (" in last
+    assert "run the script in another directory" in last
+    assert failed.stderr.count("Traceback") == 1
+
+
 def test_an_optimizer_that_is_never_stepped_is_said(tmp_path: Path) -> None:
     body = loop(6).replace("    optimizer.step()\n", "").replace("    scheduler.step()\n", "")
     assert "no registered optimizer was stepped" in run(tmp_path, body).stderr
