@@ -98,7 +98,9 @@ def share(rank: int, node: int) -> str:
     return f"rank {rank}'s share of step {HELD_AT} in the memory of node {node}"
 
 
-@pytest.mark.parametrize("what", ["data", "small", "index"])
+@pytest.mark.parametrize(
+    "what", ["data", *(pytest.param(w, marks=pytest.mark.soak) for w in ("small", "index"))]
+)
 def test_a_damaged_copy_is_repaired_from_another_nodes(
     tmp_path: Path, undisturbed: list[dict[int, float]], what: str
 ) -> None:
@@ -218,7 +220,11 @@ def test_a_version_that_a_write_outside_the_optimizer_may_have_hit_is_not_restor
     assert withdrawn["data"]["step"] == 20
 
 
-@pytest.mark.parametrize("also", [[], ["coordinator"]], ids=["alone", "coordinator dies"])
+@pytest.mark.parametrize(
+    "also",
+    [pytest.param([], marks=pytest.mark.soak), ["coordinator"]],
+    ids=["alone", "coordinator dies"],
+)
 def test_a_stop_saves_what_is_left_when_the_durable_version_was_withdrawn(
     tmp_path: Path, also: list[str]
 ) -> None:

@@ -70,7 +70,7 @@ def test_ten_hangs_are_noticed_within_their_limit(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", [("1", "2"), ("2", "1")])
+@pytest.mark.parametrize("topology", [pytest.param(("1", "2"), marks=pytest.mark.soak), ("2", "1")])
 def test_a_version_with_a_left_out_collective_is_never_restored(
     tmp_path: Path, topology: tuple[str, str]
 ) -> None:

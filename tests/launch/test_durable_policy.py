@@ -117,6 +117,7 @@ def test_what_is_saved_counts_when_the_directory_was_deleted_meanwhile(tmp_path:
     assert "resumes at step 60" in again.shown
 
 
+@pytest.mark.soak
 def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
     every = ("checkpoint.durable_every_steps=5",)
     with launched(tmp_path, script("20", "time.sleep(0.05)"), *TWO, *every) as launch:
@@ -185,6 +186,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.soak
 def test_no_sample_is_repeated_or_left_out_when_ranks_join_in_the_middle(tmp_path: Path) -> None:
     """50 samples: 5 steps of two ranks take 20, 5 steps of three ranks the other 30."""
     for ranks, total in ((2, 5), (3, 10)):
@@ -195,6 +197,7 @@ def test_no_sample_is_repeated_or_left_out_when_ranks_join_in_the_middle(tmp_pat
     assert sorted(seen) == list(range(50))
 
 
+@pytest.mark.soak
 def test_an_interval_is_proposed_once_the_cost_is_known_and_at_the_next_start(
     tmp_path: Path,
 ) -> None:

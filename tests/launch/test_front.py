@@ -148,7 +148,7 @@ def test_second_interrupt_forces(tmp_path: Path) -> None:
         assert "Traceback" not in launch.shown
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_interrupt_after_the_end_says_nothing_more(tmp_path: Path) -> None:
     """An agent that is stopped takes the front a while to end."""
     fails = WAITING + "if os.environ['RANK'] == '1': raise ValueError('told to')"

@@ -58,7 +58,13 @@ def test_a_stop_without_snapshots_in_memory_saves(tmp_path: Path) -> None:
     assert saved(again) == [step, 200]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.soak) for n in (signal.SIGUSR1, signal.SIGINT)),
+    ],
+)
 def test_a_stop_signal_to_every_process_saves(tmp_path: Path, number: signal.Signals) -> None:
     """As systemd and SLURM send it: nobody who is needed for saving dies of it."""
     store = f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"

@@ -60,6 +60,7 @@ def test_a_fault_is_told_once_and_again(tmp_path: Path, capsys: pytest.CaptureFi
         assert word in told
 
 
+@pytest.mark.soak
 def test_a_fault_beyond_the_end_is_said(tmp_path: Path) -> None:
     with launched(tmp_path, TRAINING, "faults=kill_rank", "faults.at_step=500") as launch:
         assert launch.wait() == 0, launch.shown

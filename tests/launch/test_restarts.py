@@ -57,7 +57,7 @@ def test_an_agent_without_descriptors_keeps_its_ranks(tmp_path: Path) -> None:
         assert len(began(launch)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_front_without_descriptors_starts_the_agent_later(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
         wait_for(lambda: began(launch))
@@ -80,7 +80,7 @@ def test_ranks_wait_for_a_worker_server_that_is_in_a_crash_loop(tmp_path: Path) 
     """The only restart that is allowed is not used up by the pause between its starts."""
     with launched(tmp_path, WAITING, "--max-restarts", "1") as launch:
         wait_for(lambda: began(launch))
-        (rank,) = node(launch).ranks
+        (rank,) = wait_for(lambda: node(launch).ranks)
         for _ in range(5):
             pid = wait_for(lambda: node(launch).worker_server_pid)
             os.kill(pid, signal.SIGKILL)

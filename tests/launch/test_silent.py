@@ -104,7 +104,7 @@ def test_a_stop_is_heard_while_the_coordinator_is_stopped(tmp_path: Path) -> Non
         assert re.search(r"stopped \(Ctrl-C\) with step \d+ saved", launch.shown)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_stopped_agent_is_replaced(tmp_path: Path) -> None:
     """On one node its memory goes with it: the newest durable version is restored."""
     with launched(tmp_path, STEPS, LEASE, "checkpoint.durable_every_s=1") as launch:

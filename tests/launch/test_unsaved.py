@@ -48,7 +48,9 @@ def warnings(launch: Launch) -> list[str]:
     return [event["text"] for event in map(json.loads, lines) if event["kind"] == "warning"]
 
 
-@pytest.mark.parametrize("snapshot", ["snapshot.slots=3", "snapshot=off"])
+@pytest.mark.parametrize(
+    "snapshot", ["snapshot.slots=3", pytest.param("snapshot=off", marks=pytest.mark.soak)]
+)
 def test_an_end_that_no_disk_takes_is_no_success(tmp_path: Path, snapshot: str) -> None:
     with small_disk(tmp_path / "disk", "1m"):
         where = f"checkpoint.dir={tmp_path / 'disk'}"
@@ -109,6 +111,7 @@ os.kill(node["smp_pid"], signal.SIGSTOP)
     assert saved(launch) == [20]
 
 
+@pytest.mark.soak
 def test_a_manager_that_hangs_before_the_end_does_not_cost_the_end(tmp_path: Path) -> None:
     """The steps meanwhile are not captured; the last boundary waits for the next manager."""
     body = """
@@ -187,6 +190,7 @@ def test_a_mistake_with_session_is_one_sentence_and_no_restart(
     assert events.count('"kind":"formation"') == 1
 
 
+@pytest.mark.soak
 def test_another_model_in_the_run_directory_is_a_mistake(tmp_path: Path) -> None:
     with launched(tmp_path, script()) as launch:
         assert launch.wait() == 0, launch.shown
