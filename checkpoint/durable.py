@@ -44,7 +44,7 @@ from ftrain.checkpoint.manifest import (
     stated_version,
 )
 from ftrain.checkpoint.pace import Pace
-from ftrain.checkpoint.protocol.lineage import Fence, completed, next_fence, settling
+from ftrain.checkpoint.protocol.lineage import Fence, completed, filed, next_fence, settling
 from ftrain.checkpoint.retention import Retention, VersionKey
 from ftrain.checkpoint.segment_reader import SegmentReader
 from ftrain.checkpoint.segment_writer import plan_file, write_file, write_parts
@@ -82,7 +82,8 @@ def not_all_usable_text(directory: Path, problems: Sequence[str], step: int) -> 
 
 def _counted(stated: Iterable[DurableVersion], fences: Collection[int]) -> set[VersionId]:
     """The versions that can settle what the history is: of fences that were granted."""
-    return {version.version for version in stated if version.fence in fences}
+    counted = (filed(v.fence, v.version) for v in stated if v.fence in fences)
+    return set().union(*counted)
 
 
 def _named(problems: Sequence[str]) -> str:
@@ -320,11 +321,11 @@ class DurableStore:
         """Every rank's file, its footer verified, or why it can't be used; closed in the end."""
         return open_files(DurableVersion(self._manifest(version), version.manifest))
 
-    def counts(self, version: VersionId) -> bool:
+    def counts(self, fence: int, version: VersionId) -> bool:
         """Whether ``version`` would be of the history, if it were here; ``RunDirectoryError``."""
         fences = self._fences()[0]
         durable = _counted(self._stated()[0], fences)
-        record = settling(fences.values(), durable | {version})
+        record = settling(fences.values(), durable | filed(fence, version))
         return record is not None and record.shows(version)
 
     def fence_files(self) -> tuple[FenceFile, ...]:

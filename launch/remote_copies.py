@@ -253,7 +253,7 @@ def _goes_beyond(copied: StoreVersion, here: DurableVersion, durable: DurableSto
     """Whether a version in the store is a later one of the same history."""
     key = (copied.fence, copied.version.step)
     same = copied.run_id == here.manifest.run_id
-    return same and key > here.key and durable.counts(copied.version)
+    return same and key > here.key and durable.counts(copied.fence, copied.version)
 
 
 async def copy_last(

@@ -47,6 +47,15 @@ class Fence:
         )
 
 
+def filed(fence: int, version: VersionId) -> set[VersionId]:
+    """What a manifest under ``fence`` says of durable versions.
+
+    What is saved from memory, once no rank runs, was captured in an earlier epoch than the one that
+    it is published under, whose record it makes stand all the same.
+    """
+    return {version, VersionId(fence, version.step)}
+
+
 def newest(fences: Iterable[Fence]) -> Fence | None:
     """The record that settles what the history is in a place where not every version comes, so
     that one that is missing says nothing."""

@@ -79,6 +79,21 @@ def test_what_a_zombie_publishes_is_hidden(store: DurableStore) -> None:
     assert again.versions() == (newer, older)
 
 
+def test_what_a_stop_saves_from_memory_counts_under_the_next_fence(store: DurableStore) -> None:
+    """Also if the only durable version before it was withdrawn."""
+    withdrawn = save(store, 1, 20, world_size=1)
+    held = VersionId(1, 19)
+    store.begin_fence(2, "run", held)  # then the job was asked to stop, before a rank ran
+    store.remove([withdrawn])
+    store.write_image(2, held, 0, make_image(make_identity(19, 0, 1, epoch=1)))
+    assert store.counts(2, held)
+    store.publish_written(2, held, "run", 1)
+    assert [version.key for version in store.versions()] == [(2, 19)]
+    store.sweep(Retention(1), "run", withdrawn=[withdrawn.version])
+    store.begin_fence(3, "run", held)
+    assert [version.key for version in store.versions()] == [(2, 19)]
+
+
 def test_a_fence_that_was_never_granted_is_hidden(store: DurableStore) -> None:
     good = save(store, 3, 7, world_size=1)
     image = make_image(make_identity(50, 0, 1, epoch=9))

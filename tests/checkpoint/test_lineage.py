@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ftrain.checkpoint.protocol.lineage import Fence, next_fence, settling
+from ftrain.checkpoint.protocol.lineage import Fence, filed, next_fence, settling
 from ftrain.comms.protocol.messages import VersionId
 
 
@@ -40,6 +40,16 @@ def test_the_newest_record_settles_it_that_has_a_version_or_what_it_rests_on() -
     assert settling(records, {VersionId(3, 90), VersionId(11, 55)}) == third
     assert settling([*records, Fence(12)], {VersionId(3, 50)}) == Fence(12)  # it began anew
     assert settling(records[:2], set()) is None
+
+
+def test_what_is_saved_from_memory_makes_the_record_stand_that_it_is_filed_under() -> None:
+    first, held, withdrawn = Fence(1), VersionId(1, 19), VersionId(1, 20)
+    second = next_fence(2, held, [first], [withdrawn])  # granted, but no rank ran: the job ends
+    assert settling([first, second], filed(2, held)) == second
+    assert second.shows(held)
+    third = next_fence(3, held, [first, second], filed(2, held))
+    assert third.rests_on == held
+    assert settling([first, second, third], filed(2, held)) == third
 
 
 def test_what_goes_on_from_memory_hides_what_the_epoch_before_publishes_late() -> None:

@@ -19,7 +19,7 @@ from sim_node import Life, SimNode, SimRank
 from sim_schedule import FAULTY_TICKS, Fault, Options, Schedule
 
 from ftrain.checkpoint.protocol.commit import VersionCommit
-from ftrain.checkpoint.protocol.lineage import Fence, next_fence, settling
+from ftrain.checkpoint.protocol.lineage import Fence, filed, next_fence, settling
 from ftrain.comms.driver import Driver
 from ftrain.comms.protocol.effects import EndJob, Form, Incident, Obstacle, Publish
 from ftrain.comms.protocol.membership import Membership
@@ -249,9 +249,10 @@ class Cluster:
             membership.formed(form.epoch, Obstacle("no port is free"))
             return
         world = sum(p.local_world for p in form.places)
-        there = {v for _, v in self.checkers.published}
+        there = set().union(*(filed(f, v) for f, v in self.checkers.published))
         record = settling(self.fences, there) or Fence(0)
-        good = {v for v in there - self.checkers.withdrawn if record.shows(v)}
+        mine = {v for _, v in self.checkers.published} - self.checkers.withdrawn
+        good = {v for v in mine if record.shows(v)}
         durable = None
         if good:
             published = [(f, v) for f, v in self.checkers.published if v in good]
