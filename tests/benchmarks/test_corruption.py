@@ -9,8 +9,8 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of the peers' loads
+@pytest.mark.soak
 def test_every_corruption_is_noticed_and_none_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors", reason="safetensors, a peer, is not installed")
     monkeypatch.syspath_prepend(FOLDER)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 SENTENCE = "it ended with code 0 while others wait for it in a collective"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_collective_skipped_on_another_node_is_a_desync(tmp_path: Path, rank: int) -> None:
     faults = ["faults.kind=skip_collective", "faults.at_step=30", f"faults.rank={rank}"]
     nodes = ["--local-nodes", "2", "--nproc-per-node", "1"]

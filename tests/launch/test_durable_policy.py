@@ -77,6 +77,7 @@ def test_a_cap_on_writing_slows_saving_and_not_training(tmp_path: Path) -> None:
         assert published(launch)[-1] == 60
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
     for ranks, total in ((2, 20), (3, 40), (1, 60), (2, 80)):
         with launched(tmp_path, script(str(total)), "--nproc-per-node", str(ranks)) as launch:
