@@ -56,6 +56,7 @@ def test_versions_of_every_so_many_steps_are_multiples_and_some_stay_for_good(
         assert saved(launch) == sorted({*firsts, steps[-1]})
 
 
+@pytest.mark.soak
 def test_a_cap_on_writing_slows_saving_and_not_training(tmp_path: Path) -> None:
     source = script("60").replace("torch.nn.Linear(4, 1)", "Wide()")
     source = source.replace(

@@ -204,6 +204,7 @@ def test_a_file_that_is_gone_or_cut_off_comes_from_the_copy(
     assert file.read_bytes() == whole
 
 
+@pytest.mark.soak
 def test_a_store_that_is_gone_hinders_nobody_who_has_versions(s3: S3Server, tmp_path: Path) -> None:
     tokens = [f"checkpoint.remote={s3.uri('bucket/run')}"]
     step, _ = stopped_run(tmp_path, *tokens)
