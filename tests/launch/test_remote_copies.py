@@ -404,6 +404,8 @@ def test_a_slow_upload_never_stops_capture(s3: S3Server, tmp_path: Path) -> None
     assert nbytes / took_s < rate * 1.05
     assert took_s > 40
     assert skipped == 0
-    assert len(published) >= 5
+    saved = [event["version"]["step"] for event in events(launch, "published")][:-1]  # type: ignore[index]
+    assert saved == list(range(10, 10 * len(saved) + 1, 10))  # each tenth; the last is the stop's
+    assert len(published) >= 3  # on a slow machine, of steps of 2 s
     assert lag_s > took_s * 0.9
-    assert behind >= 50
+    assert behind >= 20
