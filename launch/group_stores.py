@@ -46,9 +46,9 @@ class StoreOrders:
 
     def hear(self, message: StoreOpened) -> None:
         """A node's answer, perhaps to what was asked before, or again."""
-        waiting = self._answer is not None and not self._answer.done()
-        if waiting and message.epoch == self._epoch and self._answer is not None:
-            self._answer.set_result(message)
+        answer = self._answer
+        if answer is not None and not answer.done() and message.epoch == self._epoch:
+            answer.set_result(message)
 
 
 class GroupStores:

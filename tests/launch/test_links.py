@@ -96,6 +96,14 @@ class Forking:
         )
         return self.epoch
 
+    async def kill_three_servers(self) -> None:
+        """One after the other, while it imports torch."""
+        for _ in range(3):
+            await until(lambda: self.link.pid)
+            killed = self.link.pid
+            os.kill(killed, signal.SIGKILL)
+            await until(lambda old=killed: self.link.pid != old)
+
     def _down(self, how: str) -> None:
         self.stores.server_down(how)
 
@@ -175,11 +183,7 @@ def test_what_is_called_off_is_not_waited_for(tmp_path: Path) -> None:
 def test_servers_that_die_while_ranks_wait_are_given_up(tmp_path: Path) -> None:
     async def scenario(agent: Forking) -> None:
         agent.fork()
-        for _ in range(3):
-            await until(lambda: agent.link.pid)
-            killed = agent.link.pid
-            os.kill(killed, signal.SIGKILL)
-            await until(lambda old=killed: agent.link.pid != old)
+        await agent.kill_three_servers()
         await until(lambda: agent.failed)
         assert agent.failed == ["the worker server ended: SIGKILL"]
         assert not agent.link.forking
@@ -192,11 +196,7 @@ def test_a_store_that_no_server_lives_to_open_is_given_up(tmp_path: Path) -> Non
 
     async def scenario(agent: Forking) -> None:
         agent.stores.order(OpenStore(1))
-        for _ in range(3):
-            await until(lambda: agent.link.pid)
-            killed = agent.link.pid
-            os.kill(killed, signal.SIGKILL)
-            await until(lambda old=killed: agent.link.pid != old)
+        await agent.kill_three_servers()
         await until(lambda: agent.opened)
         assert agent.opened == [StoreOpened(1, 0, "the worker server ended: SIGKILL")]
         agent.stores.order(OpenStore(2))  # and the next group's is opened by the next server
