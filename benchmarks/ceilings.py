@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from ftrain.checkpoint.durable import DurableStore
+from ftrain.checkpoint.pinned import lock_pages
 from ftrain.comms.protocol.messages import VersionId
 
 PART_BYTES = 16 * 1024 * 1024
@@ -72,6 +73,14 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, float]:
         "buffered": lambda: write_raw(folder / "raw", memory, direct=False),
         "ours": lambda: store.write_image(1, VersionId(1, 1), 0, image),
     }
+    if size in states.ON_GPU:
+        on_gpu, unlock = source.cuda(), lock_pages(memory)
+
+        def from_gpu() -> None:
+            target.copy_(on_gpu, non_blocking=True)
+            torch.cuda.synchronize()
+
+        works["from the GPU"] = from_gpu
     torch.set_num_threads(1)
     target.copy_(source)  # touched before it is timed
     found: dict[str, list[float]] = {name: [] for name in works}
@@ -83,6 +92,8 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, float]:
             works[name]()
             found[name].append(nbytes / (time.monotonic() - began) / 1e9)
     forget()
+    if size in states.ON_GPU:
+        unlock()
     return {name: median(rates) for name, rates in found.items()} | {"state_bytes": nbytes}
 
 

@@ -8,11 +8,15 @@ Each run trains the example's model on all cores, with one way to save; runs fol
 random order, and every round has one without checkpoints.  A ratio is forward + backward of that
 run over our capture (copy and hash) of the same round.  Told apart:
 
-* *blocking*: how long the training thread is held for a checkpoint: by the call, by the barrier in
-  front of the optimizer, by a checkpoint before that is still being written;
+* *blocking*: how long the training thread (on a GPU: the training's stream) is held for a
+  checkpoint: by the call, by the barrier in front of the optimizer, by a checkpoint before that is
+  still being written;
 * *lost*: the whole run until its last checkpoint is durable, minus the one without, per checkpoint;
 * *staged*, *durable*: from the boundary until the copy is complete, until it is on the disk;
 * *memory*: how much less the system had available at worst than before the run.
+
+States of 4 and 15 GB want a GPU (bf16 autocast, fused AdamW); the training's stream, and no other,
+is waited for before each time is taken.
 
 Ours is the product: a Session under ``ftrain launch``, captured to memory with its hash, written by
 the snapshot manager and published by the coordinator.
@@ -40,9 +44,11 @@ from common import FTRAIN, ROOT, LaunchError, Record, launched, print_table, wri
 
 JOB = ROOT / "benchmarks" / "checkpoint_job.py"
 CEILINGS = ROOT / "benchmarks" / "ceilings.py"
-SIZES = ("tiny", "0.3", "1.3")
+SIZES = ("tiny", "0.3", "1.3", "4", "15")
+ON_GPU = ("4", "15")
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SWEEP = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
+GPU_SWEEP = (1024, 2048, 4096, 8192, 16384, 32768)
 DCP = ("DCP", "DCP async thread", "DCP async process")
 DEEPSPEED = ("DeepSpeed torch",)
 OURS_EVERY_STEP = "ours, every step"
@@ -144,15 +150,29 @@ def durable_times(events: Path, result: Record) -> Record:
     return {"saved": saved, "ended_ns": ended}
 
 
-def account(result: Record, setting: Setting, arm: str) -> Record:
-    """What one run says by itself; times in ms, but for the wall's."""
+def optimizer_ns(result: Record) -> float:
+    """How long the optimizer takes, with all that it has to wait for."""
+    return float(median(row["optimizer_ns"] for row in result["rows"]))
+
+
+def account(result: Record, setting: Setting, arm: str, free_ns: float) -> Record:
+    """What one run says by itself; times in ms, but for the wall's.
+
+    ``free_ns`` is how long the optimizer takes without checkpoints: on a GPU it is the optimizer's
+    kernels that wait.
+    """
     every = setting.every
     interval = 1 if arm == OURS_EVERY_STEP else every
     counted = [row for row in result["rows"] if row["step"] >= every]
     due = [row for row in counted if row["step"] % interval == 0]
     begun = {row["step"]: row["boundary_ns"] for row in counted}
     saved = [record for record in result["saved"] if record["step"] in begun]
-    blocking = [(row["held_ns"] + row["barrier_ns"]) / 1e6 for row in due]
+    if setting.size in ON_GPU:
+        barriers = [max(0.0, row["optimizer_ns"] - free_ns) for row in due]
+    else:
+        barriers = [row["barrier_ns"] for row in due]
+    held = [row["held_ns"] for row in due]
+    blocking = [sum(both) / 1e6 for both in zip(held, barriers, strict=True)]
     durable = [(r["durable_ns"] - begun[r["step"]]) / 1e6 for r in saved]
     staged = [(r["staged_ns"] - begun[r["step"]]) / 1e6 for r in saved]
     found = {
@@ -180,15 +200,18 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Record]:
     rounds: dict[str, list[Record]] = {name: [] for name in names}
     failures: dict[str, str] = {}
     for _ in range(args.rounds):
-        found: dict[str, Record] = {}
+        results: dict[str, Record] = {}
         for name in chance.sample(names, len(names)):
             if name in failures:
                 continue
+            print(f"{setting.size} GB, {name} ...", file=sys.stderr, flush=True)
             try:
-                found[name] = account(run(name, setting, args), setting, name)
+                results[name] = run(name, setting, args)
             except LaunchError as error:
                 failures[name] = str(error)
                 print(f"{name} is left out: {error}", flush=True)
+        free_ns = optimizer_ns(results[NONE])
+        found = {name: account(r, setting, name, free_ns) for name, r in results.items()}
         for name, record in found.items():
             record["lost_s"] = record["wall_s"] - found[NONE]["wall_s"]
             rounds[name].append(record)
@@ -279,10 +302,12 @@ def ceilings(size: str, args: argparse.Namespace) -> Record:
     """What the machine gives, printed."""
     with tempfile.TemporaryDirectory(prefix="ftrain-checkpoint-", dir=args.dir) as folder:
         command = [sys.executable, CEILINGS, "--size", size, "--dir", folder]
+        command += ["--rounds", "2" if size in ON_GPU else "5"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: Record = json.loads(output)
     ratio = found["ours"] / found["direct"]
-    rows = [(name, found[name]) for name in ("memcpy", "hash", "direct", "buffered")]
+    names = ("memcpy", "hash", "from the GPU", "direct", "buffered")
+    rows = [(name, found[name]) for name in names if name in found]
     rows += [("our version, durable", found["ours"]), ("ours / direct", ratio)]
     print_table(f"ceilings, {found['state_bytes'] / 1e9:.2f} GB, idle cores", ("", "GB/s"), rows)
     return found
@@ -292,15 +317,15 @@ def calibrate(size: str, args: argparse.Namespace) -> tuple[list[tuple[float, in
     """Forward + backward in ms by tokens, and our capture in ms beside training."""
     with tempfile.TemporaryDirectory(prefix="ftrain-checkpoint-", dir=args.dir) as folder:
         out = Path(folder) / "result.json"
-        sweep = [str(tokens) for tokens in SWEEP]
+        sweep = [str(tokens) for tokens in (GPU_SWEEP if size in ON_GPU else SWEEP)]
         words = ("--arm", "calibrate", "--size", size, "--tokens", *sweep, "--out", out)
         environment = {"OMP_NUM_THREADS": str(os.cpu_count())}
         with launched([sys.executable, JOB, *words], Path(folder), environment) as launch:
             launch.finish(args.patience_s)
         times = json.loads(out.read_text())["forward_backward_s"]
     compute = sorted((1e3 * seconds, int(tokens)) for tokens, seconds in times.items())
-    setting = Setting(size, 256, 3, 4)
-    capture = account(run(ours_at(3), setting, args), setting, ours_at(3))["capture_ms"]
+    setting = Setting(size, 4096 if size in ON_GPU else 256, 3, 4)
+    capture = account(run(ours_at(3), setting, args), setting, ours_at(3), 0.0)["capture_ms"]
     return compute, capture
 
 

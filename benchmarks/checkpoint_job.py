@@ -22,20 +22,34 @@ from torch import nn
 
 import ftrain
 
-SEQUENCE_MAX = 128
 VOCABULARY = 256
+SEQUENCE_MAX = {"cpu": 128, "cuda": 1024}
+MICRO_TOKENS = 16384  # on a GPU, of one forward and backward; larger batches are accumulated
 
 
-def batch_of(tokens: int) -> torch.Tensor:
+def batch_of(tokens: int, device: torch.device) -> torch.Tensor:
     """Random tokens, so many of which are predicted."""
-    length = min(tokens, SEQUENCE_MAX)
-    return torch.randint(0, VOCABULARY, (max(1, tokens // length), length + 1))
+    length = min(tokens, SEQUENCE_MAX[device.type])
+    return torch.randint(0, VOCABULARY, (max(1, tokens // length), length + 1), device=device)
+
+
+def settle(device: torch.device) -> None:
+    """Return when the kernels of the training, and no others, have run."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def forward_backward(model: nn.Module, batch: torch.Tensor) -> float:
     """One; how long it took, in s."""
     began = time.monotonic()
-    model(batch).backward()
+    if batch.is_cuda:
+        for micro in batch.split(max(1, MICRO_TOKENS // batch.shape[1])):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(micro)
+            loss.backward()
+    else:
+        model(batch).backward()
+    settle(batch.device)
     return time.monotonic() - began
 
 
@@ -44,7 +58,7 @@ def calibrate(size: str, sweep: list[int]) -> dict[str, Any]:
     model, _ = states.build(size)
     found = {}
     for tokens in sweep:
-        batch = batch_of(tokens)
+        batch = batch_of(tokens, states.device_of(size))
         times = [forward_backward(model, batch) for _ in range(4)][1:]
         found[str(tokens)] = sorted(times)[1]
     return {"forward_backward_s": found}
@@ -66,15 +80,18 @@ class Steps:
         for step in range(self.last):
             left = time.monotonic_ns()
             next(entries)
+            settle(batch.device)
             entered = time.monotonic_ns()
-            model(batch).backward()
+            forward_backward(model, batch)
             computed = time.monotonic_ns()
             before = self.barrier_ns
             optimizer.step()
+            settle(batch.device)
+            stepped = time.monotonic_ns()
             optimizer.zero_grad()
             row = {"step": step, "boundary_ns": left, "held_ns": entered - left}
             row |= {"compute_ns": computed - entered, "barrier_ns": self.barrier_ns - before}
-            self.rows.append(row)
+            self.rows.append(row | {"optimizer_ns": stepped - computed})
         return time.monotonic_ns()
 
 
@@ -84,7 +101,7 @@ def train_peer(args: argparse.Namespace) -> dict[str, Any]:
     args.dir.mkdir(parents=True, exist_ok=True)
     if kind.needs_group:
         savers.form_group(args.dir)
-    saver = kind(args.dir)
+    saver = kind(args.dir, on_gpu=args.size in states.ON_GPU)
     model, optimizer = states.build(args.size)
     steps = Steps(args)
 
@@ -101,7 +118,9 @@ def train_peer(args: argparse.Namespace) -> dict[str, Any]:
                 saver.save(step, states.tensors_of(model, optimizer))
             yield None
 
-    done_ns = steps.run(boundaries(), model, optimizer, batch_of(args.tokens))
+    done_ns = steps.run(
+        boundaries(), model, optimizer, batch_of(args.tokens, states.device_of(args.size))
+    )
     saver.finish()
     ended_ns = time.monotonic_ns() if saver.records else done_ns
     saver.close()
@@ -127,7 +146,9 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
 
     optimizer.register_step_post_hook(note)
     entries = session.steps()
-    done_ns = steps.run(entries, model, optimizer, batch_of(args.tokens))
+    done_ns = steps.run(
+        entries, model, optimizer, batch_of(args.tokens, states.device_of(args.size))
+    )
     entries.close()  # type: ignore[attr-defined]
     skipped = session.statistics().skipped
     return {"rows": steps.rows, "done_ns": done_ns, "captures": captures, "skipped": skipped}

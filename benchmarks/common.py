@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,8 +146,15 @@ def machine() -> Record:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver() if torch.cuda.is_available() else None,
+        "date": date.today().isoformat(),
         "load_at_start": os.getloadavg()[0],
     }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

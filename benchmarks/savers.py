@@ -31,7 +31,7 @@ class Saver:
 
     needs_group = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, on_gpu: bool = False) -> None:
         self.folder = folder
         self.records: list[dict[str, int]] = []
         self._behind = ThreadPoolExecutor(1, "sweep")  # what no trainer would wait for
@@ -101,11 +101,9 @@ class DcpAsync(Saver):
     needs_group = True
     process = False
 
-    def __init__(self, folder: Path) -> None:
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        super().__init__(folder)
-        self._stager = DefaultStager(StagingOptions(False, self.process, True, False))
+    def __init__(self, folder: Path, *, on_gpu: bool = False) -> None:
+        super().__init__(folder, on_gpu=on_gpu)
+        self._stager = _gpu_stager(self.process) if on_gpu else _cpu_stager(self.process)
         self._upload: Future[Any] | None = None
 
     def save(self, step: int, state: State) -> None:
@@ -151,12 +149,12 @@ class DeepSpeedTorch(Saver):
 
     needs_group = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, on_gpu: bool = False) -> None:
         from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import (
             TorchCheckpointEngine,
         )
 
-        super().__init__(folder)
+        super().__init__(folder, on_gpu=on_gpu)
         self._engine = TorchCheckpointEngine(
             SimpleNamespace(checkpoint_config={"checkpoint_serialization": True})
         )
@@ -169,6 +167,32 @@ class DeepSpeedTorch(Saver):
         _sync_folder(self.folder)
         record["staged_ns"] = time.monotonic_ns()
         self._is_durable(path, record)
+
+
+def _cpu_stager(process: bool) -> Any:
+    """One that copies behind the caller, to shared memory for a process that writes."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    return DefaultStager(StagingOptions(False, process, True, False))
+
+
+def _gpu_stager(process: bool) -> Any:
+    """The fastest that this version of torch can do: pinned memory, copies that do not wait."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    sample = {"model": {"weight": torch.zeros(1 << 20, device="cuda")}}
+    problem: Exception = RuntimeError("no way to stage")
+    for pinned, shared, unwaited in ((1, process, 1), (1, 1, 1), (0, process, 1), (0, process, 0)):
+        stager = DefaultStager(StagingOptions(bool(pinned), bool(shared), True, bool(unwaited)))
+        try:
+            staged: Any = stager.stage(dict(sample))
+            staged.result()
+        except Exception as error:
+            problem = error
+            continue
+        print(f"staged: pinned {pinned}, shared {int(shared)}, without waiting {unwaited}")
+        return stager
+    raise problem
 
 
 PEERS: dict[str, type[Saver]] = {

@@ -26,15 +26,24 @@ SIZES = {
     "tiny": example.LlamaConfig(width=64, layers=2, heads=2, hidden=176),
     "0.3": example.LlamaConfig(width=512, layers=8, heads=8, hidden=1376),
     "1.3": example.LlamaConfig(width=1024, layers=9, heads=16, hidden=2656),
+    "4": example.LlamaConfig(width=1536, layers=12, heads=12, hidden=4096),
+    "15": example.LlamaConfig(width=2560, layers=16, heads=20, hidden=6912),
 }
+ON_GPU = ("4", "15")
 RUN_ID = "benchmark"
 
 
 def build(size: str) -> tuple[example.Llama, torch.optim.AdamW]:
     """A model and its optimizer, without moments yet."""
     torch.manual_seed(0)
-    model = example.Llama(SIZES[size])
+    with device_of(size):
+        model = example.Llama(SIZES[size])
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def device_of(size: str) -> torch.device:
+    """Where a state of this size lies."""
+    return torch.device("cuda", 0) if size in ON_GPU else torch.device("cpu")
 
 
 def add_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -96,6 +105,7 @@ def seal_image(state: TrainingState, version: VersionId) -> memoryview:
     tensors: tuple[StateTensor, ...] = layout.tensors
     engine.start(version, tensors, small)
     engine.barrier(float("inf"))
+    engine.drain(float("inf"))
     engine.close()
     assert slots.image is not None
     assert slots.held is not None, engine.statistics().skip_reason

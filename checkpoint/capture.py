@@ -17,6 +17,9 @@ The first kind's treatment is after DataStates-LLM (Maurya et al., HPDC 2024).
 
 A chunk is copied and hashed by two calls that release the GIL; chunks are large because every
 return to Python may wait for the interpreter's switch interval.
+
+What lies on a GPU is copied by the GPU, in a stream beside the training's (gpu_streams.py).  The
+barrier then waits until the copies are launched, and has the training's stream wait for the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import os
 import select
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,23 +38,23 @@ import torch
 
 from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.digest import NO_DIGEST, digest_of
+from ftrain.checkpoint.frozen import FrozenChunks
+from ftrain.checkpoint.gpu_streams import GpuStreams, Marks
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageWriter, resume_writer
 from ftrain.checkpoint.image_plan import ImagePlan
+from ftrain.checkpoint.spot_checks import Fetched, SpotChecks
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
 from ftrain.comms.process import let_others_run_on
 from ftrain.comms.protocol.messages import Held, Share, VersionId
 
-# Without giving up the GIL: to get it back may take longer than they do.
-_memcmp = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ("memcmp", ctypes.pythonapi)
-)
+# Without giving up the GIL: to get it back may take longer than it does.
 _eventfd_write = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_uint64)(
     ("eventfd_write", ctypes.pythonapi)
 )
-_COMPARED_BYTES = 256 * 1024  # of live memory against the capture, at each barrier
 _SMALL_BYTES_MIN = 16 * 1024
+_WAIT_S_MAX = 1e6  # for ever; a lock can't wait for infinity
 _SMALL_GROWTH = 4  # room for the small state of later versions, when it is reserved ahead
 _LAZY = (Changes.IN_STEP,)
 _LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
@@ -102,39 +104,6 @@ class CaptureStatistics:
     eager: bool = False
 
 
-class FrozenChunks:
-    """The chunks of frozen tensors, and which digests they had in the version before."""
-
-    def __init__(self, plan: ImagePlan, tensors: Sequence[StateTensor]) -> None:
-        frozen = {t.name: t.tensor for t in tensors if t.changes is Changes.NEVER}
-        places = [s.offset // plan.chunk_bytes for s in plan.segments if s.name in frozen]
-        self._chunks = range(min(places, default=0), plan.layout.chunks if places else 0)
-        self._tensors = list(frozen.values())
-        self._digests: list[bytes] = []
-        self._writes = 0  # that torch counted: not all of them, so this is only a hint
-        self._steady = True
-
-    def expect(self, writer: ImageWriter) -> bool:
-        """Let the chunks in this image have the digests of before; False: nothing is known."""
-        writes = sum(t._version for t in self._tensors if not t.is_inference())
-        if writes != self._writes:
-            self._digests = []
-        self._writes = writes
-        if not (self._steady and self._digests):
-            return False
-        for chunk, digest in zip(self._chunks, self._digests, strict=True):
-            writer.expect(chunk, digest)
-        return True
-
-    def sealed(self, writer: ImageWriter) -> None:
-        """The next version is compared with this one."""
-        self._digests = [writer.digest(chunk) for chunk in self._chunks]
-
-    def unsteady(self) -> None:
-        """They do change: nothing is expected of them any more."""
-        self._steady = False
-
-
 class _ChangedError(FtrainError):
     """A frozen tensor has other bytes than at the boundary before."""
 
@@ -146,7 +115,9 @@ class _Job:
     program: CopyProgram
     writer: ImageWriter
     buffer: memoryview
-    ready: torch.cuda.Event | None
+    ready: Marks | None  # the GPUs have made the version; None: it is in the host's memory
+    launched: bool = False  # all copies from GPUs, and what is on the host is copied
+    sealed: bool = False
 
 
 class CaptureEngine:
@@ -173,7 +144,7 @@ class CaptureEngine:
         self._share_of = share_of
         self._rank = rank
         self._chunk_bytes = chunk_bytes
-        self._compare = compare
+        self._looks = compare
         self._note = on_note
         self._lock = threading.Condition()
         self._job: _Job | None = None  # being captured
@@ -184,9 +155,11 @@ class CaptureEngine:
         self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
         self._expected: tuple[StateTensor, ...] | None = None  # room is to be made for them
-        self._offsets: list[int] = []  # of the plan's segments that change in the step only
         self._frozen: FrozenChunks | None = None
-        self._cursor = 0
+        self._streams: GpuStreams | None = None
+        self._launched: Marks | None = None  # the newest copies from GPUs, with the last of them
+        self._checks: SpotChecks | None = None
+        self._fetched: tuple[_Job, Fetched] | None = None  # of which version
         self._closing = False
         self._statistics = _Counters()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -212,7 +185,7 @@ class CaptureEngine:
         Raises MemoryShortError when there is no memory for the first version.
         """
         with self._lock:
-            while self._job is not None:  # the version before was not waited for: no step was made
+            while self._job is not None:  # no step was made since, or it is being hashed
                 self._lock.wait()
             self._live, self._written = None, None
             filling = self._filling
@@ -246,22 +219,34 @@ class CaptureEngine:
         _eventfd_write(self._wake, 1)
 
     def barrier(self, wait_s_max: float) -> None:
-        """Wait until the live tensors may change; skips the version after ``wait_s_max``."""
+        """Wait until the live tensors may change; skips the version after ``wait_s_max``.
+
+        On a GPU they may be changed by what is launched in its current stream from now on.
+        """
         began = time.monotonic_ns()
         with self._lock:
-            done = self._lock.wait_for(lambda: self._job is None, min(wait_s_max, 1e6))
+            done = self._lock.wait_for(self._may_change, min(wait_s_max, _WAIT_S_MAX))
             if not done:
                 self._skip(f"not copied within {wait_s_max:g} s")
+                assert self._job is not None
+                self._job.writer.abandon()  # nobody shall finish what may be torn
                 self._job = None
-            if self._compare and not self._statistics.eager:
+            if self._looks and not self._statistics.eager:
                 self._look_for_writes()
             self._live, self._written = None, None
+            if _in_cuda_graph():
+                self._copy_eagerly_for_graphs()
+            elif self._launched is not None:
+                self._launched.hold_back()
         self._statistics.barrier_ns += time.monotonic_ns() - began
+
+    def _may_change(self) -> bool:
+        return self._job is None or self._job.launched
 
     def drain(self, wait_s: float) -> bool:
         """Wait until nothing is being captured, without letting the tensors change."""
         with self._lock:
-            return self._lock.wait_for(lambda: self._job is None, wait_s)
+            return self._lock.wait_for(lambda: self._job is None, min(wait_s, _WAIT_S_MAX))
 
     def close(self) -> None:
         """End the thread; what it was capturing stays unsealed."""
@@ -269,6 +254,8 @@ class CaptureEngine:
             self._closing = True
         _eventfd_write(self._wake, 1)
         self._thread.join()
+        if self._streams is not None:
+            self._streams.close()
         os.close(self._wake)
 
     def statistics(self) -> CaptureStatistics:
@@ -284,8 +271,11 @@ class CaptureEngine:
             with self._lock:
                 if self._closing:
                     return
+                fetched, self._fetched = self._fetched, None
                 job = self._job
                 self._filling = job is not None
+            if fetched is not None:
+                self._compare(*fetched)
             if job is not None:
                 self._attempt(job)
                 with self._lock:
@@ -344,43 +334,48 @@ class CaptureEngine:
         if buffer is None:
             return None
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
-        writer.begin(small, lambda: self._copy_now(writer))
-        ready = None
+        writer.prepare(small)
+        copying = self._copy_now(writer)
         assert self._program is not None
-        if self._program.on_gpu:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+        ready = Marks(self._program.gpus) if self._program.gpus else None
+        if not copying:
+            writer.declare()
         return _Job(version, tensors, self._program, writer, buffer, ready)
 
-    def _copy_now(self, writer: ImageWriter) -> None:
-        """Copy what may change as soon as the script goes on."""
+    def _copy_now(self, writer: ImageWriter) -> bool:
+        """Copy what may change as soon as the script goes on; True: GPUs are still at it, before
+        they do anything that the script launches."""
         assert self._frozen is not None
         assert self._program is not None
         kinds = {Changes.ANYTIME}
         if not self._frozen.expect(writer):
             kinds.add(Changes.NEVER)
         if not self._program.has(kinds):
-            return
+            return False
         began = time.monotonic_ns()
         self._slots.enter()
         for chunk in range(writer.chunks):
             self._program.copy(writer, chunk, kinds)
         self._statistics.copy_ns += time.monotonic_ns() - began
+        return self._program.has_on_gpu(kinds)
 
     def _capture(self, job: _Job) -> None:
         writer = job.writer
-        self._slots.begun(job.version)
+        if writer.declared:
+            self._slots.begun(job.version)
         self._slots.enter()  # here, where nobody waits for it yet
         if job.ready is not None:
-            job.ready.synchronize()
-        for chunk in range(writer.chunks):
-            if self._job is not job:
-                return  # the barrier gave up on it
-            self._fill(writer, chunk, job.program)
+            self._fill_from_gpus(job, job.ready)
+        else:
+            for chunk in range(writer.chunks):
+                if self._job is not job:
+                    return  # the barrier gave up on it
+                self._fill(writer, chunk, job.program)
         with self._lock:
             if self._job is not job:
                 return
             writer.seal()
+            job.sealed = True
         if self._frozen is not None:
             self._frozen.sealed(writer)
         self._slots.sealed(job.version, writer.held())
@@ -398,8 +393,7 @@ class CaptureEngine:
             self._plan, self._planned_for = plan, tensors
             self._program = CopyProgram(plan, tensors)
             self._frozen = FrozenChunks(plan, tensors)
-            lazy = {tensor.name for tensor in tensors if tensor.changes is Changes.IN_STEP}
-            self._offsets = [s.offset for s in plan.segments if s.name in lazy]  # the first ones
+            self._checks = SpotChecks(plan, tensors)
         return plan
 
     def _fill(self, writer: ImageWriter, chunk: int, program: CopyProgram) -> None:
@@ -408,13 +402,58 @@ class CaptureEngine:
         Raises :class:`_ChangedError` when it does not have the digest that is expected of it.
         """
         began = time.monotonic_ns()
-        expected = writer.digest(chunk)
-        program.copy(writer, chunk, _LAZY if expected == NO_DIGEST else _LAZY_AND_FROZEN)
+        self._copy_chunk(writer, chunk, program)
         copied = time.monotonic_ns()
+        self._statistics.copy_ns += copied - began
+        self._finish_chunk(writer, chunk)
+        self._statistics.hash_ns += time.monotonic_ns() - copied
+
+    def _fill_from_gpus(self, job: _Job, ready: Marks) -> None:
+        """The same with all chunks, as they land."""
+        writer, streams = job.writer, self._streams_on(job.program.gpus)
+        began = landed_ns = time.monotonic_ns()
+        landed = streams.launch(
+            ready, writer, lambda chunk: self._copy_chunk(writer, chunk, job.program)
+        )
+        with self._lock:
+            given_up = self._job is not job
+            if not given_up:
+                self._launched = landed[-1] if landed else ready
+                job.launched = True
+                self._lock.notify_all()
+        if given_up:
+            streams.synchronize()
+            return
+        if not writer.declared:
+            ready.synchronize()  # what was copied at the boundary is there
+            writer.declare()
+            self._slots.begun(job.version)
+
+        def finish(chunk: int) -> None:
+            nonlocal landed_ns
+            if chunk == writer.chunks - 1:
+                landed_ns = time.monotonic_ns()
+            self._finish_chunk(writer, chunk)
+
+        streams.finish(landed, finish)
+        self._statistics.copy_ns += landed_ns - began
+        self._statistics.hash_ns += time.monotonic_ns() - landed_ns
+
+    def _streams_on(self, gpus: Sequence[torch.device]) -> GpuStreams:
+        if self._streams is None or self._streams.gpus != gpus:
+            if self._streams is not None:
+                self._streams.close()
+            self._streams = GpuStreams(gpus)
+        return self._streams
+
+    def _copy_chunk(self, writer: ImageWriter, chunk: int, program: CopyProgram) -> None:
+        is_lazy = writer.digest(chunk) == NO_DIGEST
+        program.copy(writer, chunk, _LAZY if is_lazy else _LAZY_AND_FROZEN)
+
+    def _finish_chunk(self, writer: ImageWriter, chunk: int) -> None:
+        expected = writer.digest(chunk)
         start, stop = writer.chunk_range(chunk)
         digest = digest_of(writer.data[start:stop])
-        self._statistics.copy_ns += copied - began
-        self._statistics.hash_ns += time.monotonic_ns() - copied
         if expected not in (NO_DIGEST, digest):
             names = sorted({piece.segment.name for piece in writer.plan.pieces(chunk)})
             raise _ChangedError(f"{names[0]} or one behind it changed though it is frozen")
@@ -436,9 +475,7 @@ class CaptureEngine:
                     writer = resume_writer(request.buffer)
                     mine = {tensor.name: tensor.share for tensor in live.tensors}
                     if all(mine.get(s.name) == s.share for s in writer.plan.segments):
-                        program = CopyProgram(writer.plan, live.tensors)
-                        for chunk in writer.missing_chunks():
-                            self._fill(writer, chunk, program)
+                        self._fill_missing(writer, live)
                         writer.seal()
                         held = writer.held()
                         self._statistics.finished_for_others += 1
@@ -449,6 +486,18 @@ class CaptureEngine:
         except PeerLostError as error:
             self._note(f"can't hand in rank {request.rank}'s capture: {error}")
 
+    def _fill_missing(self, writer: ImageWriter, live: _Job) -> None:
+        program = CopyProgram(writer.plan, live.tensors)
+        if live.ready is None or not program.gpus:
+            for chunk in writer.missing_chunks():
+                self._fill(writer, chunk, program)
+            return
+        with self._streams_on(live.program.gpus).behind(live.ready):
+            for chunk in writer.missing_chunks():
+                self._copy_chunk(writer, chunk, program)
+                Marks(program.gpus).synchronize()
+                self._finish_chunk(writer, chunk)
+
     def _skip(self, reason: str, *, told: bool = False) -> None:
         self._statistics.skipped += 1
         self._statistics.skip_reason = reason
@@ -457,37 +506,46 @@ class CaptureEngine:
             self._note(f"{count} version(s) not captured so far, now because {reason}")
 
     def _look_for_writes(self) -> None:
-        """Compare a rotating stretch of live memory with what was captured of it.
+        """A version found to differ from live memory is withdrawn, and everybody is told."""
+        live, checks = self._live, self._checks
+        stretch = None if checks is None else checks.next()
+        if live is None or checks is None or stretch is None:
+            return
+        if not stretch.on_gpu:
+            if self._written is not None and not stretch.equals(self._written):
+                self._withdraw(live, stretch.name)
+        elif live.launched:
+            self._fetched = live, checks.fetch(stretch)  # compared by the capturing thread
+            _eventfd_write(self._wake, 1)
 
-        Writes outside ``optimizer.step`` (an EMA swap, ``.data``, an optimizer inside backward)
-        can't be seen in ``Tensor._version``; fused updates do not count it up.  A version found to
-        differ is withdrawn: its image goes, then everybody is told.
-        """
-        live, written, plan = self._live, self._written, self._plan
-        if live is None or written is None or plan is None or not self._offsets:
-            return
-        last = plan.segments[len(self._offsets) - 1]
-        end = last.offset + last.nbytes
-        place = self._cursor * _COMPARED_BYTES % end
-        self._cursor += 1
-        segment = plan.segments[bisect_right(self._offsets, place) - 1]
-        source = next((t.tensor for t in live.tensors if t.name == segment.name), None)
-        if source is None or source.is_cuda or not source.is_contiguous():
-            return
-        size = min(segment.nbytes, _COMPARED_BYTES)
-        skip = min(place - segment.offset, segment.nbytes - size)
-        at = plan.layout.data_offset + segment.offset + skip
-        copy = ctypes.addressof(ctypes.c_char.from_buffer(written, at))
-        if _memcmp(copy, source.data_ptr() + segment.start + skip, size):
+    def _copy_eagerly_for_graphs(self) -> None:
+        """The step runs whenever the graph is replayed, and nobody calls the barrier then."""
+        if not self._statistics.eager:
             self._statistics.eager = True
-            live.writer.abandon()  # before anything can go wrong with telling
-            self._slots.withdraw(live.version)
             self._note(
-                f"{segment.name} changed between a boundary and the next optimizer.step: step "
-                f"{live.version.step} will not be restored from, and versions are copied at the "
-                "boundary from now on, which stalls the step; write to parameters only inside "
-                "optimizer.step, or before the boundary"
+                "an optimizer's step is part of a CUDA graph: versions are copied at the boundary "
+                "from now on, before anything else runs in the current stream"
             )
+
+    def _compare(self, job: _Job, fetched: Fetched) -> None:
+        if job.sealed and not fetched.equals(job.buffer):
+            self._withdraw(job, fetched.name)
+
+    def _withdraw(self, job: _Job, name: str) -> None:
+        self._statistics.eager = True
+        job.writer.abandon()  # before anything can go wrong with telling
+        self._slots.withdraw(job.version)
+        self._note(
+            f"{name} changed between a boundary and the next optimizer.step: step "
+            f"{job.version.step} will not be restored from, and versions are copied at the "
+            "boundary from now on, which stalls the step; write to parameters only inside "
+            "optimizer.step, or before the boundary"
+        )
+
+
+def _in_cuda_graph() -> bool:
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(slots=True)

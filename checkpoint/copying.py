@@ -3,6 +3,9 @@
 A capture runs beside the training thread in the same interpreter: each Python operation here is
 time that the training thread can't have.  So what is copied from where is worked out when the plan
 is made, and a capture is one call per piece.
+
+What lies on a GPU is copied in the calling thread's current stream there: into page-locked memory
+(see pinned.py) behind the caller's back, into other memory before the call returns.
 """
 
 from __future__ import annotations
@@ -37,21 +40,33 @@ class CopyProgram:
 
     def __init__(self, plan: ImagePlan, tensors: Iterable[StateTensor]) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        self.on_gpu = any(tensor.tensor.is_cuda for tensor in self._tensors.values())
+        found = {tensor.tensor.device for tensor in self._tensors.values()}
+        self.gpus = tuple(sorted((d for d in found if d.type == "cuda"), key=str))
         self._moves: dict[tuple[int, Changes], list[_Move]] = {}
         self._others: dict[tuple[int, Changes], list[Piece]] = {}
+        self._from_gpus: dict[tuple[int, Changes], list[tuple[int, torch.Tensor]]] = {}
         for chunk in range(plan.layout.chunks):
             for piece in plan.pieces(chunk):
                 self._add(chunk, piece)
 
     def has(self, kinds: Collection[Changes]) -> bool:
         """Whether there is anything of these kinds to copy."""
-        return any(kind in kinds for _, kind in (*self._moves, *self._others))
+        return self.has_on_gpu(kinds) or any(
+            kind in kinds for _, kind in (*self._moves, *self._others)
+        )
+
+    def has_on_gpu(self, kinds: Collection[Changes]) -> bool:
+        """Whether anything of these kinds is to be copied from a GPU."""
+        return any(kind in kinds for _, kind in self._from_gpus)
 
     def copy(self, writer: ImageWriter, chunk: int, kinds: Iterable[Changes]) -> None:
-        """Copy what lies in ``chunk`` and is of these kinds."""
-        base = ctypes.addressof(ctypes.c_char.from_buffer(writer.data))
+        """Copy what lies in ``chunk`` and is of these kinds; from GPUs: launch the copies."""
+        data = writer.data
+        base = ctypes.addressof(ctypes.c_char.from_buffer(data))
         for kind in kinds:
+            for offset, part in self._from_gpus.get((chunk, kind), ()):
+                target = torch.frombuffer(data, dtype=torch.uint8, count=len(part), offset=offset)
+                target.copy_(part, non_blocking=True)
             for move, offset, source, nbytes in self._moves.get((chunk, kind), ()):
                 move(base + offset, source, nbytes)
             for piece in self._others.get((chunk, kind), ()):
@@ -61,8 +76,12 @@ class CopyProgram:
         found = self._tensors[piece.segment.name]
         place = chunk, found.changes
         tensor = found.tensor
-        if tensor.is_cuda or not tensor.is_contiguous():
+        if not tensor.is_contiguous() or tensor.device.type not in ("cpu", "cuda"):
             self._others.setdefault(place, []).append(piece)
+            return
+        if tensor.is_cuda:
+            part = bytes_of(tensor)[piece.start : piece.start + piece.nbytes]
+            self._from_gpus.setdefault(place, []).append((piece.offset, part))
             return
         move = _memmove_held if piece.nbytes < _SMALL_COPY_BYTES else _memmove_free
         source = tensor.data_ptr() + piece.start
@@ -70,10 +89,11 @@ class CopyProgram:
 
     def _copy_piece(self, piece: Piece, base: int) -> None:
         """A piece of a tensor that does not lie in memory as in the image."""
-        tensor, start = self._tensors[piece.segment.name].tensor, piece.start
-        if tensor.is_cuda:
-            flat = tensor.reshape(-1).view(torch.uint8)[start : start + piece.nbytes]
-            tensor, start = flat.cpu(), 0
-        else:
-            tensor = tensor.contiguous()
-        _memmove_free(base + piece.offset, tensor.data_ptr() + start, piece.nbytes)
+        tensor = self._tensors[piece.segment.name].tensor
+        part = bytes_of(tensor)[piece.start : piece.start + piece.nbytes].cpu()
+        _memmove_free(base + piece.offset, part.data_ptr(), piece.nbytes)
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements as they follow each other in an image; in place, if it is contiguous."""
+    return tensor.detach().reshape(-1).view(torch.uint8)

@@ -9,7 +9,7 @@ imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,8 @@ class ImageWriter:
         self.whole = whole
         self._layout = plan.layout
         self._view = view[: plan.total_bytes]
-        self._header: Header | None = None
+        self._prepared: Header | None = None
+        self._header: Header | None = None  # the one in the buffer
 
     @property
     def data(self) -> memoryview:
@@ -86,11 +87,16 @@ class ImageWriter:
         """First byte of a chunk and the one behind its last, in :attr:`data`."""
         return self._layout.chunk_range(chunk)
 
-    def begin(self, small: Buffer, before: Callable[[], None] | None = None) -> None:
-        """Invalidate what the buffer held, then write everything but the data.
+    def begin(self, small: Buffer) -> None:
+        """:meth:`prepare` and :meth:`declare`."""
+        self.prepare(small)
+        self.declare()
 
-        ``before`` is called when all but the header is there: what it writes into the data and
-        expects of chunks is in every image that anybody can take for begun.
+    def prepare(self, small: Buffer) -> None:
+        """Invalidate what the buffer held, then write all but the header and the data.
+
+        What is written into the data, and expected of chunks, before :meth:`declare` is in every
+        image that anybody can take for begun.
 
         Raises:
             StateError: ``small`` is larger than planned; nothing was written.
@@ -109,9 +115,7 @@ class ImageWriter:
         small_end = layout.small_offset + len(small_view)
         view[layout.small_offset : small_end] = small_view
         view[small_end : layout.data_offset] = bytes(layout.data_offset - small_end)
-        if before is not None:
-            before()
-        header = Header(
+        self._prepared = Header(
             state=ImageState.WRITING,
             whole=self.whole,
             identity=self.identity,
@@ -121,13 +125,27 @@ class ImageWriter:
             index_digest=digest_of(self.plan.index),
             small_digest=digest_of(small_view),
         )
-        view[:RECORD_BYTES] = header.pack()
-        self._header = header
+
+    def declare(self) -> None:
+        """Say whose image this is: from now on another process can finish it.
+
+        Raises:
+            StateError: it was not prepared, or given up.
+        """
+        if self._prepared is None:
+            raise StateError(f"the image of rank {self.identity.rank} is not prepared")
+        self._view[:RECORD_BYTES] = self._prepared.pack()
+        self._header = self._prepared
+
+    @property
+    def declared(self) -> bool:
+        """Whether the buffer says whose image is in it."""
+        return self._header is not None
 
     def abandon(self) -> None:
         """Make the buffer hold no image."""
+        self._prepared = self._header = None
         self._view[:PAGE_BYTES] = bytes(PAGE_BYTES)
-        self._header = None
 
     def finish_chunk(self, chunk: int, digest: bytes | None = None) -> None:
         """Say that a chunk is complete; without ``digest`` its bytes are hashed in place."""

@@ -23,6 +23,7 @@ from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_us
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.lock import hold_versions
 from ftrain.checkpoint.manifest import DurableVersion, open_files
+from ftrain.checkpoint.pinned import lock_pages
 from ftrain.checkpoint.retention import Retention
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.environment import RankEnvironment, default_run_dir, running_script
@@ -58,10 +59,14 @@ class LocalSlots:
         self.image: memoryview | None = None
         self.held: Held | None = None
         self._map: mmap.mmap | None = None
+        self._locked = False
+        self._unlock: Callable[[], None] = lambda: None
 
     def reserve(self, image_bytes: int) -> None:
         """Have room for one image of this size; raises MemoryShortError."""
         if self._map is None or len(self._map) < image_bytes:
+            self._unlock()
+            self._locked = False
             try:
                 self._map = mmap.mmap(-1, image_bytes)
             except OSError as error:
@@ -77,7 +82,10 @@ class LocalSlots:
         return self.image
 
     def enter(self) -> None:
-        """Its pages are taken when they are written to."""
+        """Have GPUs copy to it at full speed; else its pages are taken when they are written to."""
+        if self._map is not None and not self._locked:
+            self._unlock = lock_pages(memoryview(self._map))
+            self._locked = True
 
     def enter_more(self) -> bool:
         """There is no other."""
@@ -394,6 +402,7 @@ class AloneKeeper:
             self._slots.held = None  # that of the version before
             engine.start(version, tensors, small, collectives)
             engine.barrier(float("inf"))
+            engine.drain(float("inf"))
             well = self._slots.held is not None
             if well:
                 assert self._slots.image is not None

@@ -134,8 +134,9 @@ class Target:
             plain = np.frombuffer(source, np.uint8, copy.shape[0] * self.item, start)
         else:
             plain = np.ascontiguousarray(self._strided(source, first, copy)).view(np.uint8)
-        dtype = self.live.dtype
-        host = torch.frombuffer(bytearray(plain), dtype=dtype).reshape(copy.shape)
+        # By address, because torch warns of memory that it must not write to.
+        memory = memory_at(plain.ctypes.data, plain.nbytes)
+        host = torch.frombuffer(memory, dtype=self.live.dtype).reshape(copy.shape)
         with torch.no_grad():
             self.live.as_strided(copy.shape, copy.target_strides, copy.target).copy_(host)
 

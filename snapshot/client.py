@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from ftrain.snapshot.protocol.messages import (
     Withdraw,
 )
 
+LockPages = Callable[[memoryview], Callable[[], None]]
 UNAVAILABLE = "snapshot manager unavailable"
 
 _START_S_MAX = 20.0  # for connecting first, and opening
@@ -71,27 +72,45 @@ class OpenedImage:
 @dataclass(slots=True)
 class _Slot:
     view: memoryview
+    lock_pages: LockPages
     entered: bool = False  # its pages are in this process's page table
+    unlock: Callable[[], None] | None = None
 
     def enter(self) -> None:
-        """Enter them."""
+        """Enter them, and let GPUs copy to them."""
         if not self.entered:
             populate(self.view)
+            self.unlock = self.lock_pages(self.view)
             self.entered = True
+
+    def leave(self) -> None:
+        """The map is going."""
+        if self.unlock is not None:
+            self.unlock()
+            self.unlock = None
 
 
 class SnapshotClient:
     """One rank's connection to its node's snapshot manager. Usable from several threads.
 
-    ``denied`` says why :meth:`begin` last returned None.
+    ``denied`` says why :meth:`begin` last returned None.  ``lock_pages`` is called with each slot's
+    memory before much is written to it; what it returns, before the memory goes.
 
     Raises PeerLostError when no manager answers, StateError when it does not want this rank.
     """
 
     def __init__(
-        self, socket_path: str, *, rank: int, world_size: int, epoch: int, node: int
+        self,
+        socket_path: str,
+        *,
+        rank: int,
+        world_size: int,
+        epoch: int,
+        node: int,
+        lock_pages: LockPages = lambda view: lambda: None,
     ) -> None:
         self.denied = ""
+        self._lock_pages = lock_pages
         self._path = socket_path
         self._rank = rank
         self._world_size = world_size
@@ -118,9 +137,9 @@ class SnapshotClient:
             if self._slots and min(slot.view.nbytes for slot in self._slots) >= image_bytes:
                 return
             answer, fds = self._call(Reserve(0, image_bytes), Reserved, _RESERVE_S_MAX)
-            self._slots = []
+            self._forget_slots()
             for fd, nbytes in zip(fds, answer.nbytes, strict=True):
-                self._slots.append(_Slot(map_fd(fd, nbytes)))
+                self._slots.append(_Slot(map_fd(fd, nbytes), self._lock_pages))
                 os.close(fd)
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
@@ -280,8 +299,13 @@ class SnapshotClient:
         """Give up the connection and the maps (which go when nobody uses their views)."""
         with self._lock:
             self._disconnect()
-            self._slots = []
+            self._forget_slots()
             self._path = ""
+
+    def _forget_slots(self) -> None:
+        for slot in self._slots:
+            slot.leave()
+        self._slots = []
 
     # ------------------------------------------------------------ conversation
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftrain.checkpoint.copying import CopyProgram
+from ftrain.checkpoint.gpu_streams import GpuStreams, Marks
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageReader, ImageWriter
+from ftrain.checkpoint.pinned import lock_pages
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.protocol.messages import Share
 from ftrain.runtime.deepspeed.tree import Folder, Leaf
@@ -34,6 +35,8 @@ class Room:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+        self._unlock: Callable[[], None] | None = None
+        self._streams: GpuStreams | None = None
         self._free = threading.Semaphore()
 
     def take(self, nbytes: int) -> memoryview:
@@ -41,12 +44,25 @@ class Room:
         self._free.acquire()
         try:
             if self._map is None or len(self._map) < nbytes:
-                self._map = None  # first, so that never both are there
+                if self._unlock is not None:
+                    self._unlock()
+                self._map, self._unlock = None, None  # first, so that never both are there
                 self._map = mmap.mmap(-1, nbytes)
         except BaseException:  # whatever it was: the next one gets a turn
             self._free.release()
             raise
         return memoryview(self._map)
+
+    def lock_pages(self) -> None:
+        """Let GPUs copy to it at full speed."""
+        if self._unlock is None and self._map is not None:
+            self._unlock = lock_pages(memoryview(self._map))
+
+    def streams(self, gpus: Sequence[torch.device]) -> GpuStreams:
+        """For copies from these to it."""
+        if self._streams is None or self._streams.gpus != gpus:
+            self._streams = GpuStreams(gpus)
+        return self._streams
 
     def give_back(self) -> None:
         """The copy is not needed any more."""
@@ -80,6 +96,7 @@ class Shot:
         self.problem: BaseException | None = None
         self._room = room
         self._copied = threading.Event()
+        self._ended = threading.Event()
         tensors = tuple(
             StateTensor.whole(leaf.name, leaf.tensor, _SHARE, changes(leaf))
             for leaf in folded.leaves
@@ -92,11 +109,13 @@ class Shot:
             CHUNK_BYTES,
         )
         self._program: CopyProgram | None = CopyProgram(plan, tensors)
-        self._ready = _recorded_event(tensors)
         self._image = room.take(plan.total_bytes)[: plan.total_bytes]
         try:
             self._writer = ImageWriter(self._image, plan, identity)
-            self._writer.begin(small, lambda: self._copy(Changes.ANYTIME))
+            self._writer.prepare(small)
+            self._copy(Changes.ANYTIME)
+            self._writer.declare()
+            self._ready = Marks(self._program.gpus)
         except BaseException:  # whatever it was: the room is free again
             self.release()
             raise
@@ -104,14 +123,14 @@ class Shot:
     def complete(self) -> None:
         """Copy and hash the rest; :attr:`problem` says what went wrong."""
         try:
-            with _own_stream(self._ready):
-                self._copy_rest()
+            self._copy_rest()
             self._writer.seal()
         except Exception as error:  # a thread's end must not leave the training thread waiting
             self.problem = error
         finally:
             self._program = None  # and with it the tensors
             self._copied.set()
+            self._ended.set()
 
     def wait_copied(self) -> None:
         """Return when the tensors may change."""
@@ -119,7 +138,7 @@ class Shot:
 
     def image(self) -> ImageReader:
         """What was copied, once it is; raises what went wrong."""
-        self._copied.wait()
+        self._ended.wait()
         if self.problem is not None:
             raise self.problem
         return ImageReader(self._image, where=f"the copy for {self.path}")
@@ -129,33 +148,31 @@ class Shot:
         self._room.give_back()
 
     def _copy_rest(self) -> None:
-        assert self._program is not None
-        for chunk in range(self._writer.chunks):
-            self._program.copy(self._writer, chunk, (Changes.IN_STEP,))
-            self._writer.finish_chunk(chunk)
+        program = self._program
+        assert program is not None
+
+        def copy(chunk: int) -> None:
+            program.copy(self._writer, chunk, (Changes.IN_STEP,))
+
+        if not program.gpus:
+            for chunk in range(self._writer.chunks):
+                copy(chunk)
+                self._writer.finish_chunk(chunk)
+            return
+        self._room.lock_pages()
+        streams = self._room.streams(program.gpus)
+        landed = streams.launch(self._ready, self._writer, copy)
+        streams.synchronize()
+        self._copied.set()  # the rest reads the copy
+        streams.finish(landed, self._writer.finish_chunk)
 
     def _copy(self, kind: Changes) -> None:
         assert self._program is not None
         if self._program.has((kind,)):
+            if self._program.has_on_gpu((kind,)):
+                self._room.lock_pages()
             for chunk in range(self._writer.chunks):
                 self._program.copy(self._writer, chunk, (kind,))
-
-
-def _recorded_event(tensors: tuple[StateTensor, ...]) -> torch.cuda.Event | None:
-    """What the copying thread waits for: the kernels that were launched until now."""
-    if not any(tensor.tensor.is_cuda for tensor in tensors):
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _own_stream(ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
-    """Where the copies run that come behind ``ready``: not behind the kernels of the next step."""
-    if ready is None:
-        return nullcontext()
-    ready.synchronize()
-    return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 def changes_of(state: Mapping[str, Any], *, lazy: bool) -> Callable[[Leaf], Changes]:

@@ -4,115 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
+from capture_samples import CHUNK_BYTES, Finish, Memory, contents, identity, share_of, unfinished
 
-from ftrain.checkpoint.capture import CaptureEngine, FrozenChunks
-from ftrain.checkpoint.header import ImageIdentity, ImageState
+from ftrain.checkpoint.capture import CaptureEngine
+from ftrain.checkpoint.frozen import FrozenChunks
+from ftrain.checkpoint.header import ImageState
 from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError
-from ftrain.comms.protocol.messages import Held, Share, VersionId
-
-CHUNK_BYTES = 64 * 1024
-
-
-@dataclass
-class Finish:
-    version: VersionId
-    rank: int
-    buffer: memoryview
-
-
-class Memory:
-    """Two slots in this process, with a door for requests to finish another rank's image."""
-
-    def __init__(self) -> None:
-        self.denied = "all slots are taken"
-        self.deny = False
-        self.maps: list[mmap.mmap] = []
-        self.turn = 0
-        self.handed_in: list[tuple[VersionId, Held]] = []
-        self.withdrawn: list[VersionId] = []
-        self.reserved: list[tuple[str, int]] = []  # by which thread
-        self.room_made = threading.Event()
-        self.answers: list[tuple[int, Held | None]] = []
-        self.door, self.bell = socket.socketpair()
-        self.door.setblocking(False)
-        self.request: Finish | None = None
-        self.answered = threading.Event()
-
-    def reserve(self, image_bytes: int) -> None:
-        if image_bytes > 2**28:
-            raise MemoryShortError("the slots need more memory than there is")
-        self.reserved.append((threading.current_thread().name, image_bytes))
-        self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
-
-    def enter(self) -> None:
-        pass
-
-    def enter_more(self) -> bool:
-        self.room_made.set()
-        return False
-
-    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
-        if self.deny:
-            return None
-        self.turn ^= 1
-        return memoryview(self.maps[self.turn])
-
-    def begun(self, version: VersionId) -> None:
-        pass
-
-    def sealed(self, version: VersionId, held: Held) -> None:
-        self.handed_in.append((version, held))
-
-    def withdraw(self, version: VersionId) -> None:
-        self.withdrawn.append(version)
-
-    def fileno(self) -> int:
-        return self.door.fileno()
-
-    def poll(self) -> Finish | None:
-        try:
-            self.door.recv(1)
-        except BlockingIOError:
-            return None
-        return self.request
-
-    def finished(self, version: VersionId, rank: int, held: Held | None) -> None:
-        self.answers.append((rank, held))
-        self.answered.set()
-
-    def ask(self, request: Finish) -> Held | None:
-        self.request = request
-        self.bell.send(b"!")
-        assert self.answered.wait(10)
-        return self.answers[-1][1]
-
-    def image(self) -> ImageReader:
-        return ImageReader(memoryview(self.maps[self.turn]))
-
-    def close(self) -> None:
-        self.door.close()
-        self.bell.close()
-
-
-def identity(version: VersionId, rank: int) -> ImageIdentity:
-    return ImageIdentity(
-        run_id="run",
-        topology="ab",
-        version=version,
-        rank=rank,
-        world_size=2,
-        node=0,
-        incarnation=1,
-    )
+from ftrain.comms.protocol.messages import VersionId
 
 
 def tensors(scale: float = 1.0) -> tuple[StateTensor, ...]:
@@ -122,10 +26,6 @@ def tensors(scale: float = 1.0) -> tuple[StateTensor, ...]:
         StateTensor.whole(f"model/{i}", torch.randn(size, generator=generator) * scale, "0,1")
         for i, size in enumerate(sizes)
     )
-
-
-def share_of(rank: int) -> Share:
-    return Share("0,1", 0, rank, 2)
 
 
 @pytest.fixture
@@ -152,10 +52,6 @@ def engine(memory: Memory, notes: list[str]) -> Iterator[CaptureEngine]:
     )
     yield found
     found.close()
-
-
-def contents(image: ImageReader) -> dict[tuple[str, int], bytes]:
-    return {(s.name, s.start): bytes(image.segment_bytes(s)) for s in image.segments}
 
 
 def test_two_ranks_parts_make_the_whole() -> None:
@@ -270,19 +166,34 @@ def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies
     assert first == before.numpy().tobytes()[: len(first)]
 
 
-def unfinished(rank: int, state: tuple[StateTensor, ...], version: VersionId) -> memoryview:
-    """What a rank leaves that was killed after its first chunk."""
-    plan = plan_image(state, lambda key: share_of(rank), 1024, CHUNK_BYTES)
-    buffer = memoryview(mmap.mmap(-1, plan.total_bytes))
-    writer = ImageWriter(buffer, plan, identity(version, rank), 3)
-    writer.begin(b"the dead rank's small state")
-    for piece in plan.pieces(0):
-        raw = next(t.tensor for t in state if t.name == piece.segment.name).numpy().tobytes()
-        writer.data[piece.offset : piece.offset + piece.nbytes] = raw[
-            piece.start : piece.start + piece.nbytes
-        ]
-    writer.finish_chunk(0)
-    return buffer
+def on_each_device(state: tuple[StateTensor, ...]) -> list[tuple[StateTensor, ...]]:
+    found = [state]
+    if torch.cuda.is_available():
+        found.append(tuple(StateTensor.whole(t.name, t.tensor.cuda(), t.share) for t in state))
+    return found
+
+
+def test_a_version_that_was_given_up_is_nobodys_image(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    """The optimizer writes from then on: what is copied too late must not be finished by others."""
+    for state in on_each_device(tensors()):
+        step, before = memory.turn, engine.statistics()
+        memory.open.clear()
+        engine.start(VersionId(1, 0), state, b"")
+        engine.barrier(0.01)
+        assert engine.statistics().skipped == before.skipped + 1
+        slot = memory.turn
+        memory.open.set()
+        while engine.statistics().captured == before.captured:  # the late copy has to end first
+            step += 1
+            engine.start(VersionId(1, step), state, b"")
+            engine.barrier(10)
+            assert engine.drain(10)
+        memory.image().verify()
+        memory.turn = slot
+        with pytest.raises(CorruptionError, match="no valid header"):
+            memory.image()
 
 
 def test_a_survivor_finishes_a_dead_ranks_image(engine: CaptureEngine, memory: Memory) -> None:
