@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from ftrain.checkpoint.durable import DurableStore
-from ftrain.checkpoint.pinned import lock_pages
+from ftrain.checkpoint.pinned import PageLock
 from ftrain.comms.protocol.messages import VersionId
 
 PART_BYTES = 16 * 1024 * 1024
@@ -74,7 +74,7 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, float]:
         "ours": lambda: store.write_image(1, VersionId(1, 1), 0, image),
     }
     if size in states.ON_GPU:
-        on_gpu, unlock = source.cuda(), lock_pages(memory)
+        on_gpu, lock = source.cuda(), PageLock(memory)
 
         def from_gpu() -> None:
             target.copy_(on_gpu, non_blocking=True)
@@ -93,7 +93,7 @@ def measure(size: str, folder: Path, rounds: int) -> dict[str, float]:
             found[name].append(nbytes / (time.monotonic() - began) / 1e9)
     forget()
     if size in states.ON_GPU:
-        unlock()
+        lock.release()
     return {name: median(rates) for name, rates in found.items()} | {"state_bytes": nbytes}
 
 

@@ -32,22 +32,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.digest import NO_DIGEST, digest_of
 from ftrain.checkpoint.frozen import FrozenChunks
-from ftrain.checkpoint.gpu_streams import GpuStreams, Marks
+from ftrain.checkpoint.gpu_streams import GpuStreams, Marks, in_cuda_graph
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageWriter, resume_writer
 from ftrain.checkpoint.image_plan import ImagePlan
+from ftrain.checkpoint.slots import FinishRequest, Slots
 from ftrain.checkpoint.spot_checks import Fetched, SpotChecks
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import FtrainError, MemoryShortError, PeerLostError
 from ftrain.comms.process import let_others_run_on
-from ftrain.comms.protocol.messages import Held, Share, VersionId
+from ftrain.comms.protocol.messages import Share, VersionId
 
 # Without giving up the GIL: to get it back may take longer than it does.
 _eventfd_write = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_uint64)(
@@ -58,34 +58,6 @@ _WAIT_S_MAX = 1e6  # for ever; a lock can't wait for infinity
 _SMALL_GROWTH = 4  # room for the small state of later versions, when it is reserved ahead
 _LAZY = (Changes.IN_STEP,)
 _LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
-
-
-class FinishRequest(Protocol):
-    """A dead rank's image that a survivor shall finish."""
-
-    @property
-    def version(self) -> VersionId: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def buffer(self) -> memoryview: ...
-
-
-class Slots(Protocol):
-    """Where images are written to: the snapshot manager's memory, or this process's own."""
-
-    denied: str
-
-    def reserve(self, image_bytes: int) -> None: ...
-    def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None: ...
-    def enter(self) -> None: ...
-    def enter_more(self) -> bool: ...
-    def begun(self, version: VersionId) -> None: ...
-    def sealed(self, version: VersionId, held: Held) -> None: ...
-    def withdraw(self, version: VersionId) -> None: ...
-    def fileno(self) -> int: ...
-    def poll(self) -> FinishRequest | None: ...
-    def finished(self, version: VersionId, rank: int, held: Held | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +88,7 @@ class _Job:
     writer: ImageWriter
     buffer: memoryview
     ready: Marks | None  # the GPUs have made the version; None: it is in the host's memory
+    eager: bool  # all of it is copied before the script goes on
     launched: bool = False  # all copies from GPUs, and what is on the host is copied
     sealed: bool = False
 
@@ -154,6 +127,8 @@ class CaptureEngine:
         self._planned_for: tuple[StateTensor, ...] = ()
         self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
+        self._reserving = False  # it is having room made
+        self._beginning = False  # the training thread is about to begin a version
         self._expected: tuple[StateTensor, ...] | None = None  # room is to be made for them
         self._frozen: FrozenChunks | None = None
         self._streams: GpuStreams | None = None
@@ -179,16 +154,19 @@ class CaptureEngine:
     ) -> None:
         """Begin to capture ``version``: when this returns, ``small`` is in the image and so is
         every tensor that may change at any time; the others follow behind the step (unless writes
-        outside the optimizer were seen before: then all is copied when this returns).  ``wait_s``
-        is for what must not be skipped only because the slots' owner is being replaced.
+        outside the optimizer were seen before: then all is copied when this returns).  What lies on
+        a GPU is copied before anything that is launched in its current stream later.  ``wait_s`` is
+        for what must not be skipped only because the slots' owner is being replaced.
 
         Raises MemoryShortError when there is no memory for the first version.
         """
         with self._lock:
-            while self._job is not None:  # no step was made since, or it is being hashed
+            # No step was made since, or it is being hashed; or the slots are being changed.
+            while self._job is not None or self._reserving:
                 self._lock.wait()
             self._live, self._written = None, None
             filling = self._filling
+            self._beginning = not filling
         if filling:  # its copy may still land in the slot that this version would get
             self._skip("the copy of a version that was given up has not ended yet")
             return
@@ -202,13 +180,15 @@ class CaptureEngine:
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
             return
+        finally:
+            self._beginning = False
         if job is None:
             self._skip(self._slots.denied)
             return
         with self._lock:
             self._job = self._live = job
         _eventfd_write(self._wake, 1)
-        if self._statistics.eager:
+        if job.eager:
             self.barrier(float("inf"))
 
     def expect(self, tensors: tuple[StateTensor, ...]) -> None:
@@ -225,18 +205,17 @@ class CaptureEngine:
         """
         began = time.monotonic_ns()
         with self._lock:
-            done = self._lock.wait_for(self._may_change, min(wait_s_max, _WAIT_S_MAX))
-            if not done:
-                self._skip(f"not copied within {wait_s_max:g} s")
+            if in_cuda_graph():
+                self._leave_to_the_graph()
+                return
+            if not self._lock.wait_for(self._may_change, min(wait_s_max, _WAIT_S_MAX)):
                 assert self._job is not None
-                self._job.writer.abandon()  # nobody shall finish what may be torn
-                self._job = None
-            if self._looks and not self._statistics.eager:
-                self._look_for_writes()
+                self._abandon(self._job, f"not copied within {wait_s_max:g} s")
+            live = self._live
+            if live is not None and self._looks and not live.eager:
+                self._look_for_writes(live)
             self._live, self._written = None, None
-            if _in_cuda_graph():
-                self._copy_eagerly_for_graphs()
-            elif self._launched is not None:
+            if self._launched is not None:
                 self._launched.hold_back()
         self._statistics.barrier_ns += time.monotonic_ns() - began
 
@@ -274,10 +253,12 @@ class CaptureEngine:
                 fetched, self._fetched = self._fetched, None
                 job = self._job
                 self._filling = job is not None
-            if fetched is not None:
-                self._compare(*fetched)
+            differs = fetched is not None and self._differs(*fetched)
             if job is not None:
-                self._attempt(job)
+                if differs and not job.eager:  # it may be changed in the same way meanwhile
+                    self._abandon(job, "writes outside the optimizer were found just before")
+                else:
+                    self._attempt(job)
                 with self._lock:
                     self._filling = False
                     if self._job is job:
@@ -291,14 +272,18 @@ class CaptureEngine:
     def _make_room(self) -> None:
         """Reserve what is expected, as far as no version has to wait for it."""
         with self._lock:
-            expected, self._expected = self._expected, None
-            plan = self._plan
-        if expected is None or plan is None:
-            return
+            expected, plan = self._expected, self._plan
+            if expected is None or plan is None or self._job is not None or self._beginning:
+                return
+            self._expected, self._reserving = None, True
         room = _SMALL_GROWTH * plan.small_bytes_max
         with suppress(FtrainError, OSError):  # it will be said when they are captured
             wanted = plan_image(expected, self._share_of, room, self._chunk_bytes)
             self._slots.reserve(wanted.total_bytes)
+        with self._lock:
+            self._reserving = False
+            self._lock.notify_all()
+        with suppress(FtrainError, OSError):
             while self._job is None and self._slots.enter_more():
                 pass
 
@@ -335,12 +320,18 @@ class CaptureEngine:
             return None
         writer = ImageWriter(buffer, plan, self._identity_of(version, self._rank), collectives)
         writer.prepare(small)
-        copying = self._copy_now(writer)
-        assert self._program is not None
-        ready = Marks(self._program.gpus) if self._program.gpus else None
+        program = self._program
+        assert program is not None
+        try:
+            copying = self._copy_now(writer)
+        except BaseException:  # whatever it was: nothing is copied to a slot that is free again
+            Marks(program.gpus).synchronize()
+            raise
+        ready = Marks(program.gpus) if program.gpus else None
         if not copying:
             writer.declare()
-        return _Job(version, tensors, self._program, writer, buffer, ready)
+        eager = self._statistics.eager
+        return _Job(version, tensors, program, writer, buffer, ready, eager)
 
     def _copy_now(self, writer: ImageWriter) -> bool:
         """Copy what may change as soon as the script goes on; True: GPUs are still at it, before
@@ -363,10 +354,10 @@ class CaptureEngine:
         writer = job.writer
         if writer.declared:
             self._slots.begun(job.version)
-        self._slots.enter()  # here, where nobody waits for it yet
         if job.ready is not None:
             self._fill_from_gpus(job, job.ready)
         else:
+            self._slots.enter()  # here, where nobody waits for it yet
             for chunk in range(writer.chunks):
                 if self._job is not job:
                     return  # the barrier gave up on it
@@ -410,24 +401,35 @@ class CaptureEngine:
 
     def _fill_from_gpus(self, job: _Job, ready: Marks) -> None:
         """The same with all chunks, as they land."""
-        writer, streams = job.writer, self._streams_on(job.program.gpus)
-        began = landed_ns = time.monotonic_ns()
-        landed = streams.launch(
-            ready, writer, lambda chunk: self._copy_chunk(writer, chunk, job.program)
-        )
-        with self._lock:
-            given_up = self._job is not job
-            if not given_up:
+        torch.cuda.set_device(job.program.gpus[0])  # every thread begins with the first one
+        self._slots.enter()
+        streams = self._streams_on(job.program.gpus)
+        began = time.monotonic_ns()
+        try:
+            landed = streams.launch(
+                ready, job.writer, lambda chunk: self._copy_chunk(job.writer, chunk, job.program)
+            )
+            with self._lock:
+                if self._job is not job:
+                    return  # the barrier gave up on it
                 self._launched = landed[-1] if landed else ready
                 job.launched = True
                 self._lock.notify_all()
-        if given_up:
-            streams.synchronize()
-            return
-        if not writer.declared:
-            ready.synchronize()  # what was copied at the boundary is there
-            writer.declare()
-            self._slots.begun(job.version)
+            if not job.writer.declared:
+                ready.synchronize()  # what was copied at the boundary is there
+                job.writer.declare()
+                self._slots.begun(job.version)
+            landed_ns = self._finish_chunks(streams, landed, job.writer)
+            self._statistics.copy_ns += landed_ns - began
+            self._statistics.hash_ns += time.monotonic_ns() - landed_ns
+        finally:
+            streams.synchronize()  # after this the slot may be used for another version
+
+    def _finish_chunks(
+        self, streams: GpuStreams, landed: Sequence[Marks], writer: ImageWriter
+    ) -> int:
+        """Returns when the last chunk had landed."""
+        landed_ns = time.monotonic_ns()
 
         def finish(chunk: int) -> None:
             nonlocal landed_ns
@@ -436,8 +438,7 @@ class CaptureEngine:
             self._finish_chunk(writer, chunk)
 
         streams.finish(landed, finish)
-        self._statistics.copy_ns += landed_ns - began
-        self._statistics.hash_ns += time.monotonic_ns() - landed_ns
+        return landed_ns
 
     def _streams_on(self, gpus: Sequence[torch.device]) -> GpuStreams:
         if self._streams is None or self._streams.gpus != gpus:
@@ -505,21 +506,31 @@ class CaptureEngine:
         if not told and count == 10 ** (len(str(count)) - 1):  # the 1st, the 10th, the 100th, …
             self._note(f"{count} version(s) not captured so far, now because {reason}")
 
-    def _look_for_writes(self) -> None:
+    def _look_for_writes(self, live: _Job) -> None:
         """A version found to differ from live memory is withdrawn, and everybody is told."""
-        live, checks = self._live, self._checks
-        stretch = None if checks is None else checks.next()
-        if live is None or checks is None or stretch is None:
+        if self._checks is None or (self._written is None and not live.launched):
             return
-        if not stretch.on_gpu:
-            if self._written is not None and not stretch.equals(self._written):
-                self._withdraw(live, stretch.name)
-        elif live.launched:
-            self._fetched = live, checks.fetch(stretch)  # compared by the capturing thread
+        stretch = self._checks.next()
+        if stretch is None:
+            return
+        if stretch.on_gpu:
+            self._fetched = live, self._checks.fetch(stretch)  # for the capturing thread
             _eventfd_write(self._wake, 1)
+        elif self._written is not None and not stretch.equals(self._written):
+            self._withdraw(live, stretch.name)
 
-    def _copy_eagerly_for_graphs(self) -> None:
-        """The step runs whenever the graph is replayed, and nobody calls the barrier then."""
+    def _differs(self, job: _Job, fetched: Fetched) -> bool:
+        if not job.sealed or fetched.equals(job.buffer):
+            return False
+        self._withdraw(job, fetched.name)
+        return True
+
+    def _leave_to_the_graph(self) -> None:
+        """An optimizer's step is being recorded: it runs whenever the graph is replayed, and nobody
+        calls the barrier then."""
+        if self._job is not None:
+            self._abandon(self._job, "an optimizer's step is recorded into a CUDA graph")
+        self._live, self._written = None, None
         if not self._statistics.eager:
             self._statistics.eager = True
             self._note(
@@ -527,9 +538,14 @@ class CaptureEngine:
                 "from now on, before anything else runs in the current stream"
             )
 
-    def _compare(self, job: _Job, fetched: Fetched) -> None:
-        if job.sealed and not fetched.equals(job.buffer):
-            self._withdraw(job, fetched.name)
+    def _abandon(self, job: _Job, reason: str) -> None:
+        """Give a version up that is not sealed."""
+        with self._lock:
+            self._skip(reason)
+            job.writer.abandon()  # nobody shall finish what may be torn
+            if self._job is job:
+                self._job = None
+                self._lock.notify_all()
 
     def _withdraw(self, job: _Job, name: str) -> None:
         self._statistics.eager = True
@@ -541,11 +557,6 @@ class CaptureEngine:
             "boundary from now on, which stalls the step; write to parameters only inside "
             "optimizer.step, or before the boundary"
         )
-
-
-def _in_cuda_graph() -> bool:
-    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return in_use and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(slots=True)

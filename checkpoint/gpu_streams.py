@@ -7,9 +7,11 @@ its kernels back until the copies are done, and nobody waits for the hashes.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
 
 import torch
 
@@ -18,6 +20,12 @@ from ftrain.comms.process import let_others_run_on
 
 _MARKED_BYTES = 64 * 1024 * 1024  # copied between two events, about a millisecond
 _HASHERS = 4  # threads; one hashes slower than a GPU copies
+
+
+def in_cuda_graph() -> bool:
+    """Whether what is launched now is not run but recorded."""
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use and torch.cuda.is_current_stream_capturing()
 
 
 class Marks:
@@ -49,7 +57,12 @@ class GpuStreams:
     def __init__(self, gpus: Sequence[torch.device]) -> None:
         self.gpus = tuple(gpus)
         self._streams = [torch.cuda.Stream(gpu) for gpu in gpus]  # type: ignore[no-untyped-call]
-        self._hashers = ThreadPoolExecutor(_HASHERS, "ftrain-hash", let_others_run_on)
+        self._works: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        for number in range(_HASHERS):
+            # Not a pool of the library: those take no work any more when a script has ended, and
+            # an exit would wait for a GPU that hangs.
+            name = f"ftrain-hash-{number}"
+            threading.Thread(target=self._hash, name=name, daemon=True).start()
 
     @contextmanager
     def behind(self, ready: Marks) -> Iterator[None]:
@@ -66,31 +79,39 @@ class GpuStreams:
         landed: list[Marks] = []
         launched = 0
         with self.behind(ready):
-            try:
-                for chunk in range(writer.chunks):
-                    copy(chunk)
-                    start, stop = writer.chunk_range(chunk)
-                    launched += stop - start
-                    if launched >= _MARKED_BYTES or chunk == writer.chunks - 1:
-                        landed += [Marks(self.gpus)] * (chunk + 1 - len(landed))
-                        launched = 0
-            except BaseException:  # whatever it was: the memory may be given to others afterwards
-                self.synchronize()
-                raise
+            for chunk in range(writer.chunks):
+                copy(chunk)
+                start, stop = writer.chunk_range(chunk)
+                launched += stop - start
+                if launched >= _MARKED_BYTES or chunk == writer.chunks - 1:
+                    landed += [Marks(self.gpus)] * (chunk + 1 - len(landed))
+                    launched = 0
         return landed
 
     def finish(self, landed: Sequence[Marks], finish_chunk: Callable[[int], None]) -> None:
-        """Call ``finish_chunk`` for each chunk that has landed, several at a time; raises what the
-        first of them raised, when all have ended."""
+        """Call ``finish_chunk`` for each chunk that has landed, several at a time; raises what one
+        of them raised, when all have ended."""
+        remaining = iter(range(len(landed)))
+        errors: list[BaseException] = []
+        ended = threading.Semaphore(0)
 
-        def finish(chunk: int) -> None:
-            landed[chunk].synchronize()
-            finish_chunk(chunk)
+        def work() -> None:
+            try:
+                while (chunk := next(remaining, None)) is not None:  # whoever comes first
+                    landed[chunk].synchronize()
+                    finish_chunk(chunk)
+            except BaseException as error:  # whatever it was: it is raised where it is waited for
+                errors.append(error)
+                deque(remaining, maxlen=0)
+            finally:
+                ended.release()
 
-        tasks = [self._hashers.submit(finish, chunk) for chunk in range(len(landed))]
-        wait(tasks)
-        for task in tasks:
-            task.result()
+        for _ in range(_HASHERS):
+            self._works.put(work)
+        for _ in range(_HASHERS):
+            ended.acquire()
+        if errors:
+            raise errors[0]
 
     def synchronize(self) -> None:
         """Return when no copy is under way."""
@@ -100,4 +121,11 @@ class GpuStreams:
     def close(self) -> None:
         """The same, and the threads end."""
         self.synchronize()
-        self._hashers.shutdown()
+        for _ in range(_HASHERS):
+            self._works.put(None)
+
+    def _hash(self) -> None:
+        let_others_run_on()
+        torch.cuda.set_device(self.gpus[0])  # every thread begins with the first of the machine
+        while (work := self._works.get()) is not None:
+            work()

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics, FinishRequest
+from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
 from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_usable_text
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.lock import hold_versions
 from ftrain.checkpoint.manifest import DurableVersion, open_files
-from ftrain.checkpoint.pinned import lock_pages
+from ftrain.checkpoint.pinned import PageLock
 from ftrain.checkpoint.retention import Retention
+from ftrain.checkpoint.slots import FinishRequest
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.environment import RankEnvironment, default_run_dir, running_script
 from ftrain.comms.errors import (
@@ -59,14 +60,12 @@ class LocalSlots:
         self.image: memoryview | None = None
         self.held: Held | None = None
         self._map: mmap.mmap | None = None
-        self._locked = False
-        self._unlock: Callable[[], None] = lambda: None
+        self._lock: PageLock | None = None
 
     def reserve(self, image_bytes: int) -> None:
         """Have room for one image of this size; raises MemoryShortError."""
         if self._map is None or len(self._map) < image_bytes:
-            self._unlock()
-            self._locked = False
+            self.close()
             try:
                 self._map = mmap.mmap(-1, image_bytes)
             except OSError as error:
@@ -83,9 +82,14 @@ class LocalSlots:
 
     def enter(self) -> None:
         """Have GPUs copy to it at full speed; else its pages are taken when they are written to."""
-        if self._map is not None and not self._locked:
-            self._unlock = lock_pages(memoryview(self._map))
-            self._locked = True
+        if self._map is not None and self._lock is None:
+            self._lock = PageLock(memoryview(self._map))
+
+    def close(self) -> None:
+        """Nothing is copied to it any more."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = self._map = None
 
     def enter_more(self) -> bool:
         """There is no other."""
@@ -328,6 +332,7 @@ class AloneKeeper:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self._slots.close()
         path, self._held = self._held, ""
         if path:
             _holders[path] -= 1

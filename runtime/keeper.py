@@ -10,7 +10,7 @@ from ftrain.checkpoint.capture import CaptureEngine, CaptureStatistics
 from ftrain.checkpoint.header import ImageIdentity, ImageState
 from ftrain.checkpoint.image import ImageReader
 from ftrain.checkpoint.manifest import open_files, read_manifest
-from ftrain.checkpoint.pinned import lock_pages
+from ftrain.checkpoint.pinned import PageLock
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.channel import Identity
 from ftrain.comms.environment import RankContext, RankEnvironment
@@ -103,7 +103,7 @@ class SnapshotKeeper:
                 world_size=environment.world_size,
                 epoch=context.epoch,
                 node=context.node,
-                lock_pages=lock_pages,
+                lock_pages=PageLock,
             )
         except StateError as error:  # this rank's time is over: no mistake of the script
             raise PeerLostError(str(error)) from None

@@ -14,6 +14,7 @@ import torch
 
 from ftrain.checkpoint.capture import CaptureStatistics
 from ftrain.checkpoint.codec import encode_tree
+from ftrain.checkpoint.gpu_streams import in_cuda_graph
 from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.environment import RankEnvironment, rank_environment
 from ftrain.comms.errors import SessionError
@@ -117,6 +118,7 @@ class Session:
         self._total_steps = total_steps
         self._step = 0
         self._stepped = False  # an optimizer was stepped since the last boundary
+        self._replays = False  # its step is part of a CUDA graph, and calls no hook
         self._optimizer_steps = 0
         self._steps_done = 0  # by this process
         self._iterating = False
@@ -233,7 +235,7 @@ class Session:
         now = time.monotonic_ns()
         self._set(Word.STEP_BEGAN_NS, now)
         self._phase(Phase.STEP)
-        self._stepped = False
+        self._stepped = self._replays
         if self._fault(Phase.STEP):
             for module in self._ddp_modules():
                 module.require_backward_grad_sync = False  # until the boundary
@@ -406,6 +408,7 @@ class Session:
 
     def _before_optimizer(self, *_: Any) -> None:
         self._pending = None
+        self._replays = self._replays or in_cuda_graph()
         self._keeper.barrier()
         self._phase(Phase.OPTIMIZER)
         self._fault(Phase.OPTIMIZER)

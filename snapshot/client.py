@@ -11,8 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from ftrain.comms.errors import MemoryShortError, PeerLostError, RemoteProtocolError, StateError
 from ftrain.comms.local import LocalSocket, connect_local
@@ -37,7 +37,6 @@ from ftrain.snapshot.protocol.messages import (
     Withdraw,
 )
 
-LockPages = Callable[[memoryview], Callable[[], None]]
 UNAVAILABLE = "snapshot manager unavailable"
 
 _START_S_MAX = 20.0  # for connecting first, and opening
@@ -69,32 +68,50 @@ class OpenedImage:
     buffer: memoryview
 
 
+class Lock(Protocol):
+    """What holds a slot's pages in place; see :class:`~ftrain.checkpoint.pinned.PageLock`."""
+
+    def release(self) -> None: ...
+
+
+class Unlocked:
+    """Nothing does."""
+
+    def __init__(self, view: memoryview) -> None: ...
+
+    def release(self) -> None:
+        """There is nothing to release."""
+
+
 @dataclass(slots=True)
 class _Slot:
     view: memoryview
-    lock_pages: LockPages
+    lock_pages: Callable[[memoryview], Lock]
     entered: bool = False  # its pages are in this process's page table
-    unlock: Callable[[], None] | None = None
+    lock: Lock | None = None
+    busy: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self) -> None:
         """Enter them, and let GPUs copy to them."""
-        if not self.entered:
-            populate(self.view)
-            self.unlock = self.lock_pages(self.view)
-            self.entered = True
+        with self.busy:
+            if not self.entered:
+                populate(self.view)
+                self.lock = self.lock_pages(self.view)
+                self.entered = True
 
     def leave(self) -> None:
         """The map is going."""
-        if self.unlock is not None:
-            self.unlock()
-            self.unlock = None
+        with self.busy:
+            self.entered = True  # it need not be any more
+            if self.lock is not None:
+                self.lock.release()
 
 
 class SnapshotClient:
     """One rank's connection to its node's snapshot manager. Usable from several threads.
 
-    ``denied`` says why :meth:`begin` last returned None.  ``lock_pages`` is called with each slot's
-    memory before much is written to it; what it returns, before the memory goes.
+    ``denied`` says why :meth:`begin` last returned None.  ``lock_pages`` is given a slot's memory
+    before much is written to it; what it returns is released before the memory goes.
 
     Raises PeerLostError when no manager answers, StateError when it does not want this rank.
     """
@@ -107,7 +124,7 @@ class SnapshotClient:
         world_size: int,
         epoch: int,
         node: int,
-        lock_pages: LockPages = lambda view: lambda: None,
+        lock_pages: Callable[[memoryview], Lock] = Unlocked,
     ) -> None:
         self.denied = ""
         self._lock_pages = lock_pages

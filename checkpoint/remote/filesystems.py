@@ -46,7 +46,7 @@ def place_name(uri: str) -> str:
             f"'{given}' is no place for checkpoints: write a URI such as {_EXAMPLES}{encode}"
         )
     if not (parts.hostname or parts.scheme in {"file", "hdfs"}):
-        raise ConfigError(f"a {parts.scheme}:// URI without a bucket: write {_EXAMPLES}")
+        raise ConfigError(f"{parts.scheme}:// without a bucket: write {_EXAMPLES}")
     if parts.scheme == "file" and not parts.path.strip("/"):
         raise ConfigError("file:// without a path: write file:///path")
     host = parts.netloc.rpartition("@")[2]

@@ -195,6 +195,8 @@ class DurableEngine:
             return
         writer.close()
         self._hook.remove()
+        for room in self._rooms.values():
+            room.close()
         self._rooms.clear()
         self._failures += writer.failures
         self._durable += writer.durable

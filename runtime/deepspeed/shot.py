@@ -20,7 +20,7 @@ from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.gpu_streams import GpuStreams, Marks
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageReader, ImageWriter
-from ftrain.checkpoint.pinned import lock_pages
+from ftrain.checkpoint.pinned import PageLock
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.protocol.messages import Share
 from ftrain.runtime.deepspeed.tree import Folder, Leaf
@@ -35,7 +35,7 @@ class Room:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._unlock: Callable[[], None] | None = None
+        self._lock: PageLock | None = None
         self._streams: GpuStreams | None = None
         self._free = threading.Semaphore()
 
@@ -44,9 +44,7 @@ class Room:
         self._free.acquire()
         try:
             if self._map is None or len(self._map) < nbytes:
-                if self._unlock is not None:
-                    self._unlock()
-                self._map, self._unlock = None, None  # first, so that never both are there
+                self._forget()  # first, so that never both are there
                 self._map = mmap.mmap(-1, nbytes)
         except BaseException:  # whatever it was: the next one gets a turn
             self._free.release()
@@ -55,14 +53,28 @@ class Room:
 
     def lock_pages(self) -> None:
         """Let GPUs copy to it at full speed."""
-        if self._unlock is None and self._map is not None:
-            self._unlock = lock_pages(memoryview(self._map))
+        if self._lock is None and self._map is not None:
+            self._lock = PageLock(memoryview(self._map))
 
     def streams(self, gpus: Sequence[torch.device]) -> GpuStreams:
         """For copies from these to it."""
         if self._streams is None or self._streams.gpus != gpus:
+            if self._streams is not None:
+                self._streams.close()
             self._streams = GpuStreams(gpus)
         return self._streams
+
+    def close(self) -> None:
+        """No copy is made any more."""
+        if self._streams is not None:
+            self._streams.close()
+        self._streams = None
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._map = self._lock = None
 
     def give_back(self) -> None:
         """The copy is not needed any more."""
@@ -159,10 +171,13 @@ class Shot:
                 copy(chunk)
                 self._writer.finish_chunk(chunk)
             return
+        torch.cuda.set_device(program.gpus[0])  # every thread begins with the first of the machine
         self._room.lock_pages()
         streams = self._room.streams(program.gpus)
-        landed = streams.launch(self._ready, self._writer, copy)
-        streams.synchronize()
+        try:
+            landed = streams.launch(self._ready, self._writer, copy)
+        finally:
+            streams.synchronize()
         self._copied.set()  # the rest reads the copy
         streams.finish(landed, self._writer.finish_chunk)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import mmap
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ftrain.checkpoint.copying import bytes_of
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageReader, ImageWriter
-from ftrain.checkpoint.pinned import lock_pages
+from ftrain.checkpoint.pinned import PageLock
 from ftrain.checkpoint.tensors import StateTensor, plan_image
 from ftrain.comms.errors import MemoryShortError
 from ftrain.comms.protocol.messages import Held, Share, VersionId
@@ -33,7 +32,7 @@ class Memory:
         self.denied = "all slots are taken"
         self.deny = False
         self.maps: list[mmap.mmap] = []
-        self.unlocks: list[Callable[[], None]] = []
+        self.locks: list[PageLock] = []
         self.turn = 0
         self.handed_in: list[tuple[VersionId, Held]] = []
         self.withdrawn: list[VersionId] = []
@@ -55,13 +54,13 @@ class Memory:
         self.maps = [mmap.mmap(-1, image_bytes) for _ in range(2)]
 
     def unlock(self) -> None:
-        while self.unlocks:
-            self.unlocks.pop()()
+        while self.locks:
+            self.locks.pop().release()
 
     def enter(self) -> None:
         self.open.wait()
-        if not self.unlocks:
-            self.unlocks = [lock_pages(memoryview(found)) for found in self.maps]
+        if not self.locks:
+            self.locks = [PageLock(memoryview(found)) for found in self.maps]
 
     def enter_more(self) -> bool:
         self.room_made.set()

@@ -166,6 +166,22 @@ def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies
     assert first == before.numpy().tobytes()[: len(first)]
 
 
+def test_a_step_of_two_optimizers_leaves_nothing_out_of_the_samples(
+    engine: CaptureEngine, memory: Memory
+) -> None:
+    """Each of them calls the barrier, and at the second one there is nothing to compare."""
+    names = ("first", "second")
+    state = tuple(StateTensor.whole(name, torch.zeros(2 * 65536), "0,1") for name in names)
+    for step in range(6):  # this rank captures the first half: both stretches of one tensor
+        engine.start(VersionId(1, step), state, b"")
+        engine.drain(10)
+        state[0].tensor[-1] += 1
+        engine.barrier(10)
+        engine.barrier(10)
+    assert engine.statistics().eager
+    assert len(memory.withdrawn) == 1
+
+
 def on_each_device(state: tuple[StateTensor, ...]) -> list[tuple[StateTensor, ...]]:
     found = [state]
     if torch.cuda.is_available():
