@@ -48,7 +48,7 @@ def result(every: int, checkpoints: int, *, held_ms: float, tail_ms: float) -> d
     for step in range(every * (checkpoints + 1)):
         held = held_ms if step and step % every == 0 else 0.0
         row = {"step": step, "boundary_ns": now, "held_ns": held, "compute_ns": 90.0}
-        rows.append(row | {"barrier_ns": held / 2})
+        rows.append(row | {"barrier_ns": held / 2, "optimizer_ns": 10.0 + held / 2})
         if held:
             saved.append({"step": step, "staged_ns": now + held, "durable_ns": now + 3 * held})
         now += 100.0 + 1.5 * held
@@ -61,8 +61,8 @@ def result(every: int, checkpoints: int, *, held_ms: float, tail_ms: float) -> d
 def test_blocking_lost_and_durable_are_told_apart(benchmarks: dict[str, ModuleType]) -> None:
     checkpoint = benchmarks["checkpoint"]
     setting = checkpoint.Setting("tiny", 16, 5, 20)
-    with_it = checkpoint.account(result(5, 20, held_ms=40, tail_ms=200), setting, "DCP")
-    without = checkpoint.account(result(5, 20, held_ms=0, tail_ms=0), setting, "none")
+    with_it = checkpoint.account(result(5, 20, held_ms=40, tail_ms=200), setting, "DCP", 0.0)
+    without = checkpoint.account(result(5, 20, held_ms=0, tail_ms=0), setting, "none", 0.0)
     assert with_it["checkpoints"] == with_it["durable"] == 20
     assert with_it["blocking_ms"] == pytest.approx(60)
     assert with_it["staged_ms"] == pytest.approx(40)
@@ -72,6 +72,16 @@ def test_blocking_lost_and_durable_are_told_apart(benchmarks: dict[str, ModuleTy
     lost = checkpoint.over_rounds([with_it, with_it | {"lost_s": with_it["lost_s"] + 1}])
     assert lost["lost_ms_all"] == pytest.approx([70, 120])  # 60 held, 10 of the tail
     assert lost["lost_ms"] == pytest.approx(95)
+
+
+def test_on_a_gpu_it_is_the_optimizer_that_waits(benchmarks: dict[str, ModuleType]) -> None:
+    checkpoint = benchmarks["checkpoint"]
+    free_ns = checkpoint.optimizer_ns(result(5, 20, held_ms=0, tail_ms=0))
+    run = result(5, 20, held_ms=40, tail_ms=200)
+    for row in run["rows"]:
+        row["barrier_ns"] = 0.0  # the script does not
+    found = checkpoint.account(run, checkpoint.Setting("4", 16, 5, 20), "DCP", free_ns)
+    assert found["blocking_ms"] == pytest.approx(60)
 
 
 def test_ratios_are_to_the_best_of_dcp(benchmarks: dict[str, ModuleType]) -> None:
