@@ -130,7 +130,7 @@ def test_mypy_strict() -> None:
     run(sys.executable, "-m", "mypy", "-p", "ftrain", cwd=ROOT)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_pyright() -> None:
     """Types hold for pyright too; its build from the registry needs no download of its own."""

@@ -91,6 +91,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
     assert [version.step for version in store.versions()] == [80, 60]
 
 
+@pytest.mark.soak
 def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     with launched(tmp_path, script("10"), *TWO) as launch:
         assert launch.wait() == 0, launch.shown
@@ -105,6 +106,7 @@ def test_versions_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     assert "Traceback" not in again.shown
 
 
+@pytest.mark.soak
 def test_what_is_saved_counts_when_the_directory_was_deleted_meanwhile(tmp_path: Path) -> None:
     every = ("checkpoint.durable_every_steps=10",)
     with launched(tmp_path, script("60", "time.sleep(0.05)"), *TWO, *every) as launch:

@@ -92,7 +92,7 @@ def test_without_durable_versions_nothing_has_to_be_shared(hosts: Hosts) -> None
     assert [launch.wait() for launch in launches] == [0, 0], launches[1].shown
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_differs_between_hosts_is_named(hosts: Hosts) -> None:
     first = hosts.launch(0)
     assert "the digest of the script is " in refusal(hosts.launch(1, source=f"{WAITS}\nx = 1\n"))
@@ -155,7 +155,7 @@ def test_a_host_that_lost_its_directory_comes_back(hosts: Hosts) -> None:
     assert "node 1 was lost" in incidents[0]["text"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_others_do_not_wait_for_ever_for_a_dead_launch(hosts: Hosts) -> None:
     first, second = hosts.launch(0), hosts.launch(1, "launch.rejoin_timeout_s=1")
     wait_for(lambda: began(first) and began(second))

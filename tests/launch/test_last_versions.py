@@ -44,6 +44,7 @@ def saved(launch: Launch) -> list[int]:
     return sorted(int(manifest.stem) for manifest in found)
 
 
+@pytest.mark.soak
 def test_a_stop_without_snapshots_in_memory_saves(tmp_path: Path) -> None:
     with launched(tmp_path, script("200"), *TWO, "snapshot=off") as launch:
         wait_for(lambda: launch.steps)

@@ -246,6 +246,7 @@ def test_a_store_that_refuses_is_said_before_anything_starts(
         assert "leave checkpoint=off out" in launch.shown
 
 
+@pytest.mark.soak
 def test_a_run_never_begins_anew_because_its_copies_are_damaged(tmp_path: Path) -> None:
     tokens = [f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"]
     with launched(tmp_path, TRAINING, *tokens) as launch:

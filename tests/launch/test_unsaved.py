@@ -128,7 +128,7 @@ def test_a_manager_that_hangs_before_the_end_does_not_cost_the_end(tmp_path: Pat
     [
         "raise ValueError('boom')",
         pytest.param("sys.exit(3)", marks=pytest.mark.soak),
-        "os.kill(os.getpid(), 9)",
+        pytest.param("os.kill(os.getpid(), 9)", marks=pytest.mark.soak),
     ],
 )
 def test_what_memory_holds_of_a_job_that_is_given_up_is_saved(tmp_path: Path, failure: str) -> None:

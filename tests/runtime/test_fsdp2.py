@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
@@ -42,6 +44,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.soak
 def test_an_evaluation_after_the_first_step_does_not_hide_the_shards(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
