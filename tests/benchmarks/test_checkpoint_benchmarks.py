@@ -160,7 +160,7 @@ def test_reshard_runs(tmp_path: Path) -> None:
     assert set(found["s"]) == {"ours", "DCP"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_codec_runs(tmp_path: Path) -> None:
     cache = ("--cache", str(tmp_path / "corpus"))
     words = ("--preset", "0.5m", "--steps", "3", "--rounds", "1", *cache)

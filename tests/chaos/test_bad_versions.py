@@ -118,6 +118,7 @@ def test_a_damaged_copy_is_repaired_from_another_nodes(
     assert losses(run_dir) == undisturbed
 
 
+@pytest.mark.soak
 def test_copies_that_are_all_damaged_in_other_places_repair_each_other(
     tmp_path: Path, undisturbed: list[dict[int, float]]
 ) -> None:
@@ -222,7 +223,7 @@ def test_a_version_that_a_write_outside_the_optimizer_may_have_hit_is_not_restor
 
 @pytest.mark.parametrize(
     "also",
-    [pytest.param([], marks=pytest.mark.soak), ["coordinator"]],
+    [[], pytest.param(["coordinator"], marks=pytest.mark.soak)],
     ids=["alone", "coordinator dies"],
 )
 def test_a_stop_saves_what_is_left_when_the_durable_version_was_withdrawn(

@@ -22,6 +22,7 @@ def test_a_collective_skipped_on_another_node_is_a_desync(tmp_path: Path, rank: 
     assert "collectives up to boundary" in incident["cause"]
 
 
+@pytest.mark.soak
 def test_a_rank_that_leaves_is_named_when_connections_break(tmp_path: Path) -> None:
     """Each time anew: the job ends, and says why."""
     leaving = ["--steps", "60", "--leave-at", "10", "--leave-again"]

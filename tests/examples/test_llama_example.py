@@ -132,7 +132,7 @@ def test_plain_script_learns(cache: Path, tmp_path: Path) -> None:
     assert losses[30] < losses[0] - 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_torchrun_learns(cache: Path, tmp_path: Path) -> None:
     """Two ranks under plain torchrun, with a loader process each."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -133,7 +133,7 @@ def test_every_setting_is_compared_unless_it_is_a_hosts_own() -> None:
     assert "torch is not known here and " in difference(older, ours)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_host_that_lost_its_directory_comes_back(hosts: Hosts) -> None:
     """Its new agent is not taken for the old one, though nothing on its disk knows of that."""
     first, second = hosts.launch(0), hosts.launch(1)

@@ -144,6 +144,7 @@ def test_what_nohup_ignores_does_not_end_the_last_copy(s3: S3Server, tmp_path: P
     assert [event["step"] for event in events(launch, "copied")] == [120]
 
 
+@pytest.mark.soak
 def test_copies_come_every_so_many_steps(tmp_path: Path) -> None:
     tokens = [f"checkpoint.remote={(tmp_path / 'mounted').as_uri()}"]
     tokens += ["checkpoint.durable_every_steps=10", "checkpoint.remote_every_steps=40"]
@@ -187,7 +188,8 @@ def test_what_is_damaged_here_is_repaired_from_the_copy(uri: str, tmp_path: Path
     assert sorted(losses(again.run_dir)) == list(range(120))
 
 
-@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.soak), True])
+@pytest.mark.soak
+@pytest.mark.parametrize("cut", [False, True])
 def test_a_file_that_is_gone_or_cut_off_comes_from_the_copy(
     s3: S3Server, tmp_path: Path, cut: bool
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_stopped_agent_is_replaced(tmp_path: Path) -> None:
         assert launch.gone_after(0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_stopped_agent_of_two_nodes_loses_no_step(tmp_path: Path) -> None:
     with launched(tmp_path, STEPS, LEASE, "--local-nodes", "2") as launch:
         wait_for(lambda: reached(launch) > 5)

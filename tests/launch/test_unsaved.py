@@ -96,6 +96,7 @@ def test_a_version_that_fails_on_the_way_is_told_once(tmp_path: Path) -> None:
     assert "bytes were needed" in told[0]
 
 
+@pytest.mark.soak
 def test_a_manager_that_hangs_at_the_end_is_replaced_and_the_end_saved(tmp_path: Path) -> None:
     late = (
         script()

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
 import torch
 from forked_script import imported, python
 
@@ -62,6 +63,7 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(manifest.stem) for manifest in found)
 
 
+@pytest.mark.soak
 def test_a_stop_of_one_rank_stops_all_at_one_boundary_and_the_next_run_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -43,13 +43,23 @@ def losses(folder: Path) -> list[dict[int, float]]:
     return found
 
 
-def test_moments_that_are_spread_over_ranks_are_put_back(tmp_path: Path) -> None:
-    assert launch(tmp_path / "a").returncode == 0
-    expected = losses(tmp_path / "a")
+def undisturbed(folder: Path) -> list[dict[int, float]]:
+    assert launch(folder).returncode == 0
+    expected = losses(folder)
     assert [len(of_rank) for of_rank in expected] == [24, 24]
+    return expected
+
+
+def test_moments_that_are_spread_over_ranks_are_put_back(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "a")
     from_memory = launch(tmp_path / "b", KILL="1")
     assert "died: SIGKILL. Restarted from memory" in from_memory.stderr, from_memory.stderr
     assert losses(tmp_path / "b") == expected
+
+
+@pytest.mark.soak
+def test_so_they_are_from_files_and_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "a")
     ended = launch(tmp_path / "c", 2, "--max-restarts", "0", END="10")
     assert ended.returncode == 1, ended.stderr
     assert "laid over 3" in (other := launch(tmp_path / "c", 3)).stderr
