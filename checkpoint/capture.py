@@ -38,7 +38,7 @@ import torch
 from ftrain.checkpoint.copying import CopyProgram
 from ftrain.checkpoint.digest import NO_DIGEST, digest_of
 from ftrain.checkpoint.frozen import FrozenChunks
-from ftrain.checkpoint.gpu_streams import GpuStreams, Marks, in_cuda_graph
+from ftrain.checkpoint.gpu_streams import GpuStreams, Marks, in_cuda_graph, streams_on
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageWriter, resume_writer
 from ftrain.checkpoint.image_plan import ImagePlan
@@ -127,8 +127,7 @@ class CaptureEngine:
         self._planned_for: tuple[StateTensor, ...] = ()
         self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
-        self._reserving = False  # it is having room made
-        self._beginning = False  # the training thread is about to begin a version
+        self._changing = threading.Lock()  # who has slots reserved or granted; taken before _lock
         self._expected: tuple[StateTensor, ...] | None = None  # room is to be made for them
         self._frozen: FrozenChunks | None = None
         self._streams: GpuStreams | None = None
@@ -161,17 +160,18 @@ class CaptureEngine:
         Raises MemoryShortError when there is no memory for the first version.
         """
         with self._lock:
-            # No step was made since, or it is being hashed; or the slots are being changed.
-            while self._job is not None or self._reserving:
+            while self._job is not None:  # no step was made since, or it is being hashed
                 self._lock.wait()
             self._live, self._written = None, None
             filling = self._filling
-            self._beginning = not filling
         if filling:  # its copy may still land in the slot that this version would get
             self._skip("the copy of a version that was given up has not ended yet")
             return
         try:
-            job = self._begin(version, tensors, small, collectives, wait_s)
+            with self._changing:
+                job = self._begin(version, tensors, small, collectives, wait_s)
+                with self._lock:
+                    self._job = self._live = job
         except MemoryShortError as error:
             if self._plan is None and version.step == 0:
                 raise  # it never was enough
@@ -180,13 +180,9 @@ class CaptureEngine:
         except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
             return
-        finally:
-            self._beginning = False
         if job is None:
             self._skip(self._slots.denied)
             return
-        with self._lock:
-            self._job = self._live = job
         _eventfd_write(self._wake, 1)
         if job.eager:
             self.barrier(float("inf"))
@@ -271,18 +267,20 @@ class CaptureEngine:
 
     def _make_room(self) -> None:
         """Reserve what is expected, as far as no version has to wait for it."""
-        with self._lock:
-            expected, plan = self._expected, self._plan
-            if expected is None or plan is None or self._job is not None or self._beginning:
-                return
-            self._expected, self._reserving = None, True
-        room = _SMALL_GROWTH * plan.small_bytes_max
-        with suppress(FtrainError, OSError):  # it will be said when they are captured
-            wanted = plan_image(expected, self._share_of, room, self._chunk_bytes)
-            self._slots.reserve(wanted.total_bytes)
-        with self._lock:
-            self._reserving = False
-            self._lock.notify_all()
+        if not self._changing.acquire(blocking=False):
+            return  # a version is being begun: by and by
+        try:
+            with self._lock:
+                expected, plan = self._expected, self._plan
+                if expected is None or plan is None or self._job is not None:
+                    return
+                self._expected = None
+            room = _SMALL_GROWTH * plan.small_bytes_max
+            with suppress(FtrainError, OSError):  # it will be said when they are captured
+                wanted = plan_image(expected, self._share_of, room, self._chunk_bytes)
+                self._slots.reserve(wanted.total_bytes)
+        finally:
+            self._changing.release()
         with suppress(FtrainError, OSError):
             while self._job is None and self._slots.enter_more():
                 pass
@@ -441,10 +439,7 @@ class CaptureEngine:
         return landed_ns
 
     def _streams_on(self, gpus: Sequence[torch.device]) -> GpuStreams:
-        if self._streams is None or self._streams.gpus != gpus:
-            if self._streams is not None:
-                self._streams.close()
-            self._streams = GpuStreams(gpus)
+        self._streams = streams_on(gpus, self._streams)
         return self._streams
 
     def _copy_chunk(self, writer: ImageWriter, chunk: int, program: CopyProgram) -> None:

@@ -129,3 +129,12 @@ class GpuStreams:
         torch.cuda.set_device(self.gpus[0])  # every thread begins with the first of the machine
         while (work := self._works.get()) is not None:
             work()
+
+
+def streams_on(gpus: Sequence[torch.device], before: GpuStreams | None) -> GpuStreams:
+    """Those of ``before`` if they are on these GPUs, else new ones in their place."""
+    if before is not None and before.gpus == tuple(gpus):
+        return before
+    if before is not None:
+        before.close()
+    return GpuStreams(gpus)

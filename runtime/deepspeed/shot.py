@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ftrain.checkpoint.copying import CopyProgram
-from ftrain.checkpoint.gpu_streams import GpuStreams, Marks
+from ftrain.checkpoint.gpu_streams import GpuStreams, Marks, streams_on
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.pinned import PageLock
@@ -58,10 +58,7 @@ class Room:
 
     def streams(self, gpus: Sequence[torch.device]) -> GpuStreams:
         """For copies from these to it."""
-        if self._streams is None or self._streams.gpus != gpus:
-            if self._streams is not None:
-                self._streams.close()
-            self._streams = GpuStreams(gpus)
+        self._streams = streams_on(gpus, self._streams)
         return self._streams
 
     def close(self) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import mmap
 import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ftrain.checkpoint.capture import CaptureEngine
 from ftrain.checkpoint.copying import bytes_of
 from ftrain.checkpoint.header import ImageIdentity
 from ftrain.checkpoint.image import ImageReader, ImageWriter
@@ -120,6 +123,18 @@ def identity(version: VersionId, rank: int) -> ImageIdentity:
         node=0,
         incarnation=1,
     )
+
+
+@contextmanager
+def capturing(
+    memory: Memory, share: Callable[[str], Share], chunk_bytes: int, notes: list[str]
+) -> Iterator[CaptureEngine]:
+    """Rank 0's engine, which says its notes there."""
+    engine = CaptureEngine(
+        memory, identity, share, rank=0, chunk_bytes=chunk_bytes, on_note=notes.append
+    )
+    yield engine
+    engine.close()
 
 
 def share_of(rank: int) -> Share:

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from capture_samples import CHUNK_BYTES, Finish, Memory, contents, identity, share_of, unfinished
+from capture_samples import (
+    CHUNK_BYTES,
+    Finish,
+    Memory,
+    capturing,
+    contents,
+    identity,
+    share_of,
+    unfinished,
+)
 
 from ftrain.checkpoint.capture import CaptureEngine
 from ftrain.checkpoint.frozen import FrozenChunks
@@ -42,16 +51,8 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def engine(memory: Memory, notes: list[str]) -> Iterator[CaptureEngine]:
-    found = CaptureEngine(
-        memory,
-        identity,
-        lambda key: share_of(0),
-        rank=0,
-        chunk_bytes=CHUNK_BYTES,
-        on_note=notes.append,
-    )
-    yield found
-    found.close()
+    with capturing(memory, lambda key: share_of(0), CHUNK_BYTES, notes) as found:
+        yield found
 
 
 def test_two_ranks_parts_make_the_whole() -> None:
@@ -164,6 +165,30 @@ def test_a_write_outside_the_optimizer_is_noticed_and_answered_with_eager_copies
     state[0].tensor.zero_()
     first = contents(memory.image())["model/0", 0]
     assert first == before.numpy().tobytes()[: len(first)]
+
+
+def test_slots_do_not_change_while_a_version_begins_in_one(
+    engine: CaptureEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for more is made in another thread, and replaces the slots."""
+    state, more = tensors(), StateTensor.whole("more", torch.zeros(200_000), "0,1")
+    engine.start(VersionId(1, 0), state, b"")
+    engine.barrier(10)
+    begin, reserved = memory.begin, list(memory.reserved)
+
+    def begin_slowly(version: VersionId, wait_s: float | None = None) -> memoryview | None:
+        memory.room_made.clear()
+        engine.expect((*state, more))
+        assert not memory.room_made.wait(0.3)
+        assert memory.reserved == reserved
+        return begin(version, wait_s)
+
+    monkeypatch.setattr(memory, "begin", begin_slowly)
+    engine.start(VersionId(1, 1), state, b"")
+    engine.barrier(10)
+    assert memory.room_made.wait(10)  # by and by
+    assert len(memory.reserved) == len(reserved) + 1
+    assert memory.handed_in[-1][0] == VersionId(1, 1)
 
 
 def test_a_step_of_two_optimizers_leaves_nothing_out_of_the_samples(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from capture_samples import Finish, Memory, contents, identity, share_of, unfinished
+from capture_samples import Finish, Memory, capturing, contents, identity, share_of, unfinished
 
 from ftrain.checkpoint.capture import CaptureEngine
 from ftrain.checkpoint.copying import bytes_of
@@ -40,16 +40,8 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def engine(memory: Memory, notes: list[str]) -> Iterator[CaptureEngine]:
-    found = CaptureEngine(
-        memory,
-        identity,
-        lambda key: Share(key, 0, 0, 1),
-        rank=0,
-        chunk_bytes=CHUNK_BYTES,
-        on_note=notes.append,
-    )
-    yield found
-    found.close()
+    with capturing(memory, lambda key: Share(key, 0, 0, 1), CHUNK_BYTES, notes) as found:
+        yield found
 
 
 def state() -> tuple[StateTensor, ...]:
