@@ -31,7 +31,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 import torch
 
@@ -60,7 +61,7 @@ _LAZY = (Changes.IN_STEP,)
 _LAZY_AND_FROZEN = (Changes.IN_STEP, Changes.NEVER)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CaptureStatistics:
     """What capturing cost this process so far; times in ns."""
 
@@ -80,6 +81,15 @@ class _ChangedError(FtrainError):
     """A frozen tensor has other bytes than at the boundary before."""
 
 
+class _Stage(Enum):
+    """How far a version is; changed with the engine's lock held."""
+
+    COPYING = auto()
+    LAUNCHED = auto()  # all copies from GPUs are, and what is on the host is copied
+    SEALED = auto()
+    GIVEN_UP = auto()
+
+
 @dataclass(slots=True)
 class _Job:
     version: VersionId
@@ -89,8 +99,17 @@ class _Job:
     buffer: memoryview
     ready: Marks | None  # the GPUs have made the version; None: it is in the host's memory
     eager: bool  # all of it is copied before the script goes on
-    launched: bool = False  # all copies from GPUs, and what is on the host is copied
-    sealed: bool = False
+    stage: _Stage = _Stage.COPYING
+
+    @property
+    def may_change(self) -> bool:
+        """Whether what is launched from now on may change the tensors."""
+        return self.stage is not _Stage.COPYING
+
+    @property
+    def compares(self) -> bool:
+        """Whether live memory can be compared with its image, now or when it is sealed."""
+        return not self.eager and self.stage in (_Stage.LAUNCHED, _Stage.SEALED)
 
 
 class CaptureEngine:
@@ -122,11 +141,11 @@ class CaptureEngine:
         self._lock = threading.Condition()
         self._job: _Job | None = None  # being captured
         self._live: _Job | None = None  # the live tensors still are this version
-        self._written: memoryview | None = None  # its sealed image, for the comparison
         self._plan: ImagePlan | None = None
         self._planned_for: tuple[StateTensor, ...] = ()
         self._program: CopyProgram | None = None
         self._filling = False  # the thread is inside a job, given up or not
+        self._boundary: Marks | None = None  # the newest copies launched by the training thread
         self._changing = threading.Lock()  # who has slots reserved or granted; taken before _lock
         self._expected: tuple[StateTensor, ...] | None = None  # room is to be made for them
         self._frozen: FrozenChunks | None = None
@@ -135,7 +154,7 @@ class CaptureEngine:
         self._checks: SpotChecks | None = None
         self._fetched: tuple[_Job, Fetched] | None = None  # of which version
         self._closing = False
-        self._statistics = _Counters()
+        self._statistics = CaptureStatistics()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="ftrain-capture", daemon=True)
         self._thread.start()
@@ -162,7 +181,7 @@ class CaptureEngine:
         with self._lock:
             while self._job is not None:  # no step was made since, or it is being hashed
                 self._lock.wait()
-            self._live, self._written = None, None
+            self._live = None
             filling = self._filling
         if filling:  # its copy may still land in the slot that this version would get
             self._skip("the copy of a version that was given up has not ended yet")
@@ -207,16 +226,15 @@ class CaptureEngine:
             if not self._lock.wait_for(self._may_change, min(wait_s_max, _WAIT_S_MAX)):
                 assert self._job is not None
                 self._abandon(self._job, f"not copied within {wait_s_max:g} s")
-            live = self._live
-            if live is not None and self._looks and not live.eager:
-                self._look_for_writes(live)
-            self._live, self._written = None, None
+            if self._live is not None and self._live.compares and self._looks:
+                self._look_for_writes(self._live)
+            self._live = None
             if self._launched is not None:
                 self._launched.hold_back()
         self._statistics.barrier_ns += time.monotonic_ns() - began
 
     def _may_change(self) -> bool:
-        return self._job is None or self._job.launched
+        return self._job is None or self._job.may_change
 
     def drain(self, wait_s: float) -> bool:
         """Wait until nothing is being captured, without letting the tensors change."""
@@ -235,7 +253,7 @@ class CaptureEngine:
 
     def statistics(self) -> CaptureStatistics:
         """What it cost so far."""
-        return self._statistics.frozen()
+        return replace(self._statistics)
 
     # ---- the capturing thread's side
 
@@ -249,21 +267,36 @@ class CaptureEngine:
                 fetched, self._fetched = self._fetched, None
                 job = self._job
                 self._filling = job is not None
+            try:
+                self._capture_next(job, fetched)
+                self._make_room()
+                request = self._poll()
+                if request is not None:
+                    self._finish(request)
+            except Exception as error:  # without this thread every step would wait for it in vain
+                self._note(f"capturing goes on after {type(error).__name__}: {error}")
+
+    def _capture_next(self, job: _Job | None, fetched: tuple[_Job, Fetched] | None) -> None:
+        try:
             differs = fetched is not None and self._differs(*fetched)
-            if job is not None:
-                if differs and not job.eager:  # it may be changed in the same way meanwhile
-                    self._abandon(job, "writes outside the optimizer were found just before")
-                else:
-                    self._attempt(job)
-                with self._lock:
-                    self._filling = False
-                    if self._job is job:
-                        self._job = None
-                    self._lock.notify_all()
-            self._make_room()
-            request = self._poll()
-            if request is not None:
-                self._finish(request)
+            if job is None:
+                return
+            if differs and not job.eager:  # it may be changed in the same way meanwhile
+                self._abandon(job, "writes outside the optimizer were found just before")
+            else:
+                self._capture(job)
+        except _ChangedError as error:
+            assert self._frozen is not None
+            self._frozen.unsteady()
+            self._skip(f"{error}; such tensors are copied at the boundary from now on")
+        except Exception as error:  # whatever it was: training goes on without this version
+            self._skip(str(error))
+        finally:
+            with self._lock:
+                self._filling = False
+                if job is not None and self._job is job:
+                    self._job = None
+                self._lock.notify_all()
 
     def _make_room(self) -> None:
         """Reserve what is expected, as far as no version has to wait for it."""
@@ -278,7 +311,7 @@ class CaptureEngine:
             room = _SMALL_GROWTH * plan.small_bytes_max
             with suppress(FtrainError, OSError):  # it will be said when they are captured
                 wanted = plan_image(expected, self._share_of, room, self._chunk_bytes)
-                self._slots.reserve(wanted.total_bytes)
+                self._reserve(wanted.total_bytes)
         finally:
             self._changing.release()
         with suppress(FtrainError, OSError):
@@ -292,16 +325,6 @@ class CaptureEngine:
                 watched.register(fd, select.POLLIN)
         if any(fd == self._wake for fd, _ in watched.poll(500)):
             os.eventfd_read(self._wake)
-
-    def _attempt(self, job: _Job) -> None:
-        try:
-            self._capture(job)
-        except _ChangedError as error:
-            assert self._frozen is not None
-            self._frozen.unsteady()
-            self._skip(f"{error}; such tensors are copied at the boundary from now on")
-        except (FtrainError, OSError, RuntimeError) as error:
-            self._skip(str(error))
 
     def _begin(
         self,
@@ -325,7 +348,7 @@ class CaptureEngine:
         except BaseException:  # whatever it was: nothing is copied to a slot that is free again
             Marks(program.gpus).synchronize()
             raise
-        ready = Marks(program.gpus) if program.gpus else None
+        ready = self._boundary = Marks(program.gpus) if program.gpus else None
         if not copying:
             writer.declare()
         eager = self._statistics.eager
@@ -364,26 +387,31 @@ class CaptureEngine:
             if self._job is not job:
                 return
             writer.seal()
-            job.sealed = True
+            job.stage = _Stage.SEALED
+            self._statistics.captured += 1
+            self._statistics.captured_step = job.version.step
+            self._statistics.bytes_copied += writer.plan.layout.data_bytes
+            self._lock.notify_all()  # nobody need wait for the manager's answer
         if self._frozen is not None:
             self._frozen.sealed(writer)
         self._slots.sealed(job.version, writer.held())
-        self._statistics.captured += 1
-        self._statistics.captured_step = job.version.step
-        self._statistics.bytes_copied += writer.plan.layout.data_bytes
-        self._written = job.buffer
 
     def _plan_for(self, tensors: tuple[StateTensor, ...], small: bytes) -> ImagePlan:
         plan = self._plan
         if plan is None or self._planned_for is not tensors or len(small) > plan.small_bytes_max:
             room = max(_SMALL_BYTES_MIN, len(small) * 3 // 2)  # cleared for every version
             plan = plan_image(tensors, self._share_of, room, self._chunk_bytes)
-            self._slots.reserve(plan.total_bytes)
+            self._reserve(plan.total_bytes)
             self._plan, self._planned_for = plan, tensors
             self._program = CopyProgram(plan, tensors)
             self._frozen = FrozenChunks(plan, tensors)
             self._checks = SpotChecks(plan, tensors)
         return plan
+
+    def _reserve(self, image_bytes: int) -> None:
+        if self._boundary is not None:  # its version may have been given up before it was copied
+            self._boundary.synchronize()
+        self._slots.reserve(image_bytes)
 
     def _fill(self, writer: ImageWriter, chunk: int, program: CopyProgram) -> None:
         """Complete a chunk with what is not in it since the boundary.
@@ -411,11 +439,14 @@ class CaptureEngine:
                 if self._job is not job:
                     return  # the barrier gave up on it
                 self._launched = landed[-1] if landed else ready
-                job.launched = True
+                job.stage = _Stage.LAUNCHED
                 self._lock.notify_all()
             if not job.writer.declared:
                 ready.synchronize()  # what was copied at the boundary is there
-                job.writer.declare()
+                with self._lock:
+                    if self._job is not job:
+                        return
+                    job.writer.declare()
                 self._slots.begun(job.version)
             landed_ns = self._finish_chunks(streams, landed, job.writer)
             self._statistics.copy_ns += landed_ns - began
@@ -503,19 +534,19 @@ class CaptureEngine:
 
     def _look_for_writes(self, live: _Job) -> None:
         """A version found to differ from live memory is withdrawn, and everybody is told."""
-        if self._checks is None or (self._written is None and not live.launched):
-            return
-        stretch = self._checks.next()
-        if stretch is None:
+        stretch = self._checks.next() if self._checks is not None else None
+        if stretch is None or self._checks is None:
             return
         if stretch.on_gpu:
-            self._fetched = live, self._checks.fetch(stretch)  # for the capturing thread
-            _eventfd_write(self._wake, 1)
-        elif self._written is not None and not stretch.equals(self._written):
+            with suppress(RuntimeError):  # no memory to fetch it to: the next one, perhaps
+                self._fetched = live, self._checks.fetch(stretch)  # for the capturing thread
+                _eventfd_write(self._wake, 1)
+        elif live.stage is _Stage.SEALED and not stretch.equals(live.buffer):
+            self._lock.wait_for(lambda: self._job is not live)  # its owner knows it by now
             self._withdraw(live, stretch.name)
 
     def _differs(self, job: _Job, fetched: Fetched) -> bool:
-        if not job.sealed or fetched.equals(job.buffer):
+        if job.stage is not _Stage.SEALED or fetched.equals(job.buffer):
             return False
         self._withdraw(job, fetched.name)
         return True
@@ -523,9 +554,9 @@ class CaptureEngine:
     def _leave_to_the_graph(self) -> None:
         """An optimizer's step is being recorded: it runs whenever the graph is replayed, and nobody
         calls the barrier then."""
-        if self._job is not None:
+        if self._job is not None and self._job.stage is not _Stage.SEALED:
             self._abandon(self._job, "an optimizer's step is recorded into a CUDA graph")
-        self._live, self._written = None, None
+        self._live = None
         if not self._statistics.eager:
             self._statistics.eager = True
             self._note(
@@ -537,7 +568,10 @@ class CaptureEngine:
         """Give a version up that is not sealed."""
         with self._lock:
             self._skip(reason)
+            job.stage = _Stage.GIVEN_UP
             job.writer.abandon()  # nobody shall finish what may be torn
+            if self._live is job:  # nor is another's to be finished from it
+                self._live = None
             if self._job is job:
                 self._job = None
                 self._lock.notify_all()
@@ -552,20 +586,3 @@ class CaptureEngine:
             "boundary from now on, which stalls the step; write to parameters only inside "
             "optimizer.step, or before the boundary"
         )
-
-
-@dataclass(slots=True)
-class _Counters:
-    captured: int = 0
-    captured_step: int = -1  # of the newest version
-    bytes_copied: int = 0
-    copy_ns: int = 0
-    hash_ns: int = 0
-    barrier_ns: int = 0
-    skipped: int = 0
-    skip_reason: str = ""
-    finished_for_others: int = 0
-    eager: bool = False
-
-    def frozen(self) -> CaptureStatistics:
-        return CaptureStatistics(**{name: getattr(self, name) for name in self.__slots__})

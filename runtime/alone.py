@@ -89,7 +89,7 @@ class LocalSlots:
         """Nothing is copied to it any more."""
         if self._lock is not None:
             self._lock.release()
-        self._lock = self._map = None
+        self._lock = self._map = self.image = self.held = None
 
     def enter_more(self) -> bool:
         """There is no other."""
@@ -416,7 +416,7 @@ class AloneKeeper:
                 )
             else:
                 self._refusal = engine.statistics().skip_reason
-        except FtrainError as error:
+        except (FtrainError, OSError, RuntimeError) as error:  # the others wait for this rank
             self._refusal = str(error)
             self._note(f"step {step} was not saved: {error}")
             well = False
@@ -432,7 +432,7 @@ class AloneKeeper:
             self._store.publish_written(
                 self._fence, version, self._run_id, self._environment.world_size
             )
-        except FtrainError as error:
+        except (FtrainError, OSError, RuntimeError) as error:
             self._refusal = str(error)
             self._note(f"step {version.step} was not published: {error}")
             return False

@@ -154,10 +154,13 @@ class SnapshotClient:
             if self._slots and min(slot.view.nbytes for slot in self._slots) >= image_bytes:
                 return
             answer, fds = self._call(Reserve(0, image_bytes), Reserved, _RESERVE_S_MAX)
+            try:
+                views = [map_fd(fd, n) for fd, n in zip(fds, answer.nbytes, strict=True)]
+            finally:
+                for fd in fds:
+                    os.close(fd)
             self._forget_slots()
-            for fd, nbytes in zip(fds, answer.nbytes, strict=True):
-                self._slots.append(_Slot(map_fd(fd, nbytes), self._lock_pages))
-                os.close(fd)
+            self._slots = [_Slot(view, self._lock_pages) for view in views]
 
     def begin(self, version: VersionId, wait_s: float | None = None) -> memoryview | None:
         """A writable slot for ``version``, or None (see ``denied``). Usually without any wait; with

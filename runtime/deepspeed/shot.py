@@ -125,7 +125,8 @@ class Shot:
             self._copy(Changes.ANYTIME)
             self._writer.declare()
             self._ready = Marks(self._program.gpus)
-        except BaseException:  # whatever it was: the room is free again
+        except BaseException:  # whatever it was: the room is free again, and nobody copies to it
+            Marks(self._program.gpus).synchronize()
             self.release()
             raise
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +27,7 @@ from ftrain.checkpoint.header import ImageState
 from ftrain.checkpoint.image import ImageReader, ImageWriter
 from ftrain.checkpoint.tensors import Changes, StateTensor, plan_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError
-from ftrain.comms.protocol.messages import VersionId
+from ftrain.comms.protocol.messages import Held, VersionId
 
 
 def tensors(scale: float = 1.0) -> tuple[StateTensor, ...]:
@@ -85,8 +87,77 @@ def test_a_version_is_complete_when_the_barrier_returns(
     for (name, start), data in contents(image).items():
         raw = before[name].numpy().tobytes()
         assert data == raw[start : start + len(data)]
-    assert memory.handed_in[-1][0] == VersionId(1, 5)
     assert engine.statistics().captured == 1
+    assert engine.drain(10)
+    assert memory.handed_in[-1][0] == VersionId(1, 5)
+
+
+def test_a_step_does_not_wait_for_what_is_done_with_a_sealed_image(
+    engine: CaptureEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner answers late, and the version stays what the owner was told it is."""
+    answer, sealed = threading.Event(), memory.sealed
+
+    def sealed_slowly(version: VersionId, held: Held) -> None:
+        assert answer.wait(10)
+        sealed(version, held)
+
+    monkeypatch.setattr(memory, "sealed", sealed_slowly)
+    state = tensors()
+    engine.start(VersionId(1, 5), state, b"small")
+    engine.barrier(5)
+    engine.barrier(0.0)  # another optimizer's: nor is it given up now
+    assert not answer.is_set()
+    answer.set()
+    assert engine.drain(10)
+    assert memory.handed_in == [(VersionId(1, 5), memory.handed_in[0][1])]
+    assert (engine.statistics().captured, engine.statistics().skipped) == (1, 0)
+    memory.image().verify()
+
+
+def test_a_write_found_before_the_owner_knows_the_version_is_told_behind_it(
+    engine: CaptureEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, sealed, withdraw = [], memory.sealed, memory.withdraw
+
+    def sealed_slowly(version: VersionId, held: Held) -> None:
+        time.sleep(0.3)
+        sealed(version, held)
+        told.append("sealed")
+
+    def withdraw_then(version: VersionId) -> None:
+        withdraw(version)
+        told.append("withdrawn")
+
+    monkeypatch.setattr(memory, "sealed", sealed_slowly)
+    monkeypatch.setattr(memory, "withdraw", withdraw_then)
+    state = (StateTensor.whole("model", torch.zeros(2 * 65536), "0,1"),)
+    engine.start(VersionId(1, 5), state, b"")
+    while not engine.statistics().captured:
+        time.sleep(0.001)
+    state[0].tensor.add_(1)  # not by the optimizer
+    engine.barrier(10)
+    assert told == ["sealed", "withdrawn"]
+
+
+def test_an_error_that_nobody_expects_costs_one_version(
+    engine: CaptureEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its thread the engine would have every step wait in vain."""
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "enter", lambda: {}["nothing"])
+        engine.start(VersionId(1, 0), tensors(), b"")
+        engine.barrier(10)
+    assert engine.statistics().skipped == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "enter_more", lambda: 1 // 0)
+        engine.start(VersionId(1, 1), tensors(), b"")
+        engine.barrier(10)
+        assert engine.drain(10)
+    engine.start(VersionId(1, 2), tensors(), b"")
+    engine.barrier(10)
+    assert engine.drain(10)
+    assert memory.handed_in[-1][0] == VersionId(1, 2)
 
 
 def test_room_for_what_the_first_step_makes_is_reserved_behind_it(
@@ -187,6 +258,7 @@ def test_slots_do_not_change_while_a_version_begins_in_one(
     engine.start(VersionId(1, 1), state, b"")
     engine.barrier(10)
     assert memory.room_made.wait(10)  # by and by
+    assert engine.drain(10)
     assert len(memory.reserved) == len(reserved) + 1
     assert memory.handed_in[-1][0] == VersionId(1, 1)
 
