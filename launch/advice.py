@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftrain.checkpoint.interval import best_interval_s, lost_share
+from ftrain.checkpoint.retention import VersionKey
 from ftrain.configs.schema import CheckpointConfig
 
 _INCIDENTS_MIN = 3  # fewer say little about how often things break
@@ -20,12 +21,13 @@ class History:
     cost_s: float = 0.0  # training time that the newest durable version cost; 0: none was written
     incidents: int = 0
     elapsed_s: float = 0.0  # over all launches
+    published: VersionKey | None = None  # the last durable version, which no sweep removes
 
     @classmethod
     def read(cls, events: Iterable[Mapping[str, Any]]) -> History:
         """From the events in order."""
         cost_s, incidents, elapsed_s = 0.0, 0, 0.0
-        launch, began_s = None, 0.0
+        launch, began_s, published = None, 0.0, None
         for event in events:
             if event.get("launch") not in (None, launch):
                 launch, began_s = event["launch"], event["wall_s"]
@@ -36,7 +38,9 @@ class History:
                 incidents += 1
             elif event["kind"] == "written":
                 cost_s = float(event["data"]["cost_s"])
-        return cls(cost_s, incidents, elapsed_s)
+            elif event["kind"] == "published":
+                published = int(event["fence"]), int(event["version"]["step"])
+        return cls(cost_s, incidents, elapsed_s, published)
 
 
 def advise(config: CheckpointConfig, history: History) -> str:

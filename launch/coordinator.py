@@ -61,6 +61,7 @@ from ftrain.launch.joining import difference, join_request, leave_mark
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore, begin_with, withdrawn_in
+from ftrain.launch.vanished import all_problems
 from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
 
 TICK_S = 0.05
@@ -286,8 +287,8 @@ class Coordinator:
         )
         self._events.write("formation", formation=formation)
         if effect.restarts == 0:
-            text = f"ftrain: run directory {self._job.run_dir}; {begins(restore)}"
-            self._announce(Notice("info", text, {}))
+            where, start = self._job.run_dir, begins(restore, self._history.published)
+            self._announce(Notice("info", f"ftrain: run directory {where}; {start}", {}))
             if advice := advise(self._job.config.checkpoint, self._history):
                 self._announce(Notice("info", advice, {}))
         if restore.level == "durable" and restore.version is not None and unusable:
@@ -321,7 +322,8 @@ class Coordinator:
         if not self._job.config.checkpoint.enabled:
             return [], ()
         survey = self._durable.survey()
-        for problem in survey.problems:
+        problems = all_problems(self._durable, survey, self._history.published)
+        for problem in problems:
             self._events.write("warning", text=problem)
         versions = [
             DurableVersion(
@@ -329,7 +331,7 @@ class Coordinator:
             )
             for found in survey.versions
         ]
-        return versions, survey.problems
+        return versions, problems
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world

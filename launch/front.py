@@ -182,7 +182,7 @@ class Front:
             start()
         except OSError as error:
             if not again:
-                why = error.strerror or error
+                why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
                 self._console.line(
                     f"ftrain: the {name} can't be started ({why}): it is tried again", "warning"
                 )
@@ -342,7 +342,8 @@ class Front:
         interrupt = number == signal.SIGINT
         if self._news.stop is not None:
             if interrupt:
-                self._console.line("ftrain: forced to stop: nothing was saved", "warning")
+                text = "ftrain: forced to stop: what is not durable is lost"
+                self._console.line(text, "warning")
                 self._end(EXIT_FORCED)
             return
         if not self._agents:

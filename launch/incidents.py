@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftrain.checkpoint.retention import VersionKey
 from ftrain.comms.events import read_events
 from ftrain.comms.protocol.effects import Incident
 from ftrain.comms.protocol.messages import Phases, RankFailure, RestorePlan
@@ -133,8 +134,10 @@ def _new_trouble(before: MembershipHard, hard: MembershipHard) -> str:
     return trouble.words(hard.formation.places if hard.formation is not None else ())
 
 
-def begins(restore: RestorePlan) -> str:
-    """Where a launch starts, in words."""
+def begins(restore: RestorePlan, published: VersionKey | None = None) -> str:
+    """Where a launch starts, in words; ``published``: the newest durable version ever."""
+    if restore.version is None and published is not None:
+        return f"starts at step 0: step {published[1]} was durable once, and no version is left"
     if restore.version is None:
         return "starts at step 0"
     return f"resumes at step {restore.version.step} from the durable version"
@@ -190,12 +193,16 @@ class Tracebacks:
                 raised.setdefault(failure.traceback, []).append(failure.rank)
         texts = []
         for text, ranks in raised.items():
-            where = ", ".join(f"rank {rank} (node {nodes.get(rank, '?')})" for rank in ranks)
+            where = ", ".join(f"rank {rank}{_on_node(nodes.get(rank))}" for rank in ranks)
             if text in self._shown:
                 continue  # the incident's line says what it was
             self._shown.add(text)
             texts.append(f"{where} raised:\n{text.rstrip()}")
         return texts
+
+
+def _on_node(node: int | None) -> str:
+    return "" if node is None else f" (node {node})"
 
 
 def _blame(failure: RankFailure) -> tuple[bool, int]:

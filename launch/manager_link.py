@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ class ManagerLink:
     def close(self) -> None:
         """Let go of the manager, which ends by itself, and of its memory."""
         self._process.close()
+        with suppress(OSError):  # else a copy of the directory would trip over it
+            os.unlink(self.socket_path)
         self._stop_pings()
         for fd in self._slots.values():
             os.close(fd)

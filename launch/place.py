@@ -100,6 +100,8 @@ def copies_of(text: str) -> str:
 
 def _directory(text: str) -> DurableStore:
     path = Path(text)
+    if not text:
+        raise UsageError("RUN_OR_URI is empty: name a run directory")
     if not path.is_dir():
         what = "is no directory" if path.exists() else "does not exist"
         raise RunDirectoryError(

@@ -97,7 +97,7 @@ def _doomed(
     except UsageError:
         raise UsageError(
             f"--keep-last {request.keep_last} --keep-every {request.keep_every}: at least the "
-            "newest version stays, and steps are counted from 1"
+            "newest version stays, with --keep-last 1; --keep-every is 0 or more"
         ) from None
     retired = policy.retired(version.key for version in survey.versions) - pinned
     doomed = [version for version in survey.versions if version.key in retired]

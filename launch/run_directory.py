@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,13 +126,15 @@ def check_log_directory(path: Path) -> None:
 def check_versions_directory(path: Path) -> None:
     """:class:`RunDirectoryError` when no durable version can be put there: better known now than
     after hours of training.  It is not made yet."""
+    there = None
     try:
         there = next(folder for folder in (path, *path.parents) if folder.exists())
-        why = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only for you"
-        if not there.is_dir():
-            why = f"{there} is no directory"
+        why = "" if there.is_dir() else f"{there} is no directory"
+        if not why:
+            os.rmdir(tempfile.mkdtemp(prefix=".ftrain-", dir=there))  # what rights say is not all
     except OSError as error:
-        why = str(error.strerror)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # there may be room by then
+        why = "" if full else f"{there or path}: {error.strerror}"
     if why:
         raise RunDirectoryError(
             f"no durable version can be put into {path} ({why}): choose another directory with"

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ftrain.checkpoint.dtypes import ITEM_BYTES
 from ftrain.checkpoint.lock import held_versions
-from ftrain.comms.errors import RunDirectoryError, UsageError
+from ftrain.comms.errors import CorruptionError, RunDirectoryError, UsageError
 from ftrain.launch.place import is_address, new_place, open_place
 from ftrain.launch.words import parse_size, progress_bar, size_text
 
 if TYPE_CHECKING:
+    from ftrain.checkpoint.manifest import PublishedVersion
+    from ftrain.checkpoint.versions import VersionStore
     from ftrain.runtime.interop.outline import Item
     from ftrain.runtime.interop.whole import WholeVersion
 
@@ -32,7 +34,8 @@ def export_version(
 
     Raises:
         RunDirectoryError: ``out`` is there already or can't be written, or there is no version.
-        CorruptionError: a part is damaged, and there is no other copy of it.
+        CorruptionError: a part is damaged, and there is no other copy of it; without ``step``: nor
+            an older version.
         ObjectStoreError: the store can't be used.
         UsageError, StateError: it can't be exported so.
     """
@@ -41,20 +44,28 @@ def export_version(
     target = Path(out)
     if target.exists():  # before a version is looked for in a large directory
         raise RunDirectoryError(f"{out} exists already: choose a new name, nothing is overwritten")
-    with open_place(place) as store:
-        version = store.find(step)
-        passed = store.survey().problems if step is None else ()
-        from ftrain.runtime.interop.outline import all_items, model_items
-        from ftrain.runtime.interop.whole import whole_version
+    from ftrain.runtime.interop.outline import all_items, model_items
+    from ftrain.runtime.interop.whole import whole_version
 
-        with whole_version(store.opened(version)) as whole:
-            items = all_items(whole) if everything else model_items(whole, model)
-            tensors = [item for item in items if item.is_tensor]
-            total = sum(item.nbytes for item in tensors)
-            with progress_bar(f"exporting step {version.step}", total) as progress:
-                _write(kind, whole, items, target, shard_bytes, progress)
-            repaired = list(whole.repaired)
-    text = [f"not exported: {problem}" for problem in passed]
+    with open_place(place) as store:
+        version, *older = _candidates(store, step)
+        passed = list(store.survey().problems) if step is None else []
+        while True:
+            try:
+                with whole_version(store.opened(version)) as whole:
+                    items = all_items(whole) if everything else model_items(whole, model)
+                    tensors = [item for item in items if item.is_tensor]
+                    total = sum(item.nbytes for item in tensors)
+                    with progress_bar(f"exporting step {version.step}", total) as progress:
+                        _write(kind, whole, items, target, shard_bytes, progress)
+                    repaired = list(whole.repaired)
+                break
+            except CorruptionError as error:
+                if not older:
+                    raise
+                passed.append(str(error))
+                version, *older = older
+    text = [f"not used: {problem}" for problem in passed]
     text += [f"{text}: taken from another copy" for text in repaired]
     text.append(
         f"step {version.step}: {len(tensors)} tensors, {size_text(total)}, written to {out}"
@@ -68,6 +79,12 @@ def export_version(
         "repaired": repaired,
         "text": text,
     }
+
+
+def _candidates(store: VersionStore, step: int | None) -> list[PublishedVersion]:
+    """Those to export, the best first."""
+    best = store.find(step)
+    return [best] if step is not None else [best, *store.survey().versions[1:]]
 
 
 def _write(

@@ -136,6 +136,7 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
         if step is not None:
             rows = [row for row in rows if row.version.step == step]
             problems = [row.damage for row in rows if row.damage]
+        unlisted = len(problems) > sum(bool(row.damage) for row in rows)
         if not rows:
             store.find(step)  # says what there is
         began_s = time.monotonic()
@@ -150,8 +151,9 @@ def verify_versions(place: str, step: int | None, *, as_json: bool) -> int:
     total = sum(row.version.nbytes for row in rows if row.found is not None)
     good = sum(row.found == [] for row in rows)
     rate = f", {size_text(int(total / took_s))}/s" if took_s > 0.1 else ""
+    what = "versions" if not unlisted else "versions whose manifests can be read"
     print(
-        f"{good} of {len(rows)} versions {'are' if len(rows) != 1 else 'is'} sound: "
+        f"{good} of {len(rows)} {what} {'are' if len(rows) != 1 else 'is'} sound: "
         f"{size_text(total)} read in {took_s:.1f} s{rate}"
     )
     return 1 if problems else 0
@@ -207,6 +209,7 @@ def show_version(place: str, step: int | None, *, as_json: bool) -> int:
     with ExitStack() as stack:
         store = stack.enter_context(open_place(place))
         version = store.find(step)
+        passed = store.survey().problems if step is None else ()
         readers = all_readable(stack.enter_context(store.opened(version)))
         tensors = catalogue(readers)
         told = _told(store, version, readers, tensors)
@@ -229,6 +232,8 @@ def show_version(place: str, step: int | None, *, as_json: bool) -> int:
         (t.label, t.dtype, str(list(t.shape)), size_text(t.nbytes), layout_text(t)) for t in tensors
     ]
     print_table([("tensor", "type", "shape", "size", "saved as"), *rows])
+    for problem in passed:
+        print(f"not used: {problem}")
     return 0
 
 

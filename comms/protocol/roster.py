@@ -75,7 +75,10 @@ class Trouble:
             ranks.setdefault(f"{_verb(f)} {f.cause}", {})[f.rank] = None
         said = []
         for what, who in ranks.items():
-            victims = ", ".join(f"rank {rank} (node {where.get(rank, '?')})" for rank in who)
+            victims = ", ".join(
+                f"rank {rank} (node {where[rank]})" if rank in where else f"rank {rank}"
+                for rank in who
+            )
             said.append(f"{victims} {what}")
         said += [f"node {node} {cause}" for node, cause in telling.nodes]
         return "; ".join(said)

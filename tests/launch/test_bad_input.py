@@ -164,6 +164,8 @@ def test_run_directory_is_a_file(refused: Refused) -> None:
 def test_no_versions_can_be_put_into_a_file(refused: Refused, folder: Path) -> None:
     sentence = refused("launch", "checkpoint.dir=train.py/x", "train.py")
     assert f"can be put into {folder / 'train.py/x'} ({folder / 'train.py'} is no dir" in sentence
+    sentence = refused("launch", "checkpoint.dir=/proc/x", "train.py")  # where not even root may
+    assert "no durable version can be put into /proc/x (/proc: No such file" in sentence
     assert "checkpoint.dir" in sentence
 
 

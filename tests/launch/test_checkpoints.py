@@ -93,7 +93,7 @@ def test_verify_finds_a_tensor_that_lacks_a_part(shown: Shown, run: Path, tmp_pa
     code, text = shown("verify", run, "--step", "70")
     assert code == 1
     assert "70.json: 400 bytes of model/layer.bias are in no file" in text
-    shown.refused("export", "--to", "torch", run, tmp_path / "x.pt")
+    shown.refused("export", "--to", "torch", "--step", "70", run, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
 
 
@@ -191,9 +191,34 @@ def test_what_is_not_there_is_said_in_a_sentence(shown: Shown, run: Path, tmp_pa
 def test_a_damaged_version_is_not_exported(shown: Shown, run: Path, tmp_path: Path) -> None:
     flip(run / "checkpoints/1/60/rank1.seg", 4097)
     for kind in ("safetensors", "torch", "dcp"):
-        sentence = shown.refused("export", "--to", kind, run, tmp_path / "out", code=1)
+        out, named = tmp_path / "out", ("--step", "60")
+        sentence = shown.refused("export", "--to", kind, *named, run, out, code=1)
         assert "does not match its digest" in sentence
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_newest_version_that_is_sound_is_exported(
+    shown: Shown, run: Path, tmp_path: Path
+) -> None:
+    """However the newer ones are damaged, as a launch would go on from it."""
+    folder = run / "checkpoints/1"
+    flip(folder / "60/rank1.seg", 4097)
+    flip(folder / "50/rank0.seg", (folder / "50/rank0.seg").stat().st_size - 100)
+    (folder / "40/rank1.seg").unlink()
+    (folder / "30.json").write_text("{")
+    for kind in ("safetensors", "torch", "dcp"):
+        code, text = shown("export", "--to", kind, run, tmp_path / kind)
+        lines = text.splitlines()
+        assert code == 0
+        assert lines[-1].startswith("step 20: ")
+        assert all(line.startswith("not used: ") for line in lines[:-1])
+        for damage in ("60/rank1.seg", "50/rank0.seg", "40/rank1.seg", "30.json"):
+            assert sum(damage in line for line in lines) == 1
+    code, text = shown("show", run)
+    assert "not used: " in text
+    assert "40/rank1.seg is missing" in text
+    code, text = shown("verify", run)
+    assert text.splitlines()[-1].startswith("2 of 5 versions whose manifests can be read are sound")
 
 
 def test_a_newer_format_is_refused_by_name(shown: Shown, run: Path) -> None:

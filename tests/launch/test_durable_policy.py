@@ -121,6 +121,30 @@ def test_what_is_saved_counts_when_the_directory_was_deleted_meanwhile(tmp_path:
     assert "resumes at step 60" in again.shown
 
 
+def test_a_manifest_that_was_taken_away_is_no_silent_beginning(tmp_path: Path) -> None:
+    with launched(tmp_path, script("20"), *TWO) as launch:
+        assert launch.wait() == 0, launch.shown
+        assert not list(launch.run_dir.glob("state/*.sock"))  # copying would trip over it
+    folder = tmp_path / "run" / "checkpoints"
+    (manifest,) = folder.glob("*/20.json")
+    content = manifest.read_bytes()
+    manifest.unlink()
+    files = sorted(manifest.with_suffix("").iterdir())
+    assert len(files) == 2
+    again = Launch(tmp_path, *TWO)
+    assert again.wait() == 1, again.shown
+    assert f"can be used ({manifest} is gone, whose files are still there): put " in again.shown
+    assert sorted(manifest.with_suffix("").iterdir()) == files
+    manifest.write_bytes(content)
+    again = Launch(tmp_path, *TWO)
+    assert again.wait() == 0, again.shown
+    assert "step 20" in again.shown
+    shutil.rmtree(folder)
+    anew = Launch(tmp_path, *TWO)
+    assert anew.wait() == 0, anew.shown
+    assert "starts at step 0: step 20 was durable once, and no version is left" in anew.shown
+
+
 @pytest.mark.soak
 def test_versions_of_which_none_can_be_used_are_no_silent_beginning(tmp_path: Path) -> None:
     every = ("checkpoint.durable_every_steps=5",)

@@ -153,3 +153,27 @@ def mapped_shared_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("RssShmem:"))
     return int(line.split()[1]) * 1024
+
+
+def test_slots_that_can_not_all_be_mapped_leave_those_that_are(tmp_path: Path) -> None:
+    """A rank at its limit of address space loses versions, and no capture of it fails."""
+    size, before = 64 << 20, resource.getrlimit(resource.RLIMIT_AS)
+    with Manager(tmp_path) as manager:
+        manager.group()
+        with Rank(manager) as rank:
+            assert rank.capture(1)
+            opened = len(os.listdir("/proc/self/fd"))
+            in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
+                "SC_PAGE_SIZE"
+            )
+            resource.setrlimit(resource.RLIMIT_AS, (in_use + size * 3 // 2, before[1]))
+            try:
+                with pytest.raises(OSError, match="Cannot allocate memory"):
+                    rank.client.reserve(size)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+            assert len(os.listdir("/proc/self/fd")) == opened
+            assert rank.capture(2)
+            rank.client.reserve(size)
+            assert rank.capture(3)
+            manager.newest_committed(v(3))
