@@ -289,8 +289,10 @@ class CaptureEngine:
             assert self._frozen is not None
             self._frozen.unsteady()
             self._skip(f"{error}; such tensors are copied at the boundary from now on")
-        except Exception as error:  # whatever it was: training goes on without this version
+        except (FtrainError, OSError, RuntimeError) as error:
             self._skip(str(error))
+        except Exception as error:  # whatever it was: training goes on without this version
+            self._skip(f"of {type(error).__name__}: {error}")
         finally:
             with self._lock:
                 self._filling = False

@@ -104,6 +104,7 @@ class OutputPump:
         self._on_trouble = on_trouble
         self._troubled = False
         self._new: deque[_Stream] = deque()
+        self._selector = selectors.DefaultSelector()  # here, where it is told if it can't be had
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
@@ -160,7 +161,7 @@ class OutputPump:
             os.close(self._wake)
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
+        with self._selector as selector:
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
                 ready = selector.select(0 if self._closing else None)

@@ -62,4 +62,4 @@ def test_a_directory_that_is_read_only_is_refused_at_start(tmp_path: Path, disk:
     assert "choose another with --log-dir" in launch.shown
     with launched(tmp_path, TALKING, f"checkpoint.dir={disk}/versions") as launch:
         assert launch.wait() == 2, launch.shown
-    assert f"({disk} is read-only for you): choose another directory with" in launch.shown
+    assert f"({disk}: Read-only file system): choose another directory with" in launch.shown
