@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,8 @@ def processes() -> set[str]:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
             except (FileNotFoundError, ProcessLookupError):
                 continue
+            if int(entry) == forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+                continue  # one per process, by design; started again when it ended
             if b"multiprocessing.resource_tracker" not in command:
                 found.add(f"process {entry}: {command.decode(errors='replace').strip()[:200]}")
     return found
