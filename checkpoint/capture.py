@@ -536,8 +536,9 @@ class CaptureEngine:
 
     def _look_for_writes(self, live: _Job) -> None:
         """A version found to differ from live memory is withdrawn, and everybody is told."""
-        stretch = self._checks.next() if self._checks is not None else None
-        if stretch is None or self._checks is None:
+        assert self._checks is not None  # made with the plan of every version
+        stretch = self._checks.next()
+        if stretch is None:
             return
         if stretch.on_gpu:
             with suppress(RuntimeError):  # no memory to fetch it to: the next one, perhaps

@@ -182,7 +182,8 @@ class Front:
             start()
         except OSError as error:
             if not again:
-                why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                why = error.strerror or error
+                why = f"{error.filename}: {why}" if error.filename else why
                 self._console.line(
                     f"ftrain: the {name} can't be started ({why}): it is tried again", "warning"
                 )

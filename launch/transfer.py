@@ -14,8 +14,6 @@ from ftrain.launch.place import is_address, new_place, open_place
 from ftrain.launch.words import parse_size, progress_bar, size_text
 
 if TYPE_CHECKING:
-    from ftrain.checkpoint.manifest import PublishedVersion
-    from ftrain.checkpoint.versions import VersionStore
     from ftrain.runtime.interop.outline import Item
     from ftrain.runtime.interop.whole import WholeVersion
 
@@ -48,8 +46,10 @@ def export_version(
     from ftrain.runtime.interop.whole import whole_version
 
     with open_place(place) as store:
-        version, *older = _candidates(store, step)
-        passed = list(store.survey().problems) if step is None else []
+        version = store.find(step)
+        survey = store.survey() if step is None else None
+        older = [v for v in survey.versions if v.key < version.key] if survey else []
+        passed = list(survey.problems) if survey else []
         while True:
             try:
                 with whole_version(store.opened(version)) as whole:
@@ -79,12 +79,6 @@ def export_version(
         "repaired": repaired,
         "text": text,
     }
-
-
-def _candidates(store: VersionStore, step: int | None) -> list[PublishedVersion]:
-    """Those to export, the best first."""
-    best = store.find(step)
-    return [best] if step is not None else [best, *store.survey().versions[1:]]
 
 
 def _write(

@@ -212,7 +212,7 @@ def show_version(place: str, step: int | None, *, as_json: bool) -> int:
         passed = store.survey().problems if step is None else ()
         readers = all_readable(stack.enter_context(store.opened(version)))
         tensors = catalogue(readers)
-        told = _told(store, version, readers, tensors)
+        told = _told(store, version, readers, tensors) | {"not_used": list(passed)}
     if as_json:
         print(json.dumps(told, indent=2))
         return 0
