@@ -278,10 +278,11 @@ class CaptureEngine:
 
     def _capture_next(self, job: _Job | None, fetched: tuple[_Job, Fetched] | None) -> None:
         try:
-            differs = fetched is not None and self._differs(*fetched)
+            if fetched is not None:
+                self._look_at(*fetched)
             if job is None:
                 return
-            if differs and not job.eager:  # it may be changed in the same way meanwhile
+            if self._statistics.eager and not job.eager:  # it was begun in ignorance
                 self._abandon(job, "writes outside the optimizer were found just before")
             else:
                 self._capture(job)
@@ -548,11 +549,9 @@ class CaptureEngine:
             self._lock.wait_for(lambda: self._job is not live)  # its owner knows it by now
             self._withdraw(live, stretch.name)
 
-    def _differs(self, job: _Job, fetched: Fetched) -> bool:
-        if job.stage is not _Stage.SEALED or fetched.equals(job.buffer):
-            return False
-        self._withdraw(job, fetched.name)
-        return True
+    def _look_at(self, job: _Job, fetched: Fetched) -> None:
+        if job.stage is _Stage.SEALED and not fetched.equals(job.buffer):
+            self._withdraw(job, fetched.name)
 
     def _leave_to_the_graph(self) -> None:
         """An optimizer's step is being recorded: it runs whenever the graph is replayed, and nobody
@@ -570,6 +569,8 @@ class CaptureEngine:
     def _abandon(self, job: _Job, reason: str) -> None:
         """Give a version up that is not sealed."""
         with self._lock:
+            if job.stage is _Stage.GIVEN_UP:
+                return
             self._skip(reason)
             job.stage = _Stage.GIVEN_UP
             job.writer.abandon()  # nobody shall finish what may be torn

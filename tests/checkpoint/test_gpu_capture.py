@@ -6,6 +6,7 @@ Run on a machine that has one; everything here is skipped elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -275,15 +276,18 @@ def test_slots_may_grow_and_memory_may_be_made_again(engine: CaptureEngine, memo
 def test_the_version_behind_a_withdrawn_one_is_right_or_there_is_none(
     engine: CaptureEngine, memory: Memory
 ) -> None:
-    """A script writes outside the optimizer at every step: that one was begun in ignorance."""
+    """A script writes outside the optimizer at every step: that one was begun in ignorance, while
+    the sample that shows it was still on its way."""
     tensors = (StateTensor.whole("ema", torch.randn(1000, device="cuda"), "0,1"),)
     for step in range(5):
-        expected = raw(tensors)
+        at_boundary = (replace(tensors[0], tensor=tensors[0].tensor.clone()),)
         engine.start(VersionId(1, step), tensors, b"")
         change(tensors, Changes.IN_STEP)  # outside
-        engine.barrier(10)
         assert engine.drain(10)
+        if step == 0:
+            torch.cuda._sleep(LONG)
+        engine.barrier(10)
         if step and memory.handed_in[-1][0] == VersionId(1, step):
-            expect(memory, expected)
+            expect(memory, raw(at_boundary))
     assert memory.withdrawn == [VersionId(1, 0)]
     assert engine.statistics().eager
