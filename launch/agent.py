@@ -410,7 +410,7 @@ class Agent:
         self._stopped_ns = time.monotonic_ns()
         self._watch.end()
         self._wait_for_manager("gone", self._kill_late)
-        if self._reaper.strays():
+        if self._reaper.strays() != []:
             self._loop.create_task(self._kill_strays())
         else:
             self._ask_inventory()
@@ -456,7 +456,7 @@ class Agent:
         self._driver.pump()
         if self._flush is not None and self._manager is not None:
             self._manager.post(self._flush)
-        if "gone" in self._waits and not self._reaper.strays():
+        if "gone" in self._waits and self._reaper.strays() == []:
             self._tell_gone(held)
         if "captures" in self._waits:
             self._captures_finished(self._machine.epoch, held)

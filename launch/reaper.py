@@ -69,19 +69,25 @@ class Reaper:
             _kill_group(pid)
             _signal(pid, signal.SIGKILL)
 
-    def strays(self) -> list[int]:
-        """Living children that nobody watches: processes that a dead rank started."""
-        return [pid for pid in _children() if pid not in self._watched]
+    def strays(self) -> list[int] | None:
+        """Living children that nobody watches: processes that a dead rank started.
 
-    async def kill_strays(self, deadline_s: float = 5.0) -> list[int]:
-        """End every stray; returns those that are still there at the deadline."""
+        None: there is no descriptor left to look for them with.
+        """
+        try:
+            return [pid for pid in _children() if pid not in self._watched]
+        except OSError:
+            return None
+
+    async def kill_strays(self, deadline_s: float = 5.0) -> bool:
+        """End every stray; whether none is left at the deadline."""
         deadline = time.monotonic() + deadline_s
-        while (left := self.strays()) and time.monotonic() < deadline:
-            for pid in left:
+        while (left := self.strays()) != [] and time.monotonic() < deadline:
+            for pid in left or ():
                 _signal(pid, signal.SIGKILL)
             await asyncio.sleep(_LOOK_AGAIN_S)
             self._reap()
-        return left
+        return left == []
 
     async def kill_all(self, deadline_s: float = 5.0) -> bool:
         """End every child; whether none is left at the deadline."""
@@ -91,7 +97,7 @@ class Reaper:
                 self.kill(pid)
             await asyncio.sleep(_LOOK_AGAIN_S)
             self._reap()
-        return not await self.kill_strays(deadline - time.monotonic()) and not self._watched
+        return await self.kill_strays(deadline - time.monotonic()) and not self._watched
 
     def _reap(self) -> None:
         while (pid := ended_child()) is not None:

@@ -102,6 +102,9 @@ def launched(folder: Path, source: str, *tokens: str) -> Iterator[Launch]:
     launch = Launch(folder, *tokens)
     try:
         yield launch
+    except BaseException as error:
+        error.add_note(f"the launch showed:\n{launch.shown}")
+        raise
     finally:
         launch.popen.kill()
         launch.popen.wait()

@@ -39,7 +39,7 @@ def node(launch: Launch) -> NodeFile:
 @pytest.mark.slow
 def test_an_agent_without_descriptors_keeps_its_ranks(tmp_path: Path) -> None:
     with launched(tmp_path, WAITING) as launch:
-        wait_for(lambda: began(launch))
+        wait_for(lambda: began(launch) and node(launch).ranks)  # nothing is asked of the server
         before = node(launch)
         had = limit_descriptors(before.agent_pid, 3)
         os.kill(before.worker_server_pid, signal.SIGKILL)
@@ -55,6 +55,22 @@ def test_an_agent_without_descriptors_keeps_its_ranks(tmp_path: Path) -> None:
         assert launch.wait() == 0, launch.shown
         assert launch.shown.count("can't be started") == 2, launch.shown
         assert len(began(launch)) == 1
+
+
+@pytest.mark.slow
+def test_ranks_end_and_start_though_their_agent_has_no_descriptors(tmp_path: Path) -> None:
+    """It can't even look for what they left behind."""
+    with launched(tmp_path, WAITING, "launch.max_restarts=5") as launch:
+        wait_for(lambda: began(launch) and node(launch).ranks)
+        before = node(launch)
+        had = limit_descriptors(before.agent_pid, 3)
+        os.kill(before.ranks[0].pid, signal.SIGKILL)
+        wait_for(lambda: "Too many open files" in launch.shown)
+        limit_descriptors(before.agent_pid, had)
+        wait_for(lambda: len(began(launch)) == 2)
+        assert node(launch).agent_pid == before.agent_pid, launch.shown
+        (tmp_path / "go-on").touch()
+        assert launch.wait() == 0, launch.shown
 
 
 @pytest.mark.soak
