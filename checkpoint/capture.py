@@ -500,7 +500,8 @@ class CaptureEngine:
         held = None
         with self._lock:
             live = self._live
-            if live is not None and live.version == request.version:
+            doubtful = live is not None and self._statistics.eager and not live.eager
+            if live is not None and live.version == request.version and not doubtful:
                 try:
                     writer = resume_writer(request.buffer)
                     mine = {tensor.name: tensor.share for tensor in live.tensors}

@@ -59,6 +59,7 @@ TICK_S = 0.1
 _FIRST_STEP_POLL_S = 0.005
 _HOLD_SETTLES_S = 0.005  # a rank that has not seen PAUSE by then has not reached a boundary
 _MANAGER_S_MAX = 5.0  # what waits for the snapshot manager goes on without it after this long
+_STRAYS_S_MAX = 5.0  # for ending what dead ranks left behind
 _DRAIN_S = 2.0
 _NO_SESSION = "ftrain: the script made no ftrain.Session: nothing of it was saved or protected"
 
@@ -409,21 +410,22 @@ class Agent:
             return
         self._stopped_ns = time.monotonic_ns()
         self._watch.end()
-        self._wait_for_manager("gone", self._kill_late)
+        self._wait_for_manager("gone", self._kill_late, more_s=_STRAYS_S_MAX)
         if self._reaper.strays() != []:
             self._loop.create_task(self._kill_strays())
         else:
             self._ask_inventory()
 
     async def _kill_strays(self) -> None:
-        await self._reaper.kill_strays()
-        self._ask_inventory()
+        await self._reaper.kill_strays(_STRAYS_S_MAX)
+        if "gone" in self._waits:  # else a manager that started meanwhile has said what it holds
+            self._ask_inventory()
 
     def _ask_inventory(self) -> None:
         if self._manager is None:
             self._tell_gone(())
         else:
-            self._wait_for_manager("gone", self._kill_late)  # anew: ending strays may take as long
+            self._wait_for_manager("gone", self._kill_late)  # anew, from here on
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:

@@ -7,6 +7,7 @@ sees to it that the front has no children of others.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -150,15 +151,17 @@ class Children:
 
 
 def children_of(parent: int) -> list[int]:
-    """Pids of the live processes whose parent is ``parent``."""
+    """Pids of the live processes whose parent is ``parent``. OSError: no descriptor is left."""
     found: list[int] = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
             fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            continue  # it ended meanwhile
         if int(fields[1]) == parent and fields[0] != "Z":
             found.append(int(entry.name))
     return found

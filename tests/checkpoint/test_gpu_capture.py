@@ -291,3 +291,4 @@ def test_the_version_behind_a_withdrawn_one_is_right_or_there_is_none(
             expect(memory, raw(at_boundary))
     assert memory.withdrawn == [VersionId(1, 0)]
     assert engine.statistics().eager
+    assert engine.statistics().captured >= 3

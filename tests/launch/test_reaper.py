@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 
+import pytest
 from serving import gone
 
 from ftrain.launch.reaper import Reaper
@@ -74,6 +76,31 @@ def test_exit_codes_and_late_watchers() -> None:
         await wait_for(lambda: late)
         assert os.waitstatus_to_exitcode(late[0]) == 7
         orphan.returncode = 7
+
+    run(test)
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_without_descriptors_strays_are_unknown_and_not_absent(free: int) -> None:
+    async def test(reaper: Reaper) -> None:
+        stray = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)
+        lowest = os.open("/", os.O_RDONLY)
+        os.close(lowest)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, hard))
+        try:
+            found = reaper.strays()
+            ended = await reaper.kill_strays(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if free == 0:
+            assert found is None
+            assert not ended
+        else:  # as the kernel has it: one is enough, or not
+            assert found is None or stray.pid in found
+        assert await reaper.kill_strays()
+        assert gone(stray.pid)
+        stray.returncode = -9
 
     run(test)
 
