@@ -282,7 +282,7 @@ class CaptureEngine:
                 self._look_at(*fetched)
             if job is None:
                 return
-            if self._statistics.eager and not job.eager:  # it was begun in ignorance
+            if self._is_doubtful(job):
                 self._abandon(job, "writes outside the optimizer were found just before")
             else:
                 self._capture(job)
@@ -500,8 +500,9 @@ class CaptureEngine:
         held = None
         with self._lock:
             live = self._live
-            doubtful = live is not None and self._statistics.eager and not live.eager
-            if live is not None and live.version == request.version and not doubtful:
+            if live is not None and self._is_doubtful(live):
+                live = None
+            if live is not None and live.version == request.version:
                 try:
                     writer = resume_writer(request.buffer)
                     mine = {tensor.name: tensor.share for tensor in live.tensors}
@@ -549,6 +550,10 @@ class CaptureEngine:
         elif live.stage is _Stage.SEALED and not stretch.equals(live.buffer):
             self._lock.wait_for(lambda: self._job is not live)  # its owner knows it by now
             self._withdraw(live, stretch.name)
+
+    def _is_doubtful(self, job: _Job) -> bool:
+        """Whether it was begun before writes outside the optimizer were known of."""
+        return self._statistics.eager and not job.eager
 
     def _look_at(self, job: _Job, fetched: Fetched) -> None:
         if job.stage is _Stage.SEALED and not fetched.equals(job.buffer):

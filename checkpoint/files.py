@@ -19,10 +19,10 @@ from typing import Protocol, Self
 
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError, RunDirectoryError
+from ftrain.comms.process import NO_DESCRIPTOR
 
 _READ_BYTES = 256 * 1024  # at once: what was read is still in the core's cache when hashed
 _REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
-_LIMITS = frozenset({errno.EMFILE, errno.ENFILE})
 # Of one file, which another copy or an older version may do without; anything else is wrong with
 # them all: rights, or this process's limits.
 _DAMAGE = frozenset(
@@ -206,7 +206,7 @@ def unreadable(path: Path, error: OSError) -> CorruptionError | RunDirectoryErro
     """What it means that a file can't be opened."""
     if error.errno in _DAMAGE:
         return CorruptionError(f"{path} can't be read ({error.strerror})")
-    what = "raise its limit (ulimit -n)" if error.errno in _LIMITS else "give rights to it"
+    what = "raise its limit (ulimit -n)" if error.errno in NO_DESCRIPTOR else "give rights to it"
     return RunDirectoryError(f"{path} can't be read ({error.strerror}): {what}")
 
 

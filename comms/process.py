@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import ftrain
 from ftrain.comms.errors import LocalProtocolError
+
+# What an OSError says when this process, or the system, has no descriptor left.
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 
 # What asks a whole job to save and stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -7,7 +7,6 @@ sees to it that the front has no children of others.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -16,7 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ftrain.comms.environment import inherited_environment
-from ftrain.comms.process import become_subreaper, describe_returncode, python_command
+from ftrain.comms.process import (
+    NO_DESCRIPTOR,
+    become_subreaper,
+    describe_returncode,
+    python_command,
+)
 from ftrain.launch.pulse import Pulse
 
 
@@ -159,7 +163,7 @@ def children_of(parent: int) -> list[int]:
         try:
             fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in NO_DESCRIPTOR:
                 raise
             continue  # it ended meanwhile
         if int(fields[1]) == parent and fields[0] != "Z":
