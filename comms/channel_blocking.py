@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -78,6 +79,11 @@ class BlockingChannel:
     def fileno(self) -> int:
         """The descriptor, for select; -1 once closed."""
         return self._socket.fileno()
+
+    def interrupt(self) -> None:
+        """End the connection under another thread's call, which raises :class:`PeerLostError`."""
+        with suppress(OSError):  # it is closed, or the peer has gone
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""

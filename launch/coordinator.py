@@ -257,8 +257,7 @@ class Coordinator:
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
-            held = dict(effect.held)
-            restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
+            restore = choose_restore(effect.held, world_size, newest, self._bad.memory, remarks)
         except FtrainError as error:
             recorded.set()
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))

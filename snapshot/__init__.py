@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ftrain.comms import wire
-from ftrain.snapshot.protocol import messages
+from ftrain.snapshot.protocol import messages, protection
 
-wire.register(*messages.MESSAGES)
+wire.register(*messages.MESSAGES, *protection.MESSAGES)

@@ -18,7 +18,7 @@ class Bundle:
 
     Args:
         images: the ranks' images, of the same node and version.
-        chunk_bytes: of the group's stripes (:func:`~ftrain.snapshot.placement.chunk_bytes`).
+        chunk_bytes: of the group's stripes (``placement.chunk_bytes``).
     """
 
     def __init__(self, images: Mapping[int, memoryview], chunk_bytes: int) -> None:

@@ -8,7 +8,8 @@ replaced by something newer, so a slow or dead peer costs a few messages of memo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 
@@ -19,6 +20,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.errors import AuthenticationError, FtrainError, RemoteProtocolError
 from ftrain.comms.protocol.messages import Held, Sealed, SealedSeen, VersionId
 from ftrain.comms.protocol.ready import Address
+from ftrain.snapshot.protocol import protection
 from ftrain.snapshot.protocol.messages import Peer, SetGroup, Standing, Whereabouts
 from ftrain.snapshot.store import SlotStore
 
@@ -39,6 +41,7 @@ class Gossip:
         address: where it listens.
         on_committed: every node of the group holds this version.
         on_heard: a node of the group announced a version of its present epoch.
+        on_parity: a message of the rounds of parity came from a node of the group.
         on_trouble: one sentence for the user.
     """
 
@@ -51,6 +54,7 @@ class Gossip:
         address: str,
         on_committed: Callable[[VersionId], None],
         on_heard: Callable[[Sealed], None],
+        on_parity: Callable[[object], None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._store = store
@@ -58,6 +62,7 @@ class Gossip:
         self._secret = secret
         self._on_committed = on_committed
         self._on_heard = on_heard
+        self._on_parity = on_parity
         self._on_trouble = on_trouble
         self._commit = VersionCommit(me=identity.node)
         self._driver: Driver[None] = Driver(
@@ -146,6 +151,8 @@ class Gossip:
                 self._driver.receive(message)
         elif isinstance(message, SealedSeen):
             self._driver.receive(message)
+        elif isinstance(message, protection.MESSAGES):
+            self._on_parity(message)
         elif isinstance(message, Standing):
             self._store.custody.hear(peer.node, message.floor, message.possible)
         elif isinstance(message, Whereabouts):
@@ -155,6 +162,27 @@ class Gossip:
                 self._peers[peer.node] = self._link(self._located(link.peer))
         else:
             raise RemoteProtocolError(f"{peer} sent a {type(message).__name__}")
+
+    def post(self, node: int, message: object) -> None:
+        """Send to another node of the group soon."""
+        self._send(node, message)
+
+    def address_of(self, node: int) -> str:
+        """Where a node of the group's manager listens; "" while that is unknown."""
+        link = self._peers.get(node)
+        return link.peer.address if link is not None else ""
+
+    def replicated(self, version: VersionId, losses: int) -> bool:
+        """Whether so many nodes may be lost and every byte of ``version`` is still on another one.
+
+        False also when that is not known here.
+        """
+        nodes = {**self._heard.get(version, {}), self._identity.node: self._store.records(version)}
+        if len(nodes) != len(self._peers) + 1:
+            return False
+        keys = {share.key for held in nodes.values() for h in held for share in h.shares}
+        whole = [whole_keys(held) for held in nodes.values()]
+        return all(sum(key in of_node for of_node in whole) > losses for key in keys)
 
     def close(self) -> None:
         """End every connection."""
@@ -198,6 +226,16 @@ class Gossip:
             version.epoch == custody.epoch and (newest is None or version > newest)
             for version in custody.sealed_versions()
         )
+
+
+def whole_keys(records: Iterable[Held]) -> set[str]:
+    """Share keys of which one node, that has these images, holds all parts of one partition."""
+    parts: dict[tuple[int, str, int], set[int]] = defaultdict(set)
+    for record in records:
+        if record.whole:
+            for share in record.shares:
+                parts[share.node, share.key, share.parts].add(share.part)
+    return {key for (_, key, count), found in parts.items() if len(found) == count}
 
 
 class PeerLink:

@@ -26,12 +26,16 @@ from ftrain.comms.process import (
     ignore_stop_signals,
     set_oom_score_adj,
 )
-from ftrain.comms.protocol.messages import Held, Notice, VersionId
+from ftrain.comms.protocol.messages import Held, HeldParity, Notice, VersionId
+from ftrain.snapshot.chunks import ChunkServer, Request
 from ftrain.snapshot.counts import CountsNews
 from ftrain.snapshot.fetch import serve_fetch
 from ftrain.snapshot.flush import Flusher, Written
 from ftrain.snapshot.gossip import Gossip
+from ftrain.snapshot.parity_slots import ParitySlots
+from ftrain.snapshot.protector import Made, Protector
 from ftrain.snapshot.protocol.messages import (
+    PARITY,
     AskInventory,
     CapturesFinished,
     Committed,
@@ -42,6 +46,7 @@ from ftrain.snapshot.protocol.messages import (
     Hold,
     Inventory,
     ManagerStarted,
+    ParityComplete,
     Ping,
     Pong,
     RankDied,
@@ -52,6 +57,7 @@ from ftrain.snapshot.protocol.messages import (
     Withdrawn,
 )
 from ftrain.snapshot.ranks import RankServer
+from ftrain.snapshot.rebuilder import Rebuilder, Rebuilt
 from ftrain.snapshot.store import SlotStore
 
 _SETUP_S_MAX = 30.0
@@ -65,11 +71,13 @@ class Manager:
 
     def __init__(self, sock: LocalSocket, setup: Setup, fds: Sequence[int]) -> None:
         self._setup = setup
+        self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._finishing: dict[int, asyncio.TimerHandle] = {}  # epoch -> deadline
         self._news: VersionId | None = None  # committed, the agent was not told yet
         self._stating: asyncio.TimerHandle | None = None
         self._repairs: deque[str] = deque(maxlen=_REPAIRS_REMEMBERED)  # told already
+        self._parity = 0  # nodes that may be lost at once
         secret = bytes.fromhex(setup.secret)
         identity = Identity(setup.run_id, "smp", setup.node, setup.incarnation)
         self._store = SlotStore(
@@ -78,8 +86,12 @@ class Manager:
             memory_share_max=setup.memory_share_max,
             taken_bytes=sum(os.fstat(fd).st_size for fd in fds),
         )
+        self._slots = ParitySlots(setup.run_id, self._store.budget, self._hold_parity)
         for taken, fd in zip(setup.taken, fds, strict=True):
-            self._store.adopt(taken.rank, taken.slot, fd)
+            if taken.rank == PARITY:
+                self._slots.adopt(taken.slot, fd)
+            else:
+                self._store.adopt(taken.rank, taken.slot, fd)
         self._listener = listen_tcp(format_address(setup.bind, 0))
         port = parse_address(bound_address(self._listener))[1]
         self._address = format_address(setup.host, port)
@@ -93,6 +105,7 @@ class Manager:
             on_grown=self._grown,
             on_repaired=self._repaired,
             on_trouble=self._trouble,
+            settled=lambda version: self._rebuilder.settled(version),
         )
         self._gossip = Gossip(
             self._store,
@@ -101,6 +114,7 @@ class Manager:
             address=self._address,
             on_committed=self._committed,
             on_heard=lambda sealed: self._counts.add(sealed),
+            on_parity=lambda message: self._protector.receive(message),
             on_trouble=self._trouble,
         )
         self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
@@ -115,24 +129,58 @@ class Manager:
         )
         self._identity = identity
         self._secret = secret
+        self._protector = self._make_protector()
+        self._rebuilder = self._make_rebuilder()
+        self._chunks = ChunkServer(self._store, self._slots, setup.node)
         self._handlers: dict[type, Callable[[Any], None]] = {
             SetGroup: self._set_group,
             RankDied: self._rank_died,
             FinishCaptures: self._finish_captures,
-            AskInventory: lambda _: self._link.post(Inventory(self._inventory())),
+            AskInventory: lambda _: self._link.post(Inventory(*self._last_inventory())),
             Ping: lambda _: self._link.post(Pong()),
             Flush: self._flusher.request,
         }
+
+    def _make_protector(self) -> Protector:
+        protector = Protector(
+            self._store,
+            self._slots,
+            self._identity,
+            self._secret,
+            generation=self._setup.generation,
+            bytes_per_s_max=self._setup.parity_bytes_per_s_max,
+            post=self._gossip.post,
+            address_of=self._gossip.address_of,
+            on_made=self._parity_made,
+            on_protected=lambda version: self._link.post(ParityComplete(version)),
+            on_trouble=self._trouble,
+        )
+        protector.adopted()
+        return protector
+
+    def _make_rebuilder(self) -> Rebuilder:
+        return Rebuilder(
+            self._store,
+            self._identity,
+            self._secret,
+            grow=self._ranks.grow,
+            address_of=self._gossip.address_of,
+            on_rebuilt=self._rebuilt,
+            on_settled=self._protector.rebuilt,
+            on_trouble=self._trouble,
+        )
 
     async def run(self) -> None:
         """Serve until the agent is gone."""
         server = await serve(self._listener, self._identity, self._secret, self._from_node)
         self._ranks.listen(self._setup.socket_path)
-        self._link.post(ManagerStarted(self._address, self._inventory()))
+        self._link.post(ManagerStarted(self._address, *self._inventory()))
         try:
             await self._over.wait()
         finally:
             self._ranks.close()
+            self._protector.close()
+            self._rebuilder.close()
             self._gossip.close()
             self._counts.close()
             if self._stating is not None:
@@ -158,7 +206,7 @@ class Manager:
 
     def _set_group(self, group: SetGroup) -> None:
         custody = self._store.custody
-        new_epoch = group.epoch > custody.epoch
+        new_epoch, self._parity = group.epoch > custody.epoch, group.parity
         ranks = range(group.first_rank, group.first_rank + group.local_world)
         if not custody.set_group(group.epoch, ranks, group.base):
             return
@@ -167,6 +215,9 @@ class Manager:
             for epoch in [epoch for epoch in self._finishing if epoch < group.epoch]:
                 self._answer_finishing(epoch)
         self._gossip.set_group(group)
+        self._protector.set_group(group)
+        peers = [peer.node for peer in group.peers]
+        self._rebuilder.begin(group.rebuild, group.base, peers)
         for version in reversed(self._store.custody.sealed_versions()):  # a new manager's finds;
             self._image_sealed(version)  # newest first: what is older needs no commit any more
         self._ranks.group_changed()
@@ -189,7 +240,7 @@ class Manager:
         if order.epoch in self._finishing:
             return
         if order.epoch != self._store.custody.epoch:
-            self._link.post(CapturesFinished(order.epoch, self._inventory()))
+            self._link.post(CapturesFinished(order.epoch, *self._last_inventory()))
             return
         loop = asyncio.get_running_loop()
         self._finishing[order.epoch] = loop.call_later(
@@ -201,13 +252,22 @@ class Manager:
         self._finishing.pop(epoch).cancel()
         for rank in self._store.takeover.dead:
             self._store.reload_rank(rank)
-        self._link.post(CapturesFinished(epoch, self._inventory()))
+        self._link.post(CapturesFinished(epoch, *self._last_inventory()))
 
-    def _inventory(self) -> tuple[Held, ...]:
-        return self._store.inventory()
+    def _inventory(self) -> tuple[tuple[Held, ...], tuple[HeldParity, ...]]:
+        return self._store.inventory(), self._protector.held()
+
+    def _last_inventory(self) -> tuple[tuple[Held, ...], tuple[HeldParity, ...]]:
+        """What the next plan is made of: no round changes it any more."""
+        self._protector.freeze()
+        return self._inventory()
 
     def _hold(self, rank: int, slot: int, fd: int, nbytes: int) -> None:
         self._link.post(Hold(rank, slot, nbytes), [fd])
+
+    def _hold_parity(self, slot: int, fd: int, nbytes: int) -> None:
+        """Called by the thread that makes parity."""
+        self._loop.call_soon_threadsafe(self._hold, PARITY, slot, fd, nbytes)
 
     def _grown(self) -> None:
         """State what the slots take, once they have stopped to grow."""
@@ -217,7 +277,7 @@ class Manager:
         self._stating = loop.call_later(_GROWTH_SETTLES_S, self._state_memory)
 
     def _state_memory(self) -> None:
-        nbytes, slots = self._store.memory_bytes, self._setup.slots
+        nbytes, slots = self._store.memory_bytes + self._slots.memory_bytes, self._setup.slots
         ranks = len(self._store.custody.local_ranks)
         text = (
             f"node {self._setup.node}: snapshots take {-(-nbytes >> 20)} MiB of memory, "
@@ -243,6 +303,21 @@ class Manager:
         remedy = f"repaired from {sources}" if sources else "what was in it was not needed"
         self._link.post(Notice("repair", f"{what}; {remedy}", data))
 
+    def _parity_made(self, made: Made) -> None:
+        mib = -(-made.nbytes >> 20)
+        text = f"node {self._setup.node}: parity of step {made.version.step}, {mib} MiB"
+        self._link.post(Notice("parity", text, {"node": self._setup.node, **asdict(made)}))
+
+    def _rebuilt(self, rebuilt: Rebuilt) -> None:
+        version, mib = rebuilt.version, -(-rebuilt.nbytes >> 20)
+        text = (
+            f"node {self._setup.node}: step {version.step} of lost node {rebuilt.node} rebuilt "
+            f"from parity, {mib} MiB in {rebuilt.seconds:.2f} s"
+        )
+        if rebuilt.damage:
+            text += f"; done without what is damaged: {' and '.join(rebuilt.damage)}"
+        self._link.post(Notice("rebuilt", text, {"by": self._setup.node, **asdict(rebuilt)}))
+
     def _written(self, written: Written) -> None:
         version, mib = written.version, -(-written.nbytes >> 20)
         text = f"node {self._setup.node}: step {version.step}, {mib} MiB in {written.seconds:.2f} s"
@@ -262,6 +337,7 @@ class Manager:
         """What is committed stays committed, but the coordinator has nobody restore from it."""
         self._gossip.withdrawn(version)
         self._flusher.withdrawn(version)
+        self._protector.withdrawn(version)
         self._link.post(Withdrawn(version))
 
     def _captures_changed(self) -> None:
@@ -275,6 +351,8 @@ class Manager:
     def _committed(self, version: VersionId) -> None:
         self._store.custody.commit(version)
         self._flusher.committed(version)
+        if self._protector.leads and not self._gossip.replicated(version, self._parity):
+            self._protector.held_by_all(version)
         for rank, slot in self._store.drop_surplus():
             self._link.post(Drop(rank, slot))
         self._ranks.committed()
@@ -295,7 +373,10 @@ class Manager:
             while True:
                 message = await channel.receive()
                 if isinstance(message, FetchRequest):
+                    await self._rebuilder.settled(message.version)
                     await serve_fetch(self._store, channel, message)
+                elif isinstance(message, Request):
+                    await self._chunks.serve(channel, message)
                 elif channel.peer.role == "smp":
                     self._gossip.receive(message, channel.peer)
                 else:

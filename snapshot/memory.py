@@ -125,6 +125,17 @@ class Budget:
             )
         self._taken_bytes = total
 
+    def count(self, nbytes: int) -> None:
+        """Count ``nbytes`` more, of whatever; MemoryShortError, in half a sentence."""
+        limit = int(self._available_bytes * self._share_max)
+        free = available_memory_bytes()
+        if self._taken_bytes + nbytes > limit or nbytes > free:
+            raise MemoryShortError(
+                f"only {in_words(max(0, limit - self._taken_bytes))} more may be used for "
+                f"snapshots on this node, and {in_words(free)} are free"
+            )
+        self._taken_bytes += nbytes
+
     def give_back(self, nbytes: int) -> None:
         """``nbytes`` were not taken after all, or are free again."""
         self._taken_bytes -= nbytes

@@ -23,7 +23,7 @@ from ftrain.comms.errors import CorruptionError, MemoryShortError, StateError
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.wire import BAD_INPUT
 from ftrain.snapshot.erasure.code import ErasureCode
-from ftrain.snapshot.placement import ParityGroup
+from ftrain.snapshot.protocol.placement import ParityGroup
 
 FORMAT: Final = 1
 MAGIC = b"FTPARTY\x01"
@@ -139,6 +139,21 @@ class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ParityRecord)
+
+
+def encode_record(record: ParityRecord) -> bytes:
+    """To be sent."""
+    return _encoder.encode(record)
+
+
+def decode_record(data: bytes) -> ParityRecord:
+    """What was sent; CorruptionError unless it is a possible record."""
+    try:
+        record = _decoder.decode(data)
+        record.check()
+    except BAD_INPUT as error:
+        raise CorruptionError(f"an impossible record of parity was sent: {error}") from None
+    return record
 
 
 class ParityWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ftrain.comms.errors import (
@@ -60,6 +60,7 @@ class RankServer:
         on_grown: slots take more memory than before.
         on_repaired: a rank was restored although images were damaged.
         on_trouble: one sentence for the user.
+        settled: returns once a version is not being rebuilt here.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class RankServer:
         on_grown: Callable[[], None],
         on_repaired: Callable[[Repaired], None],
         on_trouble: Callable[[str], None],
+        settled: Callable[[VersionId], Awaitable[None]],
     ) -> None:
         self.store = store
         self.on_sealed = on_sealed
@@ -84,6 +86,7 @@ class RankServer:
         self.on_grown = on_grown
         self.on_repaired = on_repaired
         self.on_trouble = on_trouble
+        self.settled = settled
         self._sessions: dict[int, _RankSession] = {}  # by rank
         self._strangers: set[_RankSession] = set()  # not welcomed yet
         self._loop = asyncio.get_running_loop()
@@ -215,6 +218,7 @@ class _RankSession:
         self._welcomed = False
         self._opened: dict[VersionId, list[Place]] = {}
         self._growing: asyncio.Task[None] | None = None  # goes on when the rank is gone
+        self._opening: asyncio.Task[None] | None = None
         self._wanted: Begin | None = None  # waits for a slot
         self._giving_up: asyncio.TimerHandle | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -239,6 +243,8 @@ class _RankSession:
         """Close the connection and take back what it read; what it wrote stays as it is."""
         self.link.close()
         self._stop_waiting()
+        if self._opening is not None:
+            self._opening.cancel()
         for version in list(self._opened):
             self._release(Release(version))
         self._server.gone(self)
@@ -380,6 +386,15 @@ class _RankSession:
         return True
 
     def _open(self, message: Open) -> None:
+        self._opening = asyncio.get_running_loop().create_task(self._open_settled(message))
+
+    async def _open_settled(self, message: Open) -> None:
+        """Once nothing of the version is being rebuilt any more."""
+        await self._server.settled(message.version)
+        if self._server.hears(self):
+            self._give(message)
+
+    def _give(self, message: Open) -> None:
         images = self._store.images(message.version)
         if not images:
             self._refuse(message.request, f"this node holds nothing of {message.version}")

@@ -47,7 +47,7 @@ class SlotStore:
         self.run_id = run_id
         self.custody = Custody(slots)
         self.takeover = Takeover(self.custody, self.share_keys)
-        self._budget = Budget(share_max=memory_share_max, slots=slots, taken_bytes=taken_bytes)
+        self.budget = Budget(share_max=memory_share_max, slots=slots, taken_bytes=taken_bytes)
         self._regions: dict[Place, Region] = {}
         self._held: dict[Place, Held] = {}
         self._shares: dict[int, tuple[bytes, tuple[Share, ...]]] = {}  # by rank: of which index
@@ -84,7 +84,7 @@ class SlotStore:
         short = [(slot, size) for slot, size in sizes if size < nbytes]
         ranks = max(1, len(self.custody.local_ranks))
         all_bytes = nbytes * self.custody.slots_per_rank * ranks
-        self._budget.take(rank, sum(nbytes - size for _, size in short), all_bytes=all_bytes)
+        self.budget.take(rank, sum(nbytes - size for _, size in short), all_bytes=all_bytes)
         return short
 
     def allocate(self, rank: int, slot: int, nbytes: int) -> int:
@@ -122,7 +122,7 @@ class SlotStore:
 
     def growth_failed(self, nbytes: int) -> None:
         """``nbytes`` of what :meth:`plan_growth` counted were not allocated."""
-        self._budget.give_back(nbytes)
+        self.budget.give_back(nbytes)
 
     def drop_surplus(self) -> list[Place]:
         """Give back the memory of ranks that are no longer here; returns which slots."""
@@ -130,7 +130,7 @@ class SlotStore:
         for rank in self.custody.surplus():
             for place in [place for place in self._regions if place[0] == rank]:
                 region = self._regions.pop(place)
-                self._budget.give_back(region.nbytes)
+                self.budget.give_back(region.nbytes)
                 self._held.pop(place, None)
                 region.close()
                 dropped.append(place)

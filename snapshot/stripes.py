@@ -54,7 +54,7 @@ def parity_parts(record: ParityRecord, stripe: int, row: int) -> list[Part]:
 
 def lost_parts(record: ParityRecord, node: int, chunk: int, there: Collection[int]) -> list[Part]:
     """What chunk number ``chunk`` of a lost node is the sum of, when the nodes ``there`` have
-    their data and the parity that they hold.
+    what they hold of its stripe, be it data or parity.
 
     Raises:
         StateError: too much of its stripe is lost.
@@ -154,21 +154,21 @@ def rebuild(
     record: ParityRecord,
     node: int,
     bundle: Bundle,
-    there: Collection[int],
+    there: Callable[[int], Collection[int]],
     open_part: Callable[[Part, int], Chunk],
     summer: Summer,
 ) -> None:
     """Fill ``bundle``, which has room for all images of a lost node of the group.
 
-    ``open_part`` is asked for the first so many bytes of a part.  Raises as :func:`lost_parts` and
-    the chunks do.
+    ``there`` says which nodes have what they hold of a stripe, be it data or parity; ``open_part``
+    is asked for the first so many bytes of a part.  Raises as :func:`lost_parts` and the chunks do.
     """
     block = page_buffer(BLOCK_BYTES)
     for chunk in range(record.group.data):
         present = bundle.present(chunk)
         if not present:
             break
-        parts = lost_parts(record, node, chunk, there)
+        parts = lost_parts(record, node, chunk, there(record.group.stripes_of(node)[chunk]))
         terms = [Term(part.factor, open_part(part, present)) for part in parts if part.factor]
         for start in range(0, present, BLOCK_BYTES):
             stop = min(start + BLOCK_BYTES, present)

@@ -14,7 +14,7 @@ from fractions import Fraction
 from itertools import chain, combinations
 from math import comb, expm1
 
-from ftrain.snapshot.placement import ParityGroup
+from ftrain.snapshot.protocol.placement import ParityGroup
 
 Probability = float | Fraction
 

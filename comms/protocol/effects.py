@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from ftrain.comms.protocol.messages import (
     Formation,
     Held,
+    HeldParity,
     NodePlace,
+    NodeReport,
     Notice,
     Phases,
     RankFailure,
@@ -32,8 +34,18 @@ class Form:
 
     epoch: int
     places: tuple[NodePlace, ...]  # in rank order
-    held: tuple[tuple[int, tuple[Held, ...]], ...]  # by node: ``dict(form.held)``
+    reports: tuple[NodeReport, ...]  # of the nodes that have a place
     restarts: int
+
+    @property
+    def held(self) -> dict[int, tuple[Held, ...]]:
+        """What each node's memory holds."""
+        return {report.node: report.held for report in self.reports}
+
+    @property
+    def parity(self) -> dict[int, tuple[HeldParity, ...]]:
+        """What parity each node holds."""
+        return {report.node: report.parity for report in self.reports}
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,33 @@ class Held:
     collectives: int  # collectives the rank had enqueued at that boundary; -1 unknown
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class RoundId:
+    """A round in which all nodes of a group protected one version with parity."""
+
+    epoch: int  # of the group
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedNode:
+    """What a round of parity protects of one node."""
+
+    node: int
+    ranks: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldParity:
+    """One node's part of the parity of a round, whole, as its snapshot manager holds it."""
+
+    round: RoundId
+    version: VersionId
+    parity: int  # so many of `nodes` may be lost
+    nodes: tuple[ProtectedNode, ...]  # that protect each other, in order
+
+
 @dataclass(frozen=True, slots=True)
 class RankFailure:
     """A rank that ended, hung or broke."""
@@ -125,6 +152,9 @@ class NodeReport:
     fence: int = 0  # fence under which `prepared` was written
     write_failed: bool = False  # with `refused`: writing failed, there was something to write
     withdrawn: tuple[VersionId, ...] = ()  # newest versions that a rank here had captured wrongly
+    parity: tuple[HeldParity, ...] = ()  # final only in IDLE and STOPPED
+    protected: VersionId | None = None  # newest version of which every node has its parity
+    rack: str = ""  # what fails together with this node; "": nothing that is known of
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +167,43 @@ class NodePlace:
     local_world: int
     host: str
     smp_address: str
+    rack: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """The images of a lost node, to be rebuilt from what the others hold of a round."""
+
+    round: RoundId
+    lost: int  # the node, as the round knows it
+    node: int  # in whose memory
 
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
     """Where the ranks of a formation get their state from, and why."""
 
-    level: str  # "fresh" | "memory" | "durable"
+    level: str  # "fresh" | "memory" | "parity" | "durable"
     version: VersionId | None = None  # None for fresh
     fence: int = 0  # of the durable version
     epoch: int = 0  # in which that was captured
     path: str = ""  # durable: the manifest's path
     sources: tuple[int, ...] = ()  # memory: nodes that hold parts of it
     reason: str = ""  # the arithmetic, in words
+    rebuilds: tuple[Rebuild, ...] = ()  # parity: what has to be rebuilt before it is in memory
+    round: RoundId | None = None  # whose parity all nodes keep until there is newer
 
     @property
     def parent(self) -> VersionId | None:
         """The version that training goes on from, by the epoch it was captured in."""
         if self.level == "durable" and self.version is not None:
             return VersionId(self.epoch, self.version.step)
-        return self.version if self.level == "memory" else None
+        return self.version if self.in_memory else None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the version is, or is going to be, in the nodes' memory."""
+        return self.level in ("memory", "parity")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,9 @@ def places_of(reports: Iterable[NodeReport]) -> tuple[NodePlace, ...]:
     first_rank = 0
     for r in reports:
         places.append(
-            NodePlace(r.node, r.incarnation, first_rank, r.local_world, r.host, r.smp_address)
+            NodePlace(
+                r.node, r.incarnation, first_rank, r.local_world, r.host, r.smp_address, r.rack
+            )
         )
         first_rank += r.local_world
     return tuple(places)

@@ -20,8 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from ftrain.checkpoint.scatter import address_of
 from ftrain.comms.errors import StateError
 from ftrain.snapshot.erasure.field import POLYNOMIAL, multiply
@@ -87,11 +85,17 @@ class Numpy:
 
     name = "NumPy"
 
+    def __init__(self) -> None:
+        import numpy  # a snapshot manager that has ISA-L starts without it
+
+        self._np = numpy
+
     def add(self, factor: int, source: memoryview, target: memoryview) -> None:
         """See :class:`Engine`."""
         _check(source, target)
         if not factor:
             return
+        np = self._np
         into = np.frombuffer(target, np.uint8)
         for at in range(0, source.nbytes, _BLOCK_BYTES):
             block: bytes | memoryview = source[at : at + _BLOCK_BYTES]

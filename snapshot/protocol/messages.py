@@ -14,17 +14,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftrain.comms.protocol.messages import Held, VersionId
+from ftrain.comms.protocol.messages import Held, HeldParity, Rebuild, RoundId, VersionId
 
 # ---------------------------------------------------------------- agent -> manager
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A slot that an earlier manager of this node made."""
+    """A slot that an earlier manager of this node made; of parity, if ``rank`` is ``PARITY``."""
 
     rank: int
     slot: int
+
+
+PARITY = -1
+"""In the place of a rank: the node's own slots, for parity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,8 @@ class Setup:
     bytes_per_s_max: float  # of writing durable versions; 0: no limit
     checkpoint_dir: str  # "" when there is no durable level
     taken: tuple[Taken, ...] = ()
+    generation: int = 1  # of the agent's managers, counted from 1
+    parity_bytes_per_s_max: float = 0.0  # of fetching what parity is made of; 0: no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,10 @@ class SetGroup:
     peers: tuple[Peer, ...] = ()  # without this node
     base: VersionId | None = None
     dead: tuple[int, ...] = ()  # local ranks of `epoch` that already ended
+    guards: tuple[int, ...] = ()  # nodes that protect each other, this one included; (): none
+    parity: int = 0  # how many of them may be lost
+    kept: RoundId | None = None  # whose parity is kept until there is newer
+    rebuild: Rebuild | None = None  # what has to be rebuilt here before a rank can have `base`
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,7 @@ class ManagerStarted:
 
     address: str  # "host:port" of the data port
     held: tuple[Held, ...]
+    parity: tuple[HeldParity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +166,13 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class ParityComplete:
+    """Every node of the group has its parity of ``version``."""
+
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
 class Withdrawn:
     """A rank found that what it captured of ``version`` is wrong: nobody may restore from it."""
 
@@ -176,13 +194,16 @@ class CapturesFinished:
 
     epoch: int
     held: tuple[Held, ...]
+    parity: tuple[HeldParity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Every image this node holds: whole ones of its ranks, small ones of other nodes' ranks."""
+    """Every image this node holds: whole ones of its ranks, small ones of other nodes' ranks, and
+    every round's parity.  Until the next group begins no round changes that any more."""
 
     held: tuple[Held, ...]
+    parity: tuple[HeldParity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +455,71 @@ class FetchDone:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class BundleRequest:
+    """Which images of ``version`` do you hold? Answered by :class:`BundleAnswer`."""
+
+    version: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class BundleAnswer:
+    """All images of one version on the node, in rising order of ranks; none, and why."""
+
+    ranks: tuple[int, ...]
+    nbytes: tuple[int, ...]  # same order
+    digests: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRequest:
+    """Send me the first ``nbytes`` of a chunk of your images of ``version``.
+
+    Answered by :class:`ChunkAnswer`, which data frames follow unless it has a reason.
+    """
+
+    version: VersionId
+    chunk: int
+    chunk_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowRequest:
+    """Send me the first ``nbytes`` of a chunk of parity. Answered like :class:`ChunkRequest`."""
+
+    round: RoundId
+    stripe: int
+    row: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkAnswer:
+    """The bytes follow, unless ``reason`` says why not."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SoundRequest:
+    """What do you have of a round that is as it was? Answered by :class:`SoundAnswer`."""
+
+    round: RoundId
+
+
+@dataclass(frozen=True, slots=True)
+class SoundAnswer:
+    """What of a round was compared with its digests, and is as it was."""
+
+    record: bytes  # of the parity here; b"": there is none
+    chunks: tuple[int, ...]  # of data
+    rows: tuple[tuple[int, int], ...]  # stripe and row
+    damage: tuple[str, ...]  # what is not
+    reason: str = ""
+
+
 MESSAGES: tuple[type, ...] = (
     Taken,
     Setup,
@@ -451,6 +537,7 @@ MESSAGES: tuple[type, ...] = (
     Committed,
     Withdrawn,
     BoundaryCounts,
+    ParityComplete,
     CapturesFinished,
     Inventory,
     Pong,
@@ -479,4 +566,11 @@ MESSAGES: tuple[type, ...] = (
     FetchRequest,
     FetchedImage,
     FetchDone,
+    BundleRequest,
+    BundleAnswer,
+    ChunkRequest,
+    RowRequest,
+    ChunkAnswer,
+    SoundRequest,
+    SoundAnswer,
 )

@@ -33,11 +33,17 @@ _REPEAT_TICKS = 3
 
 @dataclass(frozen=True, slots=True)
 class Protect:
-    """The leader's word: this round is for this version."""
+    """The leader's word: this round is for this version.
+
+    Of the rounds from ``first`` on, which its process opened, ``over`` is the newest that was over
+    (0: none of them), so that those behind it were given up; of earlier ones it does not know.
+    """
 
     epoch: int
     round: int
     version: VersionId
+    first: int
+    over: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +55,29 @@ class Unable:
 
 
 @dataclass(frozen=True, slots=True)
-class ParityNews:
-    """What commits a round; ``step`` in its versions is the round's number."""
+class ParityMade:
+    """One node has all of its parity of a round; ``step`` in its version is the round's number."""
 
-    message: Sealed | SealedSeen
+    message: Sealed
+
+
+@dataclass(frozen=True, slots=True)
+class ParitySeen:
+    """Which :class:`ParityMade` of the receiver's the sender has."""
+
+    message: SealedSeen
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
     """Effect: keep the images of ``version``, fetch its parity, then :meth:`Protection.done`; what
-    a round before had begun is given up."""
+    a round before had begun is given up, but not what it may have protected: see ``first`` and
+    ``over`` of :class:`Protect`."""
 
     round: int
     version: VersionId
+    first: int
+    over: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,9 @@ class Protected:
 
     round: int
     version: VersionId
+
+
+MESSAGES: tuple[type, ...] = (Protect, Unable, ParityMade, ParitySeen)
 
 
 class _Stage(Enum):
@@ -81,7 +100,8 @@ class _Stage(Enum):
 
 
 class Protection:
-    """One node's part; receives and sends :class:`Protect`, :class:`Unable`, :class:`ParityNews`.
+    """One node's part; receives and sends :class:`Protect`, :class:`Unable`,
+    :class:`ParityMade` and :class:`ParitySeen`.
 
     Its inputs besides messages are :meth:`new_group`, :meth:`held_by_all`, :meth:`done` and
     :meth:`unable`; its effects :class:`Begin` and :class:`Protected`.
@@ -99,6 +119,7 @@ class Protection:
         self._stage = _Stage.OVER
         self._newest: VersionId | None = None  # that all nodes hold
         self._settled: VersionId | None = None  # protected or given up: next is a newer one
+        self._over = 0  # newest round of this epoch that was over, as far as is known here
         self._ticks = 0
         self._messages: list[tuple[Address, object]] = []
         self._effects: list[object] = []
@@ -116,7 +137,7 @@ class Protection:
             return
         self._epoch, self._nodes, self._incarnation = epoch, tuple(sorted(nodes)), incarnation
         self._commit.new_group(epoch, self._nodes, self._nodes)
-        self._round, self._version, self._stage = 0, None, _Stage.OVER
+        self._round, self._version, self._stage, self._over = 0, None, _Stage.OVER, 0
         self._newest, self._settled = base, None
         self._open()
 
@@ -155,13 +176,13 @@ class Protection:
             self._follow(message)
         elif isinstance(message, Unable) and message.epoch == self._epoch:
             self._heed(message)
-        elif isinstance(message, ParityNews):
+        elif isinstance(message, ParityMade | ParitySeen):
             self._commit.receive(message.message)
 
     def ready(self) -> Ready[None]:
         """What has to be done now."""
         commit = self._commit.ready()
-        self._messages += [(to, ParityNews(message)) for to, message in commit.messages]  # type: ignore[arg-type]
+        self._messages += [(to, _wrapped(message)) for to, message in commit.messages]
         for effect in commit.effects:
             if isinstance(effect, Committed):
                 self._end(effect.version.step)
@@ -178,12 +199,14 @@ class Protection:
             return
         if self._settled is not None and version <= self._settled:
             return
-        self._begin(max(self._round + 1, self._first_round), version)
+        number = max(self._round + 1, self._first_round)
+        self._begin(Protect(self._epoch, number, version, self._first_round, self._over))
         self._propose()
 
     def _propose(self) -> None:
         if self._version is not None:
-            word = Protect(self._epoch, self._round, self._version)
+            first, over = self._first_round, self._over
+            word = Protect(self._epoch, self._round, self._version, first, over)
             self._messages += [(node, word) for node in self._nodes if node != self._me]
 
     def _heed(self, message: Unable) -> None:
@@ -192,13 +215,13 @@ class Protection:
 
     # ---- everybody
 
-    def _begin(self, round_: int, version: VersionId) -> None:
-        self._round, self._version, self._stage = round_, version, _Stage.OPEN
-        self._effects.append(Begin(round_, version))
+    def _begin(self, word: Protect) -> None:
+        self._round, self._version, self._stage = word.round, word.version, _Stage.OPEN
+        self._effects.append(Begin(word.round, word.version, word.first, word.over))
 
     def _follow(self, message: Protect) -> None:
         if not self.leads and message.round > self._round:
-            self._begin(message.round, message.version)
+            self._begin(message)
 
     def _say_unable(self) -> None:
         word = Unable(self._epoch, self._round)
@@ -209,6 +232,7 @@ class Protection:
 
     def _end(self, round_: int) -> None:
         if round_ == self._round and self._version and self._stage is not _Stage.OVER:
+            self._over = round_
             self._effects.append(Protected(round_, self._version))
             self._settle()
 
@@ -217,3 +241,11 @@ class Protection:
         if self._stage is not _Stage.OVER:
             self._stage, self._settled = _Stage.OVER, self._version
             self._open()
+
+
+def _wrapped(message: object) -> ParityMade | ParitySeen:
+    """A message of the commit, told apart from those of versions in memory."""
+    if isinstance(message, Sealed):
+        return ParityMade(message)
+    assert isinstance(message, SealedSeen)
+    return ParitySeen(message)

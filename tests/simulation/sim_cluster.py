@@ -259,7 +259,7 @@ class Cluster:
             fence, version = max(published, key=lambda p: (p[0], p[1].step))
             durable = DurableVersion(fence, version.step, "p", world, version.epoch)
         refused = frozenset(self.checkers.withdrawn)
-        plan = self.machines.choose_restore(dict(form.held), world, durable, refused)
+        plan = self.machines.choose_restore(form.held, world, durable, refused)
         demand(plan.version not in refused, f"{plan.version} was withdrawn and is restored from")
         if membership.phase is Phase.FORMING and membership.hard.epoch == form.epoch:
             self._check_plan(form, plan, durable, world)

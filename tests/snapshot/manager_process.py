@@ -20,7 +20,7 @@ from ftrain.checkpoint.image import ImageReader, ImageWriter, held_of, resume_wr
 from ftrain.checkpoint.image_plan import ImagePlan, Segment, lay_out
 from ftrain.comms import local
 from ftrain.comms.errors import PeerLostError
-from ftrain.comms.protocol.messages import Held, Notice, Share, VersionId
+from ftrain.comms.protocol.messages import Held, HeldParity, Notice, Share, VersionId
 from ftrain.snapshot.client import FinishRequest, SnapshotClient
 from ftrain.snapshot.protocol.messages import (
     AskInventory,
@@ -31,6 +31,7 @@ from ftrain.snapshot.protocol.messages import (
     Hold,
     Inventory,
     ManagerStarted,
+    ParityComplete,
     Peer,
     RankDied,
     SetGroup,
@@ -72,6 +73,7 @@ class Manager:
         }
         self.socket_path = str(directory / f"smp{node}.sock")
         self.memory: dict[tuple[int, int], int] = {}  # descriptors kept for the next manager
+        self.starts = 0
         self.inbox: list[object] = []
         self.notices: list[str] = []
         self.address = ""
@@ -86,6 +88,7 @@ class Manager:
         )
         theirs.close()
         places = sorted(self.memory)
+        self.starts += 1
         setup = Setup(
             run_id=RUN_ID,
             secret=SECRET,
@@ -94,6 +97,7 @@ class Manager:
             socket_path=self.socket_path,
             host="127.0.0.1",
             taken=tuple(Taken(rank, slot) for rank, slot in places),
+            generation=self.starts,
             **self.settings,
         )
         self.link.send(setup, [self.memory[place] for place in places])
@@ -135,6 +139,15 @@ class Manager:
         """Wait until this version is committed."""
         self.expect(Committed, lambda message: message.version >= version)
 
+    def protected(self, version: VersionId) -> None:
+        """Wait until every node has its parity of this version."""
+        self.expect(ParityComplete, lambda message: message.version >= version)
+
+    def parity(self) -> tuple[HeldParity, ...]:
+        """What parity it holds; no round changes that until there is another group."""
+        self.link.send(AskInventory())
+        return self.expect(Inventory).parity
+
     def inventory(self) -> tuple[Held, ...]:
         """What it holds."""
         self.link.send(AskInventory())
@@ -150,8 +163,9 @@ class Manager:
         peers: Sequence[Manager] = (),
         base: VersionId | None = None,
         dead: tuple[int, ...] = (),
+        **parity: Any,
     ) -> None:
-        """Tell it its group."""
+        """Tell it its group; ``parity``: the fields of SetGroup about that."""
         others = tuple(Peer(peer.node, peer.incarnation, peer.address) for peer in peers)
         self.link.send(
             SetGroup(
@@ -162,6 +176,7 @@ class Manager:
                 peers=others,
                 base=base,
                 dead=dead,
+                **parity,
             )
         )
 
@@ -226,12 +241,13 @@ class Rank:
         nbytes: int = 20_000,
         parts: int = 1,
         part: int = 0,
+        key: str = "all",
     ) -> None:
         self.rank, self.epoch, self.world_size, self.node = rank, epoch, world_size, manager.node
         self.incarnation = manager.incarnation
         whole = Placement.whole((nbytes,))
-        segments = lay_out([Segment("model/weight", "uint8", (nbytes,), "all", 0, nbytes, whole)])
-        share = Share("all", manager.node, part, parts)
+        segments = lay_out([Segment("model/weight", "uint8", (nbytes,), key, 0, nbytes, whole)])
+        share = Share(key, manager.node, part, parts)
         self.plan = ImagePlan(segments, (share,), 1000, CHUNK_BYTES)
         self.client = SnapshotClient(
             manager.socket_path, rank=rank, world_size=world_size, epoch=epoch, node=manager.node

@@ -11,7 +11,7 @@ from ftrain.comms.errors import StateError
 from ftrain.snapshot.bundle import Bundle
 from ftrain.snapshot.erasure.code import ErasureCode
 from ftrain.snapshot.erasure.engines import engine
-from ftrain.snapshot.placement import ParityGroup, chunk_bytes
+from ftrain.snapshot.protocol.placement import ParityGroup, chunk_bytes
 
 PAGE = 64
 

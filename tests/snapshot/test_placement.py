@@ -12,7 +12,7 @@ from itertools import product as cases
 import pytest
 
 from ftrain.comms.errors import StateError
-from ftrain.snapshot.placement import ParityGroup, chunk_bytes, groups_of
+from ftrain.snapshot.protocol.placement import ParityGroup, chunk_bytes, groups_of
 from ftrain.snapshot.survival import loss, loss_per_day, racks_that_may_fail
 
 

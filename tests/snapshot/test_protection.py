@@ -162,9 +162,9 @@ def test_three_hundred_schedules() -> None:
 class SaysSoBeforeItIsTrue(Protection):
     """Says that its parity is there when it begins."""
 
-    def _begin(self, round_: int, version: VersionId) -> None:
-        super()._begin(round_, version)
-        self.done(round_)
+    def _begin(self, word: Protect) -> None:
+        super()._begin(word)
+        self.done(word.round)
 
 
 class FollowsOldWords(Protection):
@@ -172,7 +172,7 @@ class FollowsOldWords(Protection):
 
     def _follow(self, message: Protect) -> None:
         if not self.leads and message.round != self._round:
-            self._begin(message.round, message.version)
+            self._begin(message)
 
 
 class NeverRepeats(Protection):

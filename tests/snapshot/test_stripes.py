@@ -22,7 +22,7 @@ from ftrain.snapshot.parity import (
     ParityRecord,
     ParityWriter,
 )
-from ftrain.snapshot.placement import chunk_bytes
+from ftrain.snapshot.protocol.placement import chunk_bytes
 from ftrain.snapshot.stripes import (
     BundleChunk,
     Chunk,
@@ -132,7 +132,14 @@ def test_lost_images_are_rebuilt(nodes: int) -> None:
                 for node in lost:
                     room = {i.rank: bytearray(i.nbytes) for i in record.of(node).images}
                     bundle = bundle_of(room, length)
-                    rebuild(record, node, bundle, there, open_part, Summer(engine().engine))
+                    rebuild(
+                        record,
+                        node,
+                        bundle,
+                        lambda _, there=there: there,
+                        open_part,
+                        Summer(engine().engine),
+                    )
                     assert room == images[node]
 
 
@@ -155,10 +162,10 @@ def test_blocks_that_images_share_and_chunks_of_many_blocks() -> None:
 
     room = {image.rank: bytearray(image.nbytes) for image in record.of(0).images}
     bundle = bundle_of(room, record.chunk_bytes)
-    rebuild(record, 0, bundle, (1, 2), open_part, Summer(engine().engine))
+    rebuild(record, 0, bundle, lambda _: (1, 2), open_part, Summer(engine().engine))
     assert room == images[0]
     with pytest.raises(StateError, match="of a stripe that needs 2"):
-        rebuild(record, 0, bundle, (1,), open_part, Summer(engine().engine))
+        rebuild(record, 0, bundle, lambda _: (1,), open_part, Summer(engine().engine))
 
 
 def test_every_flipped_bit_is_noticed() -> None:

@@ -1,0 +1,263 @@
+"""Chunks of images and of parity, from one node's manager to another's: both ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ftrain.checkpoint.image import ImageReader
+from ftrain.comms.channel import Channel, Identity, connect_blocking
+from ftrain.comms.channel_blocking import BlockingChannel
+from ftrain.comms.errors import (
+    CorruptionError,
+    FtrainError,
+    PeerLostError,
+    RemoteProtocolError,
+    StateError,
+)
+from ftrain.comms.protocol.messages import RoundId, VersionId
+from ftrain.snapshot.bundle import Bundle
+from ftrain.snapshot.parity import ImageRow, NodeRow, ParityRecord, encode_record
+from ftrain.snapshot.parity_slots import ParitySlots
+from ftrain.snapshot.protocol.messages import (
+    BundleAnswer,
+    BundleRequest,
+    ChunkAnswer,
+    ChunkRequest,
+    RowRequest,
+    SoundAnswer,
+    SoundRequest,
+)
+from ftrain.snapshot.store import Image, SlotStore, places_of
+
+_TIMEOUT_S = 10.0  # without anything moving
+_DAMAGE_MAX = 16  # told in one answer
+
+_Answer = TypeVar("_Answer")
+Request = BundleRequest | ChunkRequest | RowRequest | SoundRequest  # of a manager, to another
+
+
+def own_images(store: SlotStore, version: VersionId) -> list[Image]:
+    """The whole images of a version on this node, in rising order of ranks; StateError if they are
+    not all here."""
+    ranks = {rank for rank, _ in store.custody.sealed(version)}
+    if not ranks or not ranks.issuperset(store.custody.local_ranks):
+        raise StateError(f"step {version.step} of epoch {version.epoch} is not whole here")
+    return [image for image in store.images(version) if image.whole]
+
+
+def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
+    """What of a version is protected on this node; StateError, CorruptionError."""
+    rows = []
+    for image in own_images(store, version):
+        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
+        rows.append(ImageRow(image.rank, reader.total_bytes, reader.digest))
+    return NodeRow(node, tuple(rows))
+
+
+class ChunkServer:
+    """Answers other nodes' managers, one request of a connection after the other."""
+
+    def __init__(self, store: SlotStore, slots: ParitySlots, node: int) -> None:
+        self._store = store
+        self._slots = slots
+        self._node = node
+
+    async def serve(self, channel: Channel, request: Request) -> None:
+        """Answer one request; what is sent can't be overwritten meanwhile."""
+        if isinstance(request, BundleRequest):
+            await channel.send(self._bundle(request))
+        elif isinstance(request, SoundRequest):
+            await channel.send(await self._sound(request))
+        elif isinstance(request, ChunkRequest):
+            await self._send_chunk(channel, request)
+        else:
+            await self._send_row(channel, request)
+
+    def _bundle(self, request: BundleRequest) -> BundleAnswer:
+        try:
+            images = node_row(self._store, self._node, request.version).images
+        except (StateError, CorruptionError) as error:
+            return BundleAnswer((), (), (), str(error))
+        return BundleAnswer(
+            tuple(image.rank for image in images),
+            tuple(image.nbytes for image in images),
+            tuple(image.digest for image in images),
+        )
+
+    async def _send_chunk(self, channel: Channel, request: ChunkRequest) -> None:
+        try:
+            with self._pinned(request.version) as images:
+                bundle = Bundle({image.rank: image.view for image in images}, request.chunk_bytes)
+                pieces = list(bundle.pieces(request.chunk, 0, request.nbytes))
+                await channel.send(ChunkAnswer())
+                for piece in pieces:
+                    await channel.send_data(piece)
+        except (StateError, CorruptionError) as error:
+            await channel.send(ChunkAnswer(str(error)))
+
+    async def _send_row(self, channel: Channel, request: RowRequest) -> None:
+        try:
+            row = self._slots.reader(request.round).row(request.stripe, request.row)
+            if not 0 <= request.nbytes <= len(row):
+                raise StateError(f"a row has {len(row)} bytes, not {request.nbytes}")
+        except StateError as error:
+            await channel.send(ChunkAnswer(str(error)))
+            return
+        await channel.send(ChunkAnswer())
+        await channel.send_data(row[: request.nbytes])
+
+    async def _sound(self, request: SoundRequest) -> SoundAnswer:
+        try:
+            reader = self._slots.reader(request.round)
+        except StateError as error:
+            return SoundAnswer(b"", (), (), (), str(error))
+        record = reader.record
+        try:
+            with self._pinned(record.version) as images:
+                chunks, damage = await asyncio.to_thread(sound_chunks, record, images)
+        except (StateError, CorruptionError) as error:
+            chunks, damage = (), (str(error),)
+        broken = await asyncio.to_thread(lambda: {number for number, _ in reader.damaged()})
+        rows = tuple(
+            (row.stripe, row.row) for number, row in enumerate(record.rows) if number not in broken
+        )
+        told = [*damage, *(f"row {record.rows[n].row} of parity" for n in sorted(broken))]
+        return SoundAnswer(encode_record(record), chunks, rows, tuple(told[:_DAMAGE_MAX]))
+
+    @contextmanager
+    def _pinned(self, version: VersionId) -> Iterator[list[Image]]:
+        images = own_images(self._store, version)
+        places = places_of(images)
+        self._store.custody.pin(places)
+        try:
+            yield images
+        finally:
+            self._store.custody.unpin(places)
+
+
+def sound_chunks(
+    record: ParityRecord, images: Sequence[Image]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Which of a node's chunks match the images' digests, and what does not, in words."""
+    damaged: list[tuple[int, int]] = []
+    words: list[str] = []
+    first = 0
+    for image in images:
+        for start, stop, why in _damage(image):
+            damaged.append((first + start, first + stop))
+            words.append(why)
+        first += image.view.nbytes
+    size = record.chunk_bytes
+    chunks = tuple(
+        chunk
+        for chunk in range(record.group.data)
+        if not any(start < (chunk + 1) * size and stop > chunk * size for start, stop in damaged)
+    )
+    return chunks, tuple(words)
+
+
+def _damage(image: Image) -> Iterator[tuple[int, int, str]]:
+    """First byte, last one + 1, and the words for everything that is not as its digest says."""
+    try:
+        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
+        reader.verify_sections()
+    except (CorruptionError, StateError) as error:
+        yield 0, image.view.nbytes, str(error)
+        return
+    begin = reader.header.layout.data_offset
+    for chunk in range(reader.chunks):
+        try:
+            reader.verify_chunk(chunk)
+        except CorruptionError as error:
+            start, stop = reader.header.layout.chunk_range(chunk)
+            yield begin + start, begin + stop, str(error)
+
+
+class Source:
+    """Another node's manager, as one thread asks it; connects when it is asked first.
+
+    Raises PeerLostError, AuthenticationError, RemoteProtocolError, or StateError for what it says
+    it has not.  After an error the connection is made anew.
+    """
+
+    def __init__(self, node: int, address: str, identity: Identity, secret: bytes) -> None:
+        self.node = node
+        self.address = address
+        self._identity = identity
+        self._secret = secret
+        self._channel: BlockingChannel | None = None
+
+    def close(self) -> None:
+        """End the connection; what was under way is given up."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def interrupt(self) -> None:
+        """From another thread: what waits for this source raises soon."""
+        channel = self._channel
+        if channel is not None:
+            channel.interrupt()
+
+    def bundle(self, version: VersionId) -> NodeRow:
+        """What of a version is protected there."""
+        answer = self._ask(BundleRequest(version), BundleAnswer)
+        if answer.reason:
+            raise StateError(f"node {self.node}: {answer.reason}")
+        try:
+            rows = zip(answer.ranks, answer.nbytes, answer.digests, strict=True)
+            return NodeRow(self.node, tuple(ImageRow(*row) for row in rows))
+        except ValueError:
+            raise RemoteProtocolError(f"node {self.node} sent a broken list of images") from None
+
+    def sound(self, round_: RoundId) -> SoundAnswer:
+        """What it has of a round that is as it was; takes long."""
+        return self._ask(SoundRequest(round_), SoundAnswer)
+
+    def chunk(self, version: VersionId, chunk: int, chunk_bytes: int, nbytes: int) -> RemoteChunk:
+        """The first bytes of a chunk of images."""
+        return self._open(ChunkRequest(version, chunk, chunk_bytes, nbytes), nbytes)
+
+    def row(self, round_: RoundId, stripe: int, row: int, nbytes: int) -> RemoteChunk:
+        """The first bytes of a chunk of parity."""
+        return self._open(RowRequest(round_, stripe, row, nbytes), nbytes)
+
+    def _open(self, request: ChunkRequest | RowRequest, nbytes: int) -> RemoteChunk:
+        answer = self._ask(request, ChunkAnswer)
+        if answer.reason:
+            raise StateError(f"node {self.node}: {answer.reason}")
+        assert self._channel is not None
+        return RemoteChunk(self._channel, nbytes)
+
+    def _ask(self, request: object, kind: type[_Answer]) -> _Answer:
+        if self._channel is None:
+            if not self.address:
+                raise PeerLostError(f"node {self.node}'s snapshot manager is not there yet")
+            self._channel = connect_blocking(
+                self.address, self._identity, self._secret, timeout_s=_TIMEOUT_S
+            )
+        try:
+            self._channel.send(request)
+            answer = self._channel.receive()
+        except FtrainError:
+            self.close()
+            raise
+        if not isinstance(answer, kind):
+            self.close()
+            raise RemoteProtocolError(f"node {self.node} answered with {type(answer).__name__}")
+        return answer
+
+
+class RemoteChunk:
+    """A chunk that another node sends, to be read to its end before that node is asked again."""
+
+    def __init__(self, channel: BlockingChannel, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._channel = channel
+
+    def read_into(self, buffer: memoryview) -> None:
+        """See :class:`~ftrain.snapshot.stripes.Chunk`."""
+        self._channel.receive_into(buffer)

@@ -1,0 +1,295 @@
+"""Rebuilds the images of a lost node in this node's memory, from what the others hold of a round.
+
+What is used was compared with its digests by whoever holds it; what comes out is compared with the
+digests that the round's record names.  So the images are those of the lost node, or there are none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ftrain.checkpoint.files import page_buffer
+from ftrain.checkpoint.header import PAGE_BYTES
+from ftrain.checkpoint.image import ImageReader
+from ftrain.comms.channel import Identity
+from ftrain.comms.errors import CorruptionError, FtrainError, PeerLostError, StateError
+from ftrain.comms.protocol.messages import Rebuild, VersionId
+from ftrain.snapshot.bundle import Bundle
+from ftrain.snapshot.chunks import RemoteChunk, Source
+from ftrain.snapshot.erasure.engines import engine
+from ftrain.snapshot.parity import ImageRow, ParityRecord, decode_record
+from ftrain.snapshot.protocol.messages import SoundAnswer
+from ftrain.snapshot.store import SlotStore
+from ftrain.snapshot.stripes import Part, Summer, rebuild
+
+_SLOT = 0  # of each rank; the node is empty, and its ranks begin nothing before they are restored
+_RETRY_S = 0.1
+_PATIENCE_S = 10.0  # for managers that are being replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What rebuilding took."""
+
+    version: VersionId
+    node: int  # that was lost
+    nbytes: int
+    seconds: float
+    damage: tuple[str, ...]  # that was found, and done without
+
+
+class Rebuilder:
+    """One rebuilding at a time, the newest that is wanted.
+
+    Args:
+        grow: make all slots of a rank that large; raises MemoryShortError.
+        on_rebuilt: a lost node's images are here, sealed.
+        on_settled: the same, or they never will be.
+    """
+
+    def __init__(
+        self,
+        store: SlotStore,
+        identity: Identity,
+        secret: bytes,
+        *,
+        grow: Callable[[int, int], Coroutine[object, object, None]],
+        address_of: Callable[[int], str],
+        on_rebuilt: Callable[[Rebuilt], None],
+        on_settled: Callable[[], None],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._identity = identity
+        self._secret = secret
+        self._grow = grow
+        self._address_of = address_of
+        self._on_rebuilt = on_rebuilt
+        self._on_settled = on_settled
+        self._on_trouble = on_trouble
+        self._order: Rebuild | None = None
+        self._version: VersionId | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._over = threading.Event()
+        self._settled = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "ftrain-rebuild")
+
+    def begin(self, order: Rebuild | None, version: VersionId | None, peers: list[int]) -> None:
+        """A new group began; ``order`` and ``version``: what it restores from has to be rebuilt."""
+        if order == self._order:
+            return
+        self.close()
+        self._order, self._version = order, version
+        if order is None or version is None:
+            return
+        self._over = over = threading.Event()
+        self._settled = asyncio.Event()
+        work = self._work(order, version, peers, over)
+        self._task = asyncio.get_running_loop().create_task(work)
+
+    async def settled(self, version: VersionId) -> None:
+        """Return once ``version`` is not being rebuilt here, with or without success."""
+        if self._task is not None and version == self._version:
+            await self._settled.wait()
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._over.set()
+        self._settled.set()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _work(
+        self, order: Rebuild, version: VersionId, peers: list[int], over: threading.Event
+    ) -> None:
+        began_s = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            if self._has_all(version):  # an earlier manager rebuilt it
+                return
+            sources = _Sources(self, peers, over)
+            deadline_s = began_s + _PATIENCE_S
+            while True:
+                try:
+                    found = await loop.run_in_executor(self._thread, sources.look, order, version)
+                    room = await self._room(found.images)
+                    await loop.run_in_executor(self._thread, found.rebuild, room)
+                    break
+                except (PeerLostError, StateError, CorruptionError) as error:
+                    if time.monotonic() > deadline_s or isinstance(error, _Hopeless):
+                        raise
+                await asyncio.sleep(_RETRY_S)
+                sources.close()
+            sources.close()
+            for image in found.images:
+                self._store.reload(image.rank, _SLOT)
+            nbytes = sum(image.nbytes for image in found.images)
+            took_s = time.monotonic() - began_s
+            self._on_rebuilt(Rebuilt(version, order.lost, nbytes, took_s, found.damage))
+        except (FtrainError, OSError) as error:
+            self._on_trouble(
+                f"step {version.step} of node {order.lost} can't be rebuilt here: {error}"
+            )
+        finally:
+            if not over.is_set():
+                self._settled.set()
+                self._task = None
+                self._on_settled()
+
+    def _has_all(self, version: VersionId) -> bool:
+        ranks = {rank for rank, _ in self._store.custody.sealed(version)}
+        return ranks.issuperset(self._store.custody.local_ranks)
+
+    async def _room(self, images: tuple[ImageRow, ...]) -> dict[int, memoryview]:
+        room = {}
+        for image in images:
+            await self._grow(image.rank, image.nbytes)
+            room[image.rank] = self._store.region(image.rank, _SLOT).view[: image.nbytes]
+        return room
+
+    def source(self, node: int) -> Source:
+        """A connection to another node's manager."""
+        return Source(node, self._address_of(node), self._identity, self._secret)
+
+
+class _Hopeless(StateError):
+    """Trying again is of no use."""
+
+
+class _Sources:
+    """The other nodes, as the thread asks them."""
+
+    def __init__(self, rebuilder: Rebuilder, peers: list[int], over: threading.Event) -> None:
+        self._rebuilder = rebuilder
+        self._peers = peers
+        self.over = over
+        self._open: dict[int, Source] = {}
+
+    def close(self) -> None:
+        """End every connection."""
+        for source in self._open.values():
+            source.close()
+        self._open.clear()
+
+    def of(self, node: int) -> Source:
+        """The one of a node."""
+        if node not in self._open:
+            self._open[node] = self._rebuilder.source(node)
+        return self._open[node]
+
+    def look(self, order: Rebuild, version: VersionId) -> _Found:
+        """What is left of the round; StateError, PeerLostError when it is not enough (yet)."""
+        answers: dict[int, SoundAnswer] = {}
+        unheard: list[str] = []
+        for node in self._peers:
+            try:
+                answer = self.of(node).sound(order.round)
+            except (PeerLostError, StateError) as error:
+                unheard.append(str(error))
+                continue
+            if answer.record:
+                answers[node] = answer
+        records = {node: decode_record(answer.record) for node, answer in answers.items()}
+        mine = {node: r for node, r in records.items() if order.lost in r.group.nodes}
+        if not mine:
+            raise PeerLostError(
+                unheard[0] if unheard else f"nobody holds round {order.round.number} any more"
+            )
+        record = next(iter(mine.values()))
+        if record.version != version:
+            raise _Hopeless(f"round {order.round.number} is of step {record.version.step}")
+        if any(other.nodes != record.nodes for other in mine.values()):
+            raise _Hopeless("the records of its parity contradict each other")
+        found = _Found(self, order, record, {node: answers[node] for node in mine})
+        found.check(unheard)
+        return found
+
+
+class _Found:
+    """What is left of a round, and what comes of it."""
+
+    def __init__(
+        self,
+        sources: _Sources,
+        order: Rebuild,
+        record: ParityRecord,
+        answers: Mapping[int, SoundAnswer],
+    ) -> None:
+        self._sources = sources
+        self._order = order
+        self._record = record
+        self._answers = answers
+        self.images = record.of(order.lost).images
+        self.damage = tuple(text for answer in answers.values() for text in answer.damage)
+
+    def there(self, stripe: int) -> Collection[int]:
+        """The nodes whose part of a stripe is sound."""
+        group = self._record.group
+        found = []
+        for node, answer in self._answers.items():
+            if node in group.holders(stripe):
+                row = group.holders(stripe).index(node)
+                if (stripe, row) in answer.rows:
+                    found.append(node)
+            elif group.stripes_of(node).index(stripe) in answer.chunks:
+                found.append(node)
+        return found
+
+    def check(self, unheard: list[str]) -> None:
+        """StateError unless there is enough, PeerLostError if who is not heard may have more."""
+        group = self._record.group
+        for stripe in group.stripes_of(self._order.lost):
+            count = len(self.there(stripe))
+            if count >= group.data:
+                continue
+            if unheard:
+                raise PeerLostError(unheard[0])
+            damage = f" ({self.damage[0]})" if self.damage else ""
+            raise _Hopeless(f"{count} chunks are sound of a stripe that needs {group.data}{damage}")
+
+    def rebuild(self, room: Mapping[int, memoryview]) -> None:
+        """Fill the memory of each rank; CorruptionError if it is not what the record says."""
+
+        def before(nbytes: int) -> None:
+            if self._sources.over.is_set():
+                raise PeerLostError("the group has changed meanwhile")
+
+        headers = {rank: page_buffer(PAGE_BYTES) for rank in room}
+        pieces: dict[int, memoryview] = {}  # of each rank the header's page, then the rest
+        for rank, view in room.items():
+            view[:PAGE_BYTES] = bytes(PAGE_BYTES)  # what is unfinished must not seem to be an image
+            pieces[2 * rank], pieces[2 * rank + 1] = headers[rank], view[PAGE_BYTES:]
+        bundle = Bundle(pieces, self._record.chunk_bytes)
+        summer = Summer(engine().engine, before)
+        rebuild(self._record, self._order.lost, bundle, self.there, self._open, summer)
+        for image in self.images:
+            view = room[image.rank]
+            view[:PAGE_BYTES] = headers[image.rank]
+            try:
+                _require(view, image)
+            except (CorruptionError, StateError):
+                view[:PAGE_BYTES] = bytes(PAGE_BYTES)
+                raise
+
+    def _open(self, part: Part, nbytes: int) -> RemoteChunk:
+        source = self._sources.of(part.node)
+        if part.row >= 0:
+            return source.row(self._order.round, part.stripe, part.row, nbytes)
+        record = self._record
+        chunk = record.group.stripes_of(part.node).index(part.stripe)
+        present = record.of(part.node).nbytes - chunk * record.chunk_bytes
+        return source.chunk(record.version, chunk, record.chunk_bytes, max(0, min(nbytes, present)))
+
+
+def _require(view: memoryview, image: ImageRow) -> None:
+    """CorruptionError unless ``view`` is the image that the record names."""
+    reader = ImageReader(view, where=f"rank {image.rank}'s rebuilt image")
+    reader.verify()
+    if reader.digest != image.digest:
+        raise CorruptionError(f"{reader.where} is not the one that was lost")
