@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ftrain.comms.protocol.messages import Held, RestorePlan, Share, VersionId
-from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
+from ftrain.recovery.protocol.bad_versions import BadVersions
+from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 
 
 def held(*versions: VersionId) -> dict[int, list[Held]]:
