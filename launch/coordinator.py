@@ -62,7 +62,6 @@ from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore, begin_with, withdrawn_in
 from ftrain.recovery.protocol.bad_versions import BadVersions
-from ftrain.recovery.protocol.plan import choose_restore
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
@@ -102,6 +101,8 @@ class Coordinator:
             grace_ticks=round(config.launch.stop_grace_s / TICK_S),
             save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
+        formation = self._machine.hard.formation
+        self._bad.trusted = formation is not None and formation.restore.trusted
         self._driver: Driver[MembershipHard] = Driver(
             self._machine, self._persist, self._send, self._perform
         )
@@ -259,15 +260,15 @@ class Coordinator:
     async def _form(self, effect: Form, recorded: asyncio.Event) -> None:
         try:
             durable, problems = await asyncio.to_thread(self._side.versions)
-            newest, remarks = self._bad.good(durable)
             world_size = sum(place.local_world for place in effect.places)
-            held = dict(effect.held)
-            restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
+            choice = self._bad.choose(dict(effect.held), world_size, durable)
         except FtrainError as error:
             recorded.set()
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
             return
-        unusable = (*problems, *remarks)
+        restore, unusable = choice.plan, (*problems, *choice.remarks)
+        if choice.news:
+            self._news.announce(Notice("warning", choice.news, {"epoch": effect.epoch}))
         if restore.level == "fresh" and unusable:
             recorded.set()
             why = none_usable_text(self._durable.directory, unusable)
@@ -422,14 +423,19 @@ class Coordinator:
         self._input(self._machine.receive, report)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:
-        """A rank could not put back what its formation restores from: take another one next."""
+        """What a rank could not put back, or what its loss speaks against, is not taken again."""
         formation = self._machine.hard.formation
-        causes = [failure.cause for failure in report.failures if failure.kind == "restore"]
-        if not causes or formation is None or formation.epoch != report.epoch:
+        if formation is None or formation.epoch != report.epoch:
             return
-        if self._bad.add(formation.restore):
-            text = f"a version is not restored from any more: {causes[0]}"
-            self._news.announce(Notice("warning", text, {"epoch": report.epoch}))
+        data: dict[str, object] = {"epoch": report.epoch}
+        damaged = [failure for failure in report.failures if failure.kind == "restore"]
+        if damaged and self._bad.add(formation.restore):
+            text = f"a version is not restored from any more: {damaged[0].cause}"
+            self._news.announce(Notice("warning", text, data))
+        odd = [failure for failure in report.failures if failure.kind == "loss"]
+        if odd and self._bad.suspect(formation, odd):
+            text = f"an older version is tried: {odd[0].cause}"
+            self._news.announce(Notice("warning", text, data))
 
     def _learn_cost(self, data: Mapping[str, object]) -> None:
         """What writing cost becomes advice: at once if nothing was known when the launch began."""

@@ -72,12 +72,13 @@ class RankFailure:
     """A rank that ended, hung or broke."""
 
     rank: int  # global rank
-    # signal | exit | exception | usage | unsaved | restore | oom | stopped | gil | desync | stall
-    # | fork
+    # signal | exit | exception | usage | unsaved | restore | loss | oom | stopped | gil | desync
+    # | stall | fork
     kind: str
     cause: str  # plain words: "SIGKILL", "exit code 3", "ValueError: bad shape"
     noticed_ns: int  # CLOCK_MONOTONIC on that node
     traceback: str = ""  # of the user's script, for kind=exception
+    step: int = -1  # boundary, for kind=loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ class RestorePlan:
     path: str = ""  # durable: the manifest's path
     sources: tuple[int, ...] = ()  # memory: nodes that hold parts of it
     reason: str = ""  # the arithmetic, in words
+    trusted: bool = False  # no loss speaks against it: the script has its own reasons
 
     @property
     def parent(self) -> VersionId | None:
