@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import Launch, launched
+from launching import Launch, launched, wait_for
 
 from ftrain.comms.events import read_events
 
@@ -17,10 +17,11 @@ pytestmark = pytest.mark.slow
 
 # ``Scale`` is sound while the ranks live; in the first formation what is saved of it may not be.
 SCRIPT = """
-import os, time, torch, ftrain
+import os, signal, time, torch, ftrain
 import torch.distributed as dist
 
-first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+first = restart == 0
 step = 0
 
 class Scale:
@@ -47,16 +48,25 @@ for step, _ in session.steps():
     time.sleep(0.02)
     while first and step == 21 and open("run/events.jsonl").read().count('"published"') < PUBLISHED:
         time.sleep(0.02)
+    while step == HOLD_AT and restart == 3 and not os.path.exists("go-on"):
+        time.sleep(0.02)
+    if step == HOLD_AT and restart == 3 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
 print("trained to step", session.step, "with a loss of", float(loss))
 dist.destroy_process_group()
 """
 
 
 def script(
-    *, poison_at: int = 99, nan_at: tuple[int, ...] = (), nan_after: int = 99, published: int = 0
+    *,
+    poison_at: int = 99,
+    nan_at: tuple[int, ...] = (),
+    nan_after: int = 99,
+    published: int = 0,
+    hold_at: int = 99,
 ) -> str:
     settings: dict[str, object] = {"POISON_AT": poison_at, "NAN_AT": nan_at}
-    settings |= {"NAN_AFTER": nan_after, "PUBLISHED": published}
+    settings |= {"NAN_AFTER": nan_after, "PUBLISHED": published, "HOLD_AT": hold_at}
     text = SCRIPT
     for name, value in settings.items():
         text = text.replace(name, repr(value))
@@ -118,6 +128,21 @@ def test_a_script_whose_loss_is_nan_at_one_step_goes_on(tmp_path: Path) -> None:
     assert levels[2] == ("durable", 20, False)
     assert levels[3] == ("memory", 25, True)
     assert shown.count("the loss is bad at step 26 again, with an older version") == 1
+    assert "trained to step 40" in shown
+
+
+def test_what_was_settled_outlives_the_coordinator(tmp_path: Path) -> None:
+    source = script(nan_at=(25, 31), published=1, hold_at=29)
+    options = (*KILLED, "checkpoint.durable_every_steps=20", "launch.max_restarts=1")
+    with launched(tmp_path, source, *options) as launch:
+        wait_for(lambda: events(launch, "formation") and restored(launch)[-1][2])
+        launch.kill("ftrain.launch.coordinator")
+        wait_for(lambda: len(events(launch, "launch")) == 2)
+        (tmp_path / "go-on").touch()
+        assert launch.wait() == 0, launch.shown
+        shown = launch.shown
+    assert [trusted for _, _, trusted in restored(launch)] == [False] * 3 + [True] * 2
+    assert shown.count("an older version is tried") == 1
     assert "trained to step 40" in shown
 
 
