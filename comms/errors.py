@@ -15,6 +15,7 @@
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
      ├─ StateError (ValueError)    2   training state can't be captured or does not fit
      │   └─ RestoreError           1   one version can't be put back, another one may be
+     ├─ SuspectError (ArithmeticError) 1 the loss went bad soon after a restore
      ├─ CorruptionError (ValueError) 1 bytes do not match their digest
      └─ ObjectStoreError (OSError) 1   the object store did not do what it was asked
          ├─ StoreUnreachableError  1   nobody answers there, or only that it can't now
@@ -92,6 +93,17 @@ class RestoreError(StateError):
     """A version can't be put back because bytes of it are damaged or gone; an older one may be."""
 
     exit_code = 1
+
+
+class SuspectError(FtrainError, ArithmeticError):
+    """The loss is not finite soon after a version was restored, which may be why.
+
+    ``step``: the boundary at which that was seen.
+    """
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 class CorruptionError(FtrainError, ValueError):

@@ -83,6 +83,7 @@ class DetectionConfig:
     user_warn_s: float = 30.0  # when to warn about it, with its stack
     poll_s: float = 0.25
     node_lease_s: float = 5.0
+    suspect_steps: int = 10  # after a restore, a loss that is not finite speaks against it; 0: off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

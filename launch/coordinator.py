@@ -13,7 +13,6 @@ import os
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +22,6 @@ from typing import Any
 import msgspec
 
 from ftrain.checkpoint.durable import DurableStore, none_usable_text, not_all_usable_text
-from ftrain.checkpoint.retention import Retention
 from ftrain.comms.channel import Channel, Identity, serve
 from ftrain.comms.driver import Driver
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
@@ -47,30 +45,29 @@ from ftrain.comms.protocol.records import MembershipHard
 from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.comms.protocol.transitions import Phase
 from ftrain.launch.advice import History, advise
+from ftrain.launch.durable_side import DurableSide
 from ftrain.launch.group_stores import StoreOrders
 from ftrain.launch.incidents import (
     Account,
     FailedStarts,
-    Rate,
     Tracebacks,
     begins,
     complete_at,
     make_record,
 )
 from ftrain.launch.joining import difference, join_request, leave_mark
+from ftrain.launch.news import News
+from ftrain.launch.progress import Progress
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore, begin_with, withdrawn_in
-from ftrain.launch.vanished import all_problems
-from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
+from ftrain.recovery.protocol.bad_versions import BadVersions
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
 _DISK_RETRY_S = 1.0
 _FLUSH_S_MAX = 600.0  # for one durable version
 _TRACEBACKS_S = 0.3  # after the first failure, for the other ranks that raise the same
-_BACKLOG_MAX = 200  # notices kept while nobody watches
-_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn", "written")  # for the event log only
 
 
 class Coordinator:
@@ -104,31 +101,39 @@ class Coordinator:
             grace_ticks=round(config.launch.stop_grace_s / TICK_S),
             save_at_end=config.checkpoint.enabled and config.snapshot.enabled,
         )
+        formation = self._machine.hard.formation
+        self._bad.trusted = formation is not None and formation.restore.trusted
         self._driver: Driver[MembershipHard] = Driver(
             self._machine, self._persist, self._send, self._perform
         )
         self._account = Account.read(events, self._launch, time.time())
         self._history = History.read(read_events(events))
         self._events = EventLog(events, config.events.bytes_max)
+        self._news = News(self._events, self._launch)
+        self._side = DurableSide(
+            job,
+            self._durable,
+            self._bad,
+            self._events,
+            published=self._history.published,
+            copies=self._copies,
+        )
         self._stores = StoreOrders(self._send)
         self._agents: dict[int, Channel] = {}
-        self._watchers: list[Channel] = []
-        self._backlog: deque[Notice] = deque(maxlen=_BACKLOG_MAX)
         self._tracebacks = Tracebacks()
         self._failed_starts = FailedStarts(config.launch.max_restarts)
-        self._total_steps = 0
         self._disk_refuses = False
         self._told_unusable: tuple[str, ...] = ()
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
-        self._rate = Rate()
+        self._progress = Progress(self._account)
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._effects: dict[type, Callable[[Any], object]] = {
             Form: self._begin_forming,
             Publish: lambda effect: self._spawn(self._publish(effect)),
             Incident: self._close_incident,
-            Announce: lambda effect: self._announce(effect.notice),
+            Announce: lambda effect: self._news.announce(effect.notice),
             EndJob: self._end,
         }
 
@@ -200,13 +205,13 @@ class Coordinator:
             self._account.failed_starts += 1
             self._events.write("failed_start", launch=self._launch, text=text, data={})
             if phase is not Phase.FINISHED:  # the end says what it was
-                self._show(Notice("warning", text, {}))
+                self._news.show(Notice("warning", text, {}))
 
     def _follow_phase(self) -> None:
         before, self._phase = self._phase, self._machine.phase
         if self._phase is not Phase.RUNNING or before is Phase.RECOVERING:
             return
-        self._rate = Rate()
+        self._progress.begin()
         if self._account.running_s == 0 and self._machine.hard.formation is not None:
             version = self._machine.hard.formation.restore.version
             first_step = 0 if version is None else version.step
@@ -235,7 +240,7 @@ class Coordinator:
             )
         else:
             text = f"the coordinator's state is written to {self._state} again"
-        self._announce(Notice("warning" if problem else "info", text, {}))
+        self._news.announce(Notice("warning" if problem else "info", text, {}))
 
     def _send(self, address: object, message: object) -> None:
         channel = self._agents.get(address) if isinstance(address, int) else None
@@ -254,15 +259,16 @@ class Coordinator:
 
     async def _form(self, effect: Form, recorded: asyncio.Event) -> None:
         try:
-            durable, problems = await asyncio.to_thread(self._durable_versions)
-            newest, remarks = self._bad.good(durable)
+            durable, problems = await asyncio.to_thread(self._side.versions)
             world_size = sum(place.local_world for place in effect.places)
-            restore = choose_restore(effect.held, world_size, newest, self._bad.memory, remarks)
+            choice = self._bad.choose(effect.held, world_size, durable)
         except FtrainError as error:
             recorded.set()
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
             return
-        unusable = (*problems, *remarks)
+        restore, unusable = choice.plan, (*problems, *choice.remarks)
+        if choice.news:
+            self._news.announce(Notice("warning", choice.news, {"epoch": effect.epoch}))
         if restore.level == "fresh" and unusable:
             recorded.set()
             why = none_usable_text(self._durable.directory, unusable)
@@ -287,9 +293,9 @@ class Coordinator:
         self._events.write("formation", formation=formation)
         if effect.restarts == 0:
             where, start = self._job.run_dir, begins(restore, self._history.published)
-            self._announce(Notice("info", f"ftrain: run directory {where}; {start}", {}))
+            self._news.announce(Notice("info", f"ftrain: run directory {where}; {start}", {}))
             if advice := advise(self._job.config.checkpoint, self._history):
-                self._announce(Notice("info", advice, {}))
+                self._news.announce(Notice("info", advice, {}))
         if restore.level == "durable" and restore.version is not None and unusable:
             self._tell_unusable(unusable, restore.version.step)
         self._input(self._machine.formed, effect.epoch, formation)
@@ -299,7 +305,7 @@ class Coordinator:
         if problems != self._told_unusable:
             self._told_unusable = problems
             text = not_all_usable_text(self._durable.directory, problems, step)
-            self._announce(Notice("warning", text, {}))
+            self._news.announce(Notice("warning", text, {}))
 
     async def _begin_fence(self, epoch: int, parent: VersionId | None) -> None:
         """Before a rank of ``epoch`` runs; what can't be written now, or is deleted later, is tried
@@ -311,26 +317,12 @@ class Coordinator:
         try:
             await asyncio.to_thread(self._durable.begin_fence, *arguments)
         except FtrainError as error:
-            self._announce(Notice("warning", f"epoch {epoch} can't be recorded yet: {error}", {}))
+            self._news.announce(
+                Notice("warning", f"epoch {epoch} can't be recorded yet: {error}", {})
+            )
             return
         if self._copies is not None:
             self._spawn(self._copies.begin_fences())
-
-    def _durable_versions(self) -> tuple[list[DurableVersion], tuple[str, ...]]:
-        """The versions, newest first, and a sentence for each that does not count."""
-        if not self._job.config.checkpoint.enabled:
-            return [], ()
-        survey = self._durable.survey()
-        problems = all_problems(self._durable, survey, self._history.published)
-        for problem in problems:
-            self._events.write("warning", text=problem)
-        versions = [
-            DurableVersion(
-                found.fence, found.step, str(found.path), found.world_size, found.version.epoch
-            )
-            for found in survey.versions
-        ]
-        return versions, problems
 
     async def _publish(self, effect: Publish) -> None:
         world_size = self._job.nodes * self._job.local_world
@@ -350,38 +342,18 @@ class Coordinator:
         self._events.write("published", fence=effect.fence, version=effect.version, path=path)
         if self._copies is not None:
             self._copies.published(effect.version.step)
-        await asyncio.to_thread(self._sweep)  # before the answer: nothing else is written meanwhile
+        await asyncio.to_thread(
+            self._side.sweep
+        )  # before the answer: nothing else is written meanwhile
         self._input(self._machine.published, effect.fence, effect.version)
         if every := self._job.config.checkpoint.durable_every_steps:
             self._input(self._machine.request_flush, every)  # at once: it may be due already
-
-    def _sweep(self) -> None:
-        """Delete versions beyond ``checkpoint.keep_last``."""
-        try:
-            config = self._job.config.checkpoint
-            policy = Retention(config.keep_last, config.keep_every)
-            active = self._copies.active if self._copies is not None else ()
-            withdrawn = self._bad.withdrawn
-            self._durable.sweep(policy, self._job.run_id, active=active, withdrawn=withdrawn)
-        except FtrainError as error:
-            self._events.write("warning", text=f"old versions can't be deleted: {error}")
-
-    def _remove_withdrawn(self) -> None:
-        """At once, and nothing else: an older version, which a sweep takes for what a killed writer
-        left, may be being written in its place."""
-        bad, run_id = self._bad.withdrawn, self._job.run_id
-        try:
-            found = self._durable.survey().versions
-            mine = [v for v in found if v.version in bad and v.manifest.run_id == run_id]
-            self._durable.remove(mine)
-        except FtrainError as error:
-            self._events.write("warning", text=f"withdrawn versions can't be deleted: {error}")
 
     def _make_copies(self) -> RemoteCopies:
         def failed(text: str, kind: str, again: bool) -> None:
             self._events.write("copy_failed", text=text, reason=kind)
             if not again:
-                self._show(Notice("warning", f"{text} (training goes on)", {}))
+                self._news.show(Notice("warning", f"{text} (training goes on)", {}))
 
         return RemoteCopies(
             self._job.config.checkpoint,
@@ -421,10 +393,7 @@ class Coordinator:
                 del self._agents[node]
 
     async def _handle_watcher(self, channel: Channel) -> None:
-        self._watchers.append(channel)
-        if channel.peer.role == "front":
-            while self._backlog:
-                channel.post(self._backlog.popleft())
+        self._news.watch(channel)
         try:
             while True:
                 message = await channel.receive()
@@ -435,7 +404,7 @@ class Coordinator:
                 else:
                     raise RemoteProtocolError(f"{channel.peer} sent a {type(message).__name__}")
         finally:
-            self._watchers.remove(channel)
+            self._news.unwatch(channel)
 
     def _admit(self, request: JoinRequest) -> JoinAnswer:
         known = [r.incarnation for r in self._machine.reports if r.node == request.node]
@@ -450,57 +419,48 @@ class Coordinator:
             self._account.step_s = report.step_s
         self._refuse_bad_version(report)
         if self._bad.withdraw(report.withdrawn):
-            self._spawn(asyncio.to_thread(self._remove_withdrawn))
+            self._spawn(asyncio.to_thread(self._side.remove_withdrawn))
         self._input(self._machine.receive, report)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:
-        """A rank could not put back what its formation restores from: take another one next."""
+        """What a rank could not put back, or what its loss speaks against, is not taken again."""
         formation = self._machine.hard.formation
-        causes = [failure.cause for failure in report.failures if failure.kind == "restore"]
-        if not causes or formation is None or formation.epoch != report.epoch:
+        if formation is None or formation.epoch != report.epoch:
             return
-        if self._bad.add(formation.restore):
-            text = f"a version is not restored from any more: {causes[0]}"
-            self._announce(Notice("warning", text, {"epoch": report.epoch}))
+        data: dict[str, object] = {"epoch": report.epoch}
+        damaged = [failure for failure in report.failures if failure.kind == "restore"]
+        if damaged and self._bad.add(formation.restore):
+            text = f"a version is not restored from any more: {damaged[0].cause}"
+            self._news.announce(Notice("warning", text, data))
+        odd = [failure for failure in report.failures if failure.kind == "loss"]
+        if odd and self._bad.suspect(formation, odd):
+            text = f"an older version is tried: {odd[0].cause}"
+            self._news.announce(Notice("warning", text, data))
 
     def _learn_cost(self, data: Mapping[str, object]) -> None:
         """What writing cost becomes advice: at once if nothing was known when the launch began."""
         first, cost_s = not self._history.cost_s, data.get("cost_s")
         self._history = replace(self._history, cost_s=cost_s if isinstance(cost_s, float) else 0.0)
         if first and (advice := advise(self._job.config.checkpoint, self._history)):
-            self._announce(Notice("info", advice, {}))
+            self._news.announce(Notice("info", advice, {}))
 
     def _hear_notice(self, notice: Notice) -> None:
         if notice.kind == "total_steps":
             total = notice.data.get("total_steps")
-            self._total_steps = total if isinstance(total, int) else 0
+            self._progress.total_steps = total if isinstance(total, int) else 0
         elif notice.kind == "written":
             self._learn_cost(notice.data)
         elif notice.kind == "save" and self._job.config.snapshot.enabled:  # else ranks do it
             self._input(lambda: self._machine.request_flush(kept=True))
-        self._announce(notice)
+        self._news.announce(notice)
 
     # ------------------------------------------------------------------ news
-
-    def _announce(self, notice: Notice) -> None:
-        """Into the event log, and to everybody who watches."""
-        self._events.write(notice.kind, text=notice.text, data=notice.data, launch=self._launch)
-        if notice.kind not in _QUIET_KINDS:
-            self._show(notice)
-
-    def _show(self, notice: Notice) -> None:
-        fronts = [c for c in self._watchers if c.peer.role == "front" and not c.closed]
-        if not fronts:
-            self._backlog.append(notice)
-        for channel in fronts:
-            with suppress(PeerLostError):
-                channel.post(notice)
 
     def _show_tracebacks(self, epoch: int) -> None:
         formation = self._machine.hard.formation
         nodes = {} if formation is None else ranks_to_nodes(formation.places)
         for text in self._tracebacks.take(epoch, nodes):
-            self._announce(Notice("traceback", text, {"epoch": epoch}))
+            self._news.announce(Notice("traceback", text, {"epoch": epoch}))
 
     def _close_incident(self, incident: Incident) -> None:
         self._show_tracebacks(incident.epoch)
@@ -516,7 +476,7 @@ class Coordinator:
         self._account.count(record.restart_s, record.steps_recomputed)
         fields = msgspec.to_builtins(record)
         self._events.write("incident", launch=self._launch, text=record.line, **fields)
-        self._show(Notice("incident", record.line, {"step": record.step}))
+        self._news.show(Notice("incident", record.line, {"step": record.step}))
 
     async def _show_progress(self) -> None:
         while True:
@@ -524,19 +484,7 @@ class Coordinator:
             reports = self._machine.reports
             if self._machine.phase is not Phase.RUNNING or not reports:
                 continue
-            first = reports[0]
-            step = min(report.step for report in reports)
-            self._account.step = step
-            committed = [r.committed.step for r in reports if r.committed is not None]
-            data: dict[str, object] = {
-                "step": step,
-                "total_steps": self._total_steps,
-                "steps_per_s": self._rate.update(step, time.monotonic()),
-                "loss": first.loss,
-                "snapshot_step": min(committed, default=-1),
-                "incidents": self._account.incidents,
-            }
-            self._show(Notice("progress", f"step {step}", data))
+            self._news.show(self._progress.notice(reports, time.monotonic()))
 
     async def _flush_now_and_then(self) -> None:
         config = self._job.config
@@ -560,14 +508,14 @@ class Coordinator:
         failed = effect.exit_code not in (0, 75)
         saved = effect.exit_code == 75 and hard.durable is not None
         again = "; the same command goes on from there" if saved else ""
-        complete = complete_at(hard, self._total_steps) if effect.exit_code == 0 else 0
+        complete = complete_at(hard, self._progress.total_steps) if effect.exit_code == 0 else 0
         text = f"ftrain: {effect.reason}{again}"
         if complete:
             text = f"ftrain: already complete at step {complete} (total_steps); nothing to do"
-        self._announce(Notice("error" if failed else "info", text, {}))
+        self._news.announce(Notice("error" if failed else "info", text, {}))
         if not complete:
-            self._announce(Notice("summary", "summary", {"rows": rows}))
-        self._announce(Notice("end", "", {"exit_code": effect.exit_code}))
+            self._news.announce(Notice("summary", "summary", {"rows": rows}))
+        self._news.announce(Notice("end", "", {"exit_code": effect.exit_code}))
 
 
 def main() -> int:

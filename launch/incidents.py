@@ -274,17 +274,3 @@ class Account:
                 f"recomputing {recompute_s:.2f}"
             ),
         }
-
-
-class Rate:
-    """Steps per second between two looks."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, float] | None = None
-
-    def update(self, step: int, now_s: float) -> float:
-        """The rate since the look before; 0 at the first."""
-        last, self._last = self._last, (step, now_s)
-        if last is None or now_s <= last[1]:
-            return 0.0
-        return max(0.0, (step - last[0]) / (now_s - last[1]))

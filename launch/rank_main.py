@@ -29,6 +29,7 @@ from ftrain.comms.errors import (
     RestoreError,
     RunDirectoryError,
     StateError,
+    SuspectError,
     UsageError,
 )
 
@@ -147,20 +148,22 @@ def describe(error: BaseException, error_file: str) -> None:
     trimmed = _without_bootstrap(error.__traceback__)
     text = "".join(traceback.format_exception(type(error), error, trimmed))
     head = traceback.format_exception_only(error)[-1].strip()
-    kind = "exception"
+    kind, step = "exception", -1
     if isinstance(error, RestoreError):
         kind, head = "restore", str(error)
     elif isinstance(error, _MISTAKES):
         kind, head = "usage", f"{error}{_place(trimmed)}"
-    if not _write_record(error_file, head, kind, text):
+    elif isinstance(error, SuspectError):
+        kind, head, step = "loss", str(error), error.step
+    if not _write_record(error_file, head, kind, text, step):
         sys.stderr.write(text)  # better twice on the terminal than nowhere
     if sys.excepthook is not sys.__excepthook__ and not _is_torchs(sys.excepthook):
         with contextlib.suppress(Exception):  # the user's own hook
             sys.excepthook(type(error), error, trimmed)
 
 
-def _write_record(error_file: str, head: str, kind: str, text: str) -> bool:
-    extra = {"py_callstack": text, "timestamp": str(int(time.time())), "kind": kind}
+def _write_record(error_file: str, head: str, kind: str, text: str, step: int = -1) -> bool:
+    extra = {"py_callstack": text, "timestamp": str(int(time.time())), "kind": kind, "step": step}
     record = {"message": {"message": head, "extraInfo": extra}}
     try:
         fresh = f"{error_file}.new"
@@ -201,6 +204,7 @@ class RankError:
     line: str = ""  # "ValueError: bad shape"
     traceback: str = ""
     kind: str = "exception"  # of a RankFailure
+    step: int = -1  # of a RankFailure
 
 
 def read_error_file(path: str) -> RankError:
@@ -214,7 +218,10 @@ def read_error_file(path: str) -> RankError:
             return RankError(message, message)
         extra = message["extraInfo"]
         return RankError(
-            str(message["message"]), str(extra["py_callstack"]), str(extra.get("kind", "exception"))
+            str(message["message"]),
+            str(extra["py_callstack"]),
+            str(extra.get("kind", "exception")),
+            int(extra.get("step", -1)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return RankError()

@@ -211,7 +211,7 @@ class RankGroup:
             kind, cause = "oom", f"{how} (SIGKILL)"
         self.ooms = ooms
         rank.blamed = True
-        return RankFailure(rank.rank, kind, cause, now_ns, _shortened(error.traceback))
+        return RankFailure(rank.rank, kind, cause, now_ns, _shortened(error.traceback), error.step)
 
     def deserter(self, failure: RankFailure) -> LocalRank | None:
         """The rank that ended with code 0 and so made another one fail; None: there is none."""

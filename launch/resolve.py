@@ -281,6 +281,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "detection.gil_busy_s": (lambda v: v > 0, "more than 0"),
     "detection.user_stall_s": (lambda v: v > 0, "more than 0"),
     "detection.user_warn_s": (lambda v: v > 0, "more than 0"),
+    "detection.suspect_steps": _at_least(0),
     "events.bytes_max": _at_least(4096),
     "events.progress_every_s": (lambda v: v > 0, "more than 0"),
     "events.progress_piped_every_s": (lambda v: v > 0, "more than 0"),

@@ -26,6 +26,7 @@ from ftrain.runtime.data import open_data
 from ftrain.runtime.heartbeat import Heartbeat, collectives_enqueued
 from ftrain.runtime.imported import IMPORTED, telling
 from ftrain.runtime.keeper import Keeper, open_keeper
+from ftrain.runtime.loss_watch import LossWatch
 from ftrain.runtime.random_state import (
     newcomer_random_state,
     random_state,
@@ -129,6 +130,7 @@ class Session:
         self._random: dict[str, Any] | None = None
         self._bucket_orders: list[list[int] | None] = []  # of each DDP module; empty: not known
         self._unsettled: dict[int, Any] | None = None  # DDP modules that have none yet
+        self._watch = LossWatch.of(self._environment)
         self._keeper: Keeper = open_keeper(self._environment, self._note)
         self._records = StepRecords(
             self._keeper.run_dir,
@@ -187,7 +189,8 @@ class Session:
                 self._phase(Phase.FINISHED)
 
     def log(self, **values: Any) -> None:
-        """Record values of this step (numbers or tensors); ``loss`` is shown while training."""
+        """Record values of this step (numbers or tensors); ``loss`` is shown while training, and if
+        it is not finite soon after a restore, an older version is tried."""
         self._logged.update(values)
 
     def save(self) -> None:
@@ -256,7 +259,10 @@ class Session:
             self._settle_buckets()
         collectives = collectives_enqueued()
         seconds = (now - began_ns) / 1e9
+        loss = self._take_loss()
         self._records.step(self._step - 1, now, seconds, self._data.ledger(), self._logged)
+        if loss is not None:
+            self._watch.see(self._step, loss)
         if self._stepped:
             self._capture(collectives)  # before anybody can see that the boundary was reached
         if self._page is not None:
@@ -267,11 +273,17 @@ class Session:
                 self._page[Word.FIRST_STEP_NS] = now
             self._page[Word.STEP_MEDIAN_NS] = int(self._records.median_s * 1e9)
             if "loss" in self._logged:
-                loss = plain(self._logged["loss"])
-                self._page.loss = float(loss) if isinstance(loss, int | float) else 0.0
+                self._page.loss = loss or 0.0
         self._logged = {}
         if self._steps_done == _UNSTEPPED_WARNING:
             self._doubt()
+
+    def _take_loss(self) -> float | None:
+        """This step's loss, read once for all who want it: a GPU is waited for, as ever."""
+        if "loss" not in self._logged:
+            return None
+        loss = self._logged["loss"] = plain(self._logged["loss"])
+        return float(loss) if isinstance(loss, int | float) else None
 
     def _settle_buckets(self) -> None:
         """Of modules whose layout is not known yet: some have their first backward later."""
@@ -310,6 +322,7 @@ class Session:
             "data": self._data.state(),
             "buckets": self._bucket_orders,
             "step": self._step,
+            "odd_loss": self._watch.odd(self._step),
             "world": [self._environment.rank, self._environment.world_size],
         }
         self._pending = (self._step, layout.tensors, encode_tree(small), collectives)
@@ -369,6 +382,7 @@ class Session:
             joined = rank >= small["world"][1]
             self._random = newcomer_random_state(random, rank) if joined else random
             self._data.load(small["data"])
+            self._watch.restored(self._step, odd=small.get("odd_loss", False))
             orders = small["buckets"]
             modules = self._ddp_modules()
             here = [self._environment.rank, self._environment.world_size]

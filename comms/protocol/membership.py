@@ -462,7 +462,7 @@ class Membership:
         words, hard = trouble.words(self._places), self._hard
         # A version that can't be put back is refused from then on, so such failures are finite.
         named = hard.formation is not None and hard.formation.restore.version is not None
-        finite = named and any(failure.kind == "restore" for failure in trouble.failures)
+        finite = named and any(f.kind in ("restore", "loss") for f in trouble.failures)
         if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
             hard = count_failure(hard, self._committed.newest, trouble.nature())
         self._hard = begin_incident(hard, trouble, self._places, self._reached)

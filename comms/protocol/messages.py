@@ -99,12 +99,13 @@ class RankFailure:
     """A rank that ended, hung or broke."""
 
     rank: int  # global rank
-    # signal | exit | exception | usage | unsaved | restore | oom | stopped | gil | desync | stall
-    # | fork
+    # signal | exit | exception | usage | unsaved | restore | loss | oom | stopped | gil | desync
+    # | stall | fork
     kind: str
     cause: str  # plain words: "SIGKILL", "exit code 3", "ValueError: bad shape"
     noticed_ns: int  # CLOCK_MONOTONIC on that node
     traceback: str = ""  # of the user's script, for kind=exception
+    step: int = -1  # boundary, for kind=loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,7 @@ class RestorePlan:
     reason: str = ""  # the arithmetic, in words
     rebuilds: tuple[Rebuild, ...] = ()  # parity: what has to be rebuilt before it is in memory
     round: RoundId | None = None  # whose parity all nodes keep until there is newer
+    trusted: bool = False  # no loss speaks against it: the script has its own reasons
 
     @property
     def parent(self) -> VersionId | None:

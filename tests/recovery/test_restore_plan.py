@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ftrain.comms.protocol.messages import Held, RestorePlan, Share, VersionId
-from ftrain.recovery.protocol.plan import BadVersions, DurableVersion, choose_restore
+from ftrain.recovery.protocol.bad_versions import BadVersions
+from ftrain.recovery.protocol.plan import DurableVersion
 
 
 def held(*versions: VersionId) -> dict[int, list[Held]]:
@@ -18,8 +19,7 @@ def durable(fence: int, step: int) -> DurableVersion:
 
 def choose(bad: BadVersions, memory: list[VersionId], files: list[DurableVersion]) -> RestorePlan:
     """As the coordinator does it."""
-    newest, remarks = bad.good(files)
-    return choose_restore(held(*memory), 1, newest, bad.memory, remarks)
+    return bad.choose(held(*memory), 1, files).plan
 
 
 def test_each_bad_version_leads_to_the_next_older_one_down_to_a_fresh_start() -> None:
