@@ -62,6 +62,7 @@ from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.remote_copies import RemoteCopies
 from ftrain.launch.state import HardStore, begin_with, withdrawn_in
 from ftrain.recovery.protocol.bad_versions import BadVersions
+from ftrain.recovery.protocol.planner import Memory
 
 TICK_S = 0.05
 _RESEND_TICKS = 5
@@ -260,8 +261,10 @@ class Coordinator:
     async def _form(self, effect: Form, recorded: asyncio.Event) -> None:
         try:
             durable, problems = await asyncio.to_thread(self._side.versions)
-            world_size = sum(place.local_world for place in effect.places)
-            choice = self._bad.choose(effect.held, world_size, durable)
+            memory = Memory(
+                effect.places, effect.held, effect.parity, effect.reached, self._account.step_s
+            )
+            choice = self._bad.choose(memory, durable)
         except FtrainError as error:
             recorded.set()
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))

@@ -154,6 +154,8 @@ def complete_at(hard: MembershipHard, total_steps: int) -> int:
 def _source(restore: RestorePlan) -> str:
     if restore.level == "memory":
         return "from memory"
+    if restore.level == "parity":
+        return "from memory, rebuilt from other nodes' parity"
     if restore.level == "durable" and restore.version is not None:
         return f"from the durable version of step {restore.version.step}"
     return "from the beginning"

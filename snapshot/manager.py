@@ -87,11 +87,7 @@ class Manager:
             taken_bytes=sum(os.fstat(fd).st_size for fd in fds),
         )
         self._slots = ParitySlots(setup.run_id, self._store.budget, self._hold_parity)
-        for taken, fd in zip(setup.taken, fds, strict=True):
-            if taken.rank == PARITY:
-                self._slots.adopt(taken.slot, fd)
-            else:
-                self._store.adopt(taken.rank, taken.slot, fd)
+        self._adopt(fds)
         self._listener = listen_tcp(format_address(setup.bind, 0))
         port = parse_address(bound_address(self._listener))[1]
         self._address = format_address(setup.host, port)
@@ -119,14 +115,7 @@ class Manager:
         )
         self._link = LocalLink(sock, self._from_agent, lambda _: self._over.set())
         self._counts = CountsNews(self._link.post)
-        self._flusher = Flusher(
-            self._store,
-            setup.checkpoint_dir,
-            setup.bytes_per_s_max,
-            self._link.post,
-            self._trouble,
-            self._written,
-        )
+        self._flusher = self._make_flusher()
         self._identity = identity
         self._secret = secret
         self._protector = self._make_protector()
@@ -140,6 +129,25 @@ class Manager:
             Ping: lambda _: self._link.post(Pong()),
             Flush: self._flusher.request,
         }
+
+    def _adopt(self, fds: Sequence[int]) -> None:
+        """Take over what an earlier manager of this node left."""
+        for taken, fd in zip(self._setup.taken, fds, strict=True):
+            if taken.rank == PARITY:
+                self._slots.adopt(taken.slot, fd)
+            else:
+                self._store.adopt(taken.rank, taken.slot, fd)
+
+    def _make_flusher(self) -> Flusher:
+        setup = self._setup
+        return Flusher(
+            self._store,
+            setup.checkpoint_dir,
+            setup.bytes_per_s_max,
+            self._link.post,
+            self._trouble,
+            self._written,
+        )
 
     def _make_protector(self) -> Protector:
         protector = Protector(

@@ -36,6 +36,7 @@ class Form:
     places: tuple[NodePlace, ...]  # in rank order
     reports: tuple[NodeReport, ...]  # of the nodes that have a place
     restarts: int
+    reached: int = 0  # highest boundary of any rank so far
 
     @property
     def held(self) -> dict[int, tuple[Held, ...]]:

@@ -343,7 +343,7 @@ class Membership:
             self._hard, epoch=epoch, formation=None, base=self._committed.newest, stop_step=-1
         )
         self._enter(Event.COMPLETE, f"all {self._nodes} nodes are there: forming epoch {epoch}")
-        self._effects.append(Form(epoch, self._places, reports, self._hard.restarts))
+        self._effects.append(Form(epoch, self._places, reports, self._hard.restarts, self._reached))
 
     def _forming(self) -> None:
         trouble = self._trouble(started=False)

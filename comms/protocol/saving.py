@@ -67,7 +67,7 @@ def _durable_now(known: VersionId | None, restore: RestorePlan) -> VersionId | N
     A run that goes on from a durable version has no newer one that is any good: what was known may
     be damaged, and what is there may have been written without a launcher.
     """
-    if restore.level == "memory":
+    if restore.in_memory:
         return known
     return restore.version if restore.level == "durable" else None
 

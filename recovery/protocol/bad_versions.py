@@ -7,11 +7,12 @@ comes from an older version, and none is suspected any more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from ftrain.comms.protocol.messages import Formation, Held, RankFailure, RestorePlan, VersionId
-from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
+from ftrain.comms.protocol.messages import Formation, RankFailure, RestorePlan, VersionId
+from ftrain.recovery.protocol.plan import DurableVersion
+from ftrain.recovery.protocol.planner import Memory, plan_restore
 
 SUSPECTS_IN_ROW_MAX = 5  # ever older: those in memory are a step apart, and may share the fault
 
@@ -113,34 +114,22 @@ class BadVersions:
         """Those that are to be kept nowhere."""
         return frozenset(self._withdrawn)
 
-    def choose(
-        self,
-        held: Mapping[int, Sequence[Held]],
-        world_size: int,
-        durable: Collection[DurableVersion],
-    ) -> Choice:
+    def choose(self, memory: Memory, durable: Collection[DurableVersion]) -> Choice:
         """What the next formation restores from; ``durable``: newest first.
 
         Rather than begin anew because all that there is is suspected, that is trusted again.
         """
-        choice = self._choose(held, world_size, durable)
+        choice = self._choose(memory, durable)
         if choice.plan.level == "fresh" and self._suspects:
             self.trust("the loss went bad soon after a restore, and no older version is left")
-            choice = self._choose(held, world_size, durable)
+            choice = self._choose(memory, durable)
         news, self._news = self._news, ""
         return replace(choice, plan=replace(choice.plan, trusted=self.trusted), news=news)
 
-    def _choose(
-        self,
-        held: Mapping[int, Sequence[Held]],
-        world_size: int,
-        durable: Iterable[DurableVersion],
-    ) -> Choice:
+    def _choose(self, memory: Memory, durable: Iterable[DurableVersion]) -> Choice:
         newest, unusable, passed = self._good(durable)
-        in_memory = {record.version for records in held.values() for record in records}
-        refused = self._memory.union(v for v in in_memory if self._is_suspect(v))
-        remarks = (*unusable, *passed)
-        plan = choose_restore(held, world_size, newest, frozenset(refused), remarks)
+        refused = self._memory.union(v for v in memory.versions if self._is_suspect(v))
+        plan = plan_restore(memory, newest, frozenset(refused), (*unusable, *passed))
         return Choice(plan, unusable)
 
     def _good(

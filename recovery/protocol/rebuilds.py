@@ -116,8 +116,7 @@ def round_to_keep(
             continue
         images = with_images(held, round_.version)
         stands = min(
-            group.parity - len(group.lost(_data(group, images)))
-            for group in round_.groups.values()
+            group.parity - len(group.lost(_data(group, images))) for group in round_.groups.values()
         )
         if stands >= 0 and (best is None or (stands, round_.id) > best):
             best = stands, round_.id

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ftrain.comms.protocol.messages import Held, RestorePlan, Share, VersionId
+from ftrain.comms.protocol.messages import Held, NodePlace, RestorePlan, Share, VersionId
 from ftrain.recovery.protocol.bad_versions import BadVersions
 from ftrain.recovery.protocol.plan import DurableVersion
+from ftrain.recovery.protocol.planner import Memory
+
+ONE_PLACE = (NodePlace(0, 1, 0, 1, "", ""),)
 
 
 def held(*versions: VersionId) -> dict[int, list[Held]]:
@@ -19,7 +22,7 @@ def durable(fence: int, step: int) -> DurableVersion:
 
 def choose(bad: BadVersions, memory: list[VersionId], files: list[DurableVersion]) -> RestorePlan:
     """As the coordinator does it."""
-    return bad.choose(held(*memory), 1, files).plan
+    return bad.choose(Memory(ONE_PLACE, held(*memory)), files).plan
 
 
 def test_each_bad_version_leads_to_the_next_older_one_down_to_a_fresh_start() -> None:

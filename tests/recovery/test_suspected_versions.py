@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ftrain.comms.protocol.messages import (
     Formation,
     Held,
+    NodePlace,
     RankFailure,
     RestorePlan,
     Share,
@@ -14,6 +15,9 @@ from ftrain.comms.protocol.messages import (
 )
 from ftrain.recovery.protocol.bad_versions import SUSPECTS_IN_ROW_MAX, BadVersions, Choice
 from ftrain.recovery.protocol.plan import DurableVersion
+from ftrain.recovery.protocol.planner import Memory
+
+ONE_PLACE = (NodePlace(0, 1, 0, 1, "", ""),)
 
 
 def choose(
@@ -23,7 +27,7 @@ def choose(
     share = (Share("0", 0, 0, 1),)
     held = {0: [Held(version, 0, "", share, True, -1) for version in memory]}
     durable = [DurableVersion(epoch, step, "path", 1, epoch) for epoch, step in files]
-    return bad.choose(held, 1, durable)
+    return bad.choose(Memory(ONE_PLACE, held), durable)
 
 
 def went_bad(bad: BadVersions, epoch: int, plan: RestorePlan, step: int) -> bool:
