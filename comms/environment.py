@@ -21,6 +21,7 @@ from ftrain.configs.schema import FtrainConfig
 CONTEXT_VARIABLE = "FTRAIN_CONTEXT"
 SECRET_VARIABLE = "FTRAIN_SECRET"
 SECRET_CHARACTERS_MIN = 8
+RACK_VARIABLE = "FTRAIN_RACK"
 
 # A child that is no rank of an outer launcher must not believe that it is one.
 _RANK_VARIABLES = frozenset(
@@ -129,6 +130,11 @@ def secret_from_environment() -> str | None:
             " for example from `openssl rand -hex 16`"
         )
     return text.encode(errors="surrogateescape").hex()
+
+
+def rack_from_environment() -> str:
+    """What fails together with this node, by ``FTRAIN_RACK``; "" when that is not said."""
+    return os.environ.get(RACK_VARIABLE, "")
 
 
 def default_run_dir(name: str) -> str:

@@ -36,7 +36,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotConfig:
-    """``snapshot``: the in-memory level L1."""
+    """``snapshot``: the in-memory levels, on the node itself (L1) and as parity on others (L2)."""
 
     enabled: bool = True
     every_steps: int = 1
@@ -47,6 +47,12 @@ class SnapshotConfig:
     barrier_s_max: float = 10.0  # longest wait before optimizer.step; then the version is skipped
     verify_restore: bool = True
     rehash: bool = True  # look for writes outside optimizer.step
+    parity: int = 1  # nodes of a group that may be lost at once; 0: no parity
+    group: int = 8  # nodes that protect each other, or all if they are fewer
+    rack: str = ""  # what fails together with this node; with local nodes one for each: "a,a,b,b"
+    parity_bytes_per_s_max: float = 0.0  # of fetching what parity is made of, on each node; 0: any
+    node_mtbf_s: float = 3.6e7  # mean time between losses of one node, for what is predicted
+    rack_mtbf_s: float = 0.0  # ... of one rack; 0: they are not lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

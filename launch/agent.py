@@ -33,7 +33,14 @@ from ftrain.comms.protocol.effects import (
     ReleaseRanks,
     UpdatePeers,
 )
-from ftrain.comms.protocol.messages import Held, NodeState, Notice, RankFailure, VersionId
+from ftrain.comms.protocol.messages import (
+    Held,
+    HeldParity,
+    NodeState,
+    Notice,
+    RankFailure,
+    VersionId,
+)
 from ftrain.comms.protocol.node import NodeMember
 from ftrain.launch.contract import (
     own_environment,
@@ -45,6 +52,7 @@ from ftrain.launch.contract import (
 from ftrain.launch.group_stores import GroupStores
 from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.output import OutputPump, parse_std, prune_attempts
+from ftrain.launch.protection import rack_of
 from ftrain.launch.pulse import answer_pulse
 from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
@@ -73,7 +81,11 @@ class Agent:
         self._incarnation = incarnation
         launch = job.config.launch
         self._machine = NodeMember(
-            node=node, incarnation=incarnation, local_world=job.local_world, host=launch.host
+            node=node,
+            incarnation=incarnation,
+            local_world=job.local_world,
+            host=launch.host,
+            rack=rack_of(job, node),
         )
         self._uplink = Uplink(
             job,
@@ -397,7 +409,7 @@ class Agent:
     def _kill_ranks(self, effect: KillRanks) -> None:
         self._killing = True
         if self._group is None:
-            self._tell_gone(())
+            self._tell_gone((), ())
             return
         for rank in self._group.ranks:
             if rank.alive:
@@ -423,18 +435,19 @@ class Agent:
 
     def _ask_inventory(self) -> None:
         if self._manager is None:
-            self._tell_gone(())
+            self._tell_gone((), ())
         else:
             self._wait_for_manager("gone", self._kill_late)  # anew, from here on
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:
         self._say("warning", "no answer from the snapshot manager")
-        self._tell_gone(self._machine.report.held)  # what it said last, before the ranks ended
+        report = self._machine.report  # what it said last, before the ranks ended
+        self._tell_gone(report.held, report.parity)
 
-    def _tell_gone(self, held: tuple[Held, ...]) -> None:
+    def _tell_gone(self, held: tuple[Held, ...], parity: tuple[HeldParity, ...]) -> None:
         self._stop_waiting("gone")
-        self._machine.ranks_gone(self._machine.epoch, held)
+        self._machine.ranks_gone(self._machine.epoch, held, parity)
         self._driver.pump()
 
     # ------------------------------------------------------------------ the snapshot manager
@@ -451,17 +464,18 @@ class Agent:
             timer.cancel()
         return timer is not None
 
-    def _manager_started(self, address: str, held: tuple[Held, ...]) -> None:
+    def _manager_started(self, started: smp.ManagerStarted) -> None:
+        held, parity = started.held, started.parity
         self._write_node_file()
-        self._machine.smp(address)
-        self._machine.held(held)
+        self._machine.smp(started.address)
+        self._machine.held(held, parity)
         self._driver.pump()
         if self._flush is not None and self._manager is not None:
             self._manager.post(self._flush)
         if "gone" in self._waits and self._reaper.strays() == []:
-            self._tell_gone(held)
+            self._tell_gone(held, parity)
         if "captures" in self._waits:
-            self._captures_finished(self._machine.epoch, held)
+            self._captures_finished(self._machine.epoch, held, parity)
 
     def _manager_down(self, how: str) -> None:
         self._say("warning", f"the snapshot manager ended ({how}); no version is lost")
@@ -472,16 +486,18 @@ class Agent:
     def _from_manager(self, message: Any) -> None:
         if isinstance(message, smp.Committed):
             self._committed = message.version
+        elif isinstance(message, smp.ParityComplete):
+            self._machine.protected(message.version, message.epoch)
         elif isinstance(message, smp.Withdrawn):
             text = f"step {message.version.step} was captured wrongly: it is not restored from"
             self._uplink.say("withdrawn", text, **asdict(message.version))
             self._machine.withdrawn(message.version)
             self._driver.pump()
         elif isinstance(message, smp.CapturesFinished):
-            self._captures_finished(message.epoch, message.held)
+            self._captures_finished(message.epoch, message.held, message.parity)
         elif isinstance(message, smp.Inventory):
             if "gone" in self._waits:
-                self._tell_gone(message.held)
+                self._tell_gone(message.held, message.parity)
         elif isinstance(message, smp.Flushed):
             self._flush = None
             self._machine.flushed(message.version)
@@ -509,15 +525,17 @@ class Agent:
 
     def _ask_captures(self, epoch: int, deadline_s: float) -> None:
         if self._manager is None:
-            self._captures_finished(epoch, ())
+            self._captures_finished(epoch, (), ())
             return
-        late = partial(self._captures_finished, epoch, ())
+        late = partial(self._captures_finished, epoch, (), ())
         self._wait_for_manager("captures", late, deadline_s)
         self._manager.post(smp.FinishCaptures(epoch, deadline_s))
 
-    def _captures_finished(self, epoch: int, held: tuple[Held, ...]) -> None:
+    def _captures_finished(
+        self, epoch: int, held: tuple[Held, ...], parity: tuple[HeldParity, ...]
+    ) -> None:
         self._stop_waiting("captures")
-        self._machine.captures_finished(epoch, held)
+        self._machine.captures_finished(epoch, held, parity)
         self._driver.pump()
 
     def _flush_version(self, effect: FlushVersion) -> None:

@@ -136,7 +136,9 @@ def progress_text(text: str, data: Mapping[str, object]) -> str:
         parts.append(f"loss {loss:.4g}")
     snapshot = data.get("snapshot_step")
     if isinstance(snapshot, int) and snapshot >= 0:
-        parts.append(f"snapshot {snapshot}")
+        parity = data.get("protected_step")
+        protected = isinstance(parity, int) and parity >= 0
+        parts.append(f"snapshot {snapshot}" + (f" (parity {parity})" if protected else ""))
     incidents = data.get("incidents")
     if isinstance(incidents, int) and incidents > 0:
         parts.append(f"{incidents} incident{'s' if incidents > 1 else ''}")

@@ -46,6 +46,7 @@ from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.comms.protocol.transitions import Phase
 from ftrain.launch.advice import History, advise
 from ftrain.launch.durable_side import DurableSide
+from ftrain.launch.exposure import Exposure
 from ftrain.launch.group_stores import StoreOrders
 from ftrain.launch.incidents import (
     Account,
@@ -128,6 +129,7 @@ class Coordinator:
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._progress = Progress(self._account)
+        self._exposure = Exposure(job)
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._effects: dict[type, Callable[[Any], object]] = {
@@ -201,6 +203,8 @@ class Coordinator:
         hard, phase = self._machine.hard, self._machine.phase
         if hard.incident is not None and self._heard_ns == 0:
             self._heard_ns = time.monotonic_ns()
+            if hard.incident.nodes:
+                self._exposure.lost(time.monotonic(), hard.incident.epoch)
         text = self._failed_starts.end(hard, phase)
         if text:
             self._account.failed_starts += 1
@@ -270,8 +274,9 @@ class Coordinator:
             self._input(self._machine.formed, effect.epoch, Obstacle(str(error)))
             return
         restore, unusable = choice.plan, (*problems, *choice.remarks)
-        if choice.news:
-            self._news.announce(Notice("warning", choice.news, {"epoch": effect.epoch}))
+        for text in (choice.news, restore.lost):
+            if text:
+                self._news.announce(Notice("warning", text, {"epoch": effect.epoch}))
         if restore.level == "fresh" and unusable:
             recorded.set()
             why = none_usable_text(self._durable.directory, unusable)
@@ -424,6 +429,9 @@ class Coordinator:
         if self._bad.withdraw(report.withdrawn):
             self._spawn(asyncio.to_thread(self._side.remove_withdrawn))
         self._input(self._machine.receive, report)
+        formation, now_s = self._machine.hard.formation, time.monotonic()
+        for notice in self._exposure.hear(self._machine.reports, formation, now_s):
+            self._news.announce(notice)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:
         """What a rank could not put back, or what its loss speaks against, is not taken again."""

@@ -13,9 +13,11 @@ from typing import Any
 from ftrain.comms.environment import inherited_environment
 from ftrain.comms.errors import UsageError
 from ftrain.comms.job import JobSpec
-from ftrain.comms.protocol.messages import Formation, Held
+from ftrain.comms.protocol.messages import Formation
+from ftrain.configs.schema import SnapshotConfig
 from ftrain.launch.contract import place_of
 from ftrain.launch.helper import HelperProcess
+from ftrain.launch.protection import guard_groups, slots_for_parity
 from ftrain.launch.reaper import Reaper
 from ftrain.snapshot.protocol.messages import (
     Drop,
@@ -40,7 +42,7 @@ class ManagerLink:
     """Keeps one snapshot manager running, and replaces one that answers no more.
 
     Args:
-        on_started: the manager serves; called with its address and inventory, also after a restart.
+        on_started: the manager serves, as it says; also after a restart.
         on_message: any other message for the agent.
         on_down: it died, and why; a new one is on its way.
         on_mistake: no manager has ever served here, and none will before the user mends this.
@@ -54,7 +56,7 @@ class ManagerLink:
         incarnation: int,
         reaper: Reaper,
         *,
-        on_started: Callable[[str, tuple[Held, ...]], None],
+        on_started: Callable[[ManagerStarted], None],
         on_message: Callable[[Any], None],
         on_down: Callable[[str], None],
         on_mistake: Callable[[str], None],
@@ -69,6 +71,8 @@ class ManagerLink:
         self._loop = asyncio.get_running_loop()
         self._start_s_max = _START_LEASES * job.config.detection.node_lease_s
         self._served = False
+        self._generation = 0  # of managers, so that no number of theirs is used twice
+        self._config = job.config.snapshot
         self._refusal = ""  # told already
         self._on_mistake = on_mistake
         self._say = say
@@ -102,7 +106,7 @@ class ManagerLink:
 
     def set_group(self, formation: Formation, dead: tuple[int, ...] = ()) -> None:
         """Tell the manager, and each one after it, which group this node's ranks form."""
-        self._group = _group(formation, self._setup.node, dead)
+        self._group = _group(formation, self._setup.node, dead, self._config)
         self.post(self._group)
 
     def rank_died(self, epoch: int, rank: int) -> None:
@@ -123,7 +127,9 @@ class ManagerLink:
 
     def _set_up(self) -> None:
         taken = tuple(self._slots)
-        self._process.post(replace(self._setup, taken=taken), [self._slots[slot] for slot in taken])
+        self._generation += 1
+        setup = replace(self._setup, taken=taken, generation=self._generation)
+        self._process.post(setup, [self._slots[slot] for slot in taken])
         if self._group is not None:
             self._process.post(self._group)
         self._ping(self._start_s_max)
@@ -138,7 +144,7 @@ class ManagerLink:
             self._forget(Taken(message.rank, message.slot))
         elif isinstance(message, ManagerStarted):
             self._served, self._refusal = True, ""
-            self._on_started(message.address, message.held)
+            self._on_started(message)
         elif isinstance(message, SetupRefused):
             self._refused(message)
         elif isinstance(message, Pong):
@@ -193,24 +199,32 @@ def _setup(job: JobSpec, node: int, incarnation: int, socket_path: str) -> Setup
         socket_path=socket_path,
         bind=config.launch.bind,
         host=config.launch.host,
-        slots=config.snapshot.slots,
+        slots=config.snapshot.slots + slots_for_parity(job),
         # nodes on one machine share its memory
         memory_share_max=config.snapshot.memory_share_max / max(1, config.launch.local_nodes),
         bytes_per_s_max=config.checkpoint.bytes_per_s_max,
         checkpoint_dir=folder if config.checkpoint.enabled else "",
+        parity_bytes_per_s_max=config.snapshot.parity_bytes_per_s_max,
     )
 
 
-def _group(formation: Formation, node: int, dead: tuple[int, ...]) -> SetGroup:
+def _group(
+    formation: Formation, node: int, dead: tuple[int, ...], config: SnapshotConfig
+) -> SetGroup:
     place = place_of(formation, node)
     others = (p for p in formation.places if p.node != node)
     restore = formation.restore
+    mine = next(g for g in guard_groups(formation.places, config) if node in g.nodes)
     return SetGroup(
         epoch=formation.epoch,
         first_rank=place.first_rank,
         local_world=place.local_world,
         world_size=formation.world_size,
         peers=tuple(Peer(p.node, p.incarnation, p.smp_address) for p in others),
-        base=restore.version if restore.level == "memory" else None,
+        base=restore.version if restore.in_memory else None,
         dead=dead,
+        guards=mine.nodes if mine.parity else (),
+        parity=mine.parity,
+        kept=restore.round,
+        rebuild=next((r for r in restore.rebuilds if r.node == node), None),
     )

@@ -11,7 +11,8 @@ from ftrain.comms.events import EventLog
 from ftrain.comms.protocol.messages import Notice
 
 _BACKLOG_MAX = 200  # notices kept while nobody watches
-_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn", "written")  # for the event log only
+# For the event log only.
+_QUIET_KINDS = ("phase", "total_steps", "save", "withdrawn", "written", "parity")
 
 
 class News:

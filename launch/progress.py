@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ftrain.comms.protocol.messages import NodeReport, Notice
+from ftrain.launch.exposure import protected_everywhere
 from ftrain.launch.incidents import Account
 
 
@@ -39,12 +40,14 @@ class Progress:
         step = min(report.step for report in reports)
         self._account.step = step
         committed = [r.committed.step for r in reports if r.committed is not None]
+        protected = protected_everywhere(reports)
         data: dict[str, object] = {
             "step": step,
             "total_steps": self.total_steps,
             "steps_per_s": self._rate.update(step, now_s),
             "loss": reports[0].loss,
             "snapshot_step": min(committed, default=-1),
+            "protected_step": -1 if protected is None else protected.step,
             "incidents": self._account.incidents,
         }
         return Notice("progress", f"step {step}", data)

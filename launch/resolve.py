@@ -257,6 +257,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "snapshot.memory_share_max": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     "snapshot.finish_capture_s": _at_least(0),
+    "snapshot.parity": (lambda v: 0 <= v <= 16, "0 to 16"),
+    "snapshot.group": (lambda v: 2 <= v <= 255, "2 to 255"),
+    "snapshot.parity_bytes_per_s_max": _at_least(0),
+    "snapshot.node_mtbf_s": (lambda v: v > 0, "more than 0"),
+    "snapshot.rack_mtbf_s": _at_least(0),
     "snapshot.barrier_s_max": _at_least(0),
     "checkpoint.durable_every_s": (lambda v: v > 0, "more than 0"),
     "checkpoint.durable_every_steps": _at_least(0),
@@ -304,7 +309,12 @@ def _check_ranges(config: FtrainConfig) -> None:
             place_name(config.checkpoint.remote)
         except ConfigError as error:
             raise ConfigError(f"checkpoint.remote: {error}") from None
-    launch = config.launch
+    snapshot, launch = config.snapshot, config.launch
+    if snapshot.parity >= snapshot.group:
+        raise ConfigError(
+            f"snapshot.group={snapshot.group} nodes can't stand the loss of "
+            f"snapshot.parity={snapshot.parity}: make the group larger or the parity smaller"
+        )
     if launch.local_nodes and launch.nnodes not in (1, launch.local_nodes):
         raise ConfigError(
             f"launch.local_nodes={launch.local_nodes} puts every node on this machine, so"

@@ -22,7 +22,11 @@ from ftrain.comms.addresses import (
     loopback_behind,
     parse_address,
 )
-from ftrain.comms.environment import default_run_dir, secret_from_environment
+from ftrain.comms.environment import (
+    default_run_dir,
+    rack_from_environment,
+    secret_from_environment,
+)
 from ftrain.comms.errors import UsageError
 from ftrain.comms.events import EventLog
 from ftrain.comms.job import JobSpec, write_job
@@ -250,6 +254,8 @@ def _job(
     )
     durable = config.checkpoint
     durable = dataclasses.replace(durable, dir=str(_durable_folder(config, directory)))
+    snapshot = config.snapshot
+    snapshot = dataclasses.replace(snapshot, rack=snapshot.rack or rack_from_environment())
     if spread:
         coordinator = settings.rdzv_endpoint
     else:
@@ -259,7 +265,7 @@ def _job(
         run_id=directory.record.run_id,
         secret=secret,
         run_dir=str(directory.path),
-        config=dataclasses.replace(config, launch=settings, checkpoint=durable),
+        config=dataclasses.replace(config, launch=settings, checkpoint=durable, snapshot=snapshot),
         argv=request.argv,
         module=request.module,
         script_digest=script.digest,

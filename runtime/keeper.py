@@ -32,6 +32,7 @@ from ftrain.snapshot.fetch import fetch_images
 
 Note = Callable[[str], None]
 _LAST_S_MAX = 15.0  # for the run's last version: a manager that hangs is replaced by then
+_REBUILD_S_MAX = 600.0  # until what a lost node held is rebuilt here
 
 
 class Keeper(Protocol):
@@ -152,7 +153,8 @@ class SnapshotKeeper:
         self, state: TrainingState, plan: RestorePlan, version: VersionId
     ) -> dict[str, Any]:
         held_here = self._context.node in plan.sources  # a node that took another's place has none
-        near = _readable(self._context, version, self._open(version) if held_here else [])
+        wait_s = _REBUILD_S_MAX if plan.rebuilds else None
+        near = _readable(self._context, version, self._open(version, wait_s) if held_here else [])
         sources = _RemoteSources(self._context, plan, version)
         verify = "always" if self._config.verify_restore else "off"
         restoration = Restoration(near, sources, verify=verify)
@@ -171,9 +173,9 @@ class SnapshotKeeper:
             self._client.repaired(version, damage, used)
         return small
 
-    def _open(self, version: VersionId) -> list[OpenedImage]:
+    def _open(self, version: VersionId, wait_s: float | None) -> list[OpenedImage]:
         try:
-            return self._client.open(version)
+            return self._client.open(version, wait_s)
         except StateError:
             return []  # another node may have it
 

@@ -251,13 +251,14 @@ class SnapshotClient:
 
     # ------------------------------------------------------------ reading
 
-    def open(self, version: VersionId) -> list[OpenedImage]:
+    def open(self, version: VersionId, wait_s: float | None = None) -> list[OpenedImage]:
         """Every image of ``version`` on this node, read-only; kept until :meth:`release`.
 
-        Raises PeerLostError, or StateError when there is none.
+        ``wait_s``: longer than usual, for what is being rebuilt there.  Raises PeerLostError, or
+        StateError when there is none.
         """
         with self._lock:
-            answer, fds = self._call(Open(0, version), Opened, _START_S_MAX)
+            answer, fds = self._call(Open(0, version), Opened, wait_s or _START_S_MAX)
             try:
                 views = [map_fd(fd, os.fstat(fd).st_size, writable=False) for fd in fds]
             finally:

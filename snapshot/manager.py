@@ -62,6 +62,7 @@ from ftrain.snapshot.store import SlotStore
 
 _SETUP_S_MAX = 30.0
 _REPAIRS_REMEMBERED = 256
+_PARITY_TOLD_EVERY_S = 5.0  # what a round took, for the event log
 _GROWTH_SETTLES_S = 0.5  # moments come with the first optimizer step
 _OOM_SCORE = -500  # what it holds is the way back for everybody else
 
@@ -78,6 +79,7 @@ class Manager:
         self._stating: asyncio.TimerHandle | None = None
         self._repairs: deque[str] = deque(maxlen=_REPAIRS_REMEMBERED)  # told already
         self._parity = 0  # nodes that may be lost at once
+        self._parity_told_s = -_PARITY_TOLD_EVERY_S
         secret = bytes.fromhex(setup.secret)
         identity = Identity(setup.run_id, "smp", setup.node, setup.incarnation)
         self._store = SlotStore(
@@ -160,7 +162,7 @@ class Manager:
             post=self._gossip.post,
             address_of=self._gossip.address_of,
             on_made=self._parity_made,
-            on_protected=lambda version: self._link.post(ParityComplete(version)),
+            on_protected=self._protected,
             on_trouble=self._trouble,
         )
         protector.adopted()
@@ -311,7 +313,13 @@ class Manager:
         remedy = f"repaired from {sources}" if sources else "what was in it was not needed"
         self._link.post(Notice("repair", f"{what}; {remedy}", data))
 
+    def _protected(self, version: VersionId) -> None:
+        self._link.post(ParityComplete(version, self._store.custody.epoch))
+
     def _parity_made(self, made: Made) -> None:
+        if self._loop.time() < self._parity_told_s + _PARITY_TOLD_EVERY_S:
+            return
+        self._parity_told_s = self._loop.time()
         mib = -(-made.nbytes >> 20)
         text = f"node {self._setup.node}: parity of step {made.version.step}, {mib} MiB"
         self._link.post(Notice("parity", text, {"node": self._setup.node, **asdict(made)}))

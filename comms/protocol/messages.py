@@ -155,6 +155,7 @@ class NodeReport:
     withdrawn: tuple[VersionId, ...] = ()  # newest versions that a rank here had captured wrongly
     parity: tuple[HeldParity, ...] = ()  # final only in IDLE and STOPPED
     protected: VersionId | None = None  # newest version of which every node has its parity
+    protected_in: int = 0  # epoch of the group that protected it
     rack: str = ""  # what fails together with this node; "": nothing that is known of
 
 
@@ -193,6 +194,7 @@ class RestorePlan:
     reason: str = ""  # the arithmetic, in words
     rebuilds: tuple[Rebuild, ...] = ()  # parity: what has to be rebuilt before it is in memory
     round: RoundId | None = None  # whose parity all nodes keep until there is newer
+    lost: str = ""  # why a newer version is not restored from, where parity does not suffice
     trusted: bool = False  # no loss speaks against it: the script has its own reasons
 
     @property

@@ -38,6 +38,7 @@ from ftrain.comms.protocol.messages import (
     Directive,
     Formation,
     Held,
+    HeldParity,
     NodeReport,
     NodeState,
     Order,
@@ -170,10 +171,11 @@ class NodeMember:
         incarnation: int,
         local_world: int,
         host: str,
+        rack: str = "",
         report_every_ticks: int = 5,
     ) -> None:
         self._report = NodeReport(
-            node, incarnation, 0, 0, NodeState.IDLE, local_world, host, smp_address=""
+            node, incarnation, 0, 0, NodeState.IDLE, local_world, host, smp_address="", rack=rack
         )
         self._report_every_ticks = report_every_ticks
         self._ticks = 0
@@ -283,7 +285,7 @@ class NodeMember:
         step = 0 if version is None else version.step
         self._tell(epoch=self._epoch, **_NOTHING_YET)
         # What the epoch before left is known; of many ranks it would be most of each report.
-        self._tell(step=step, step_max=step, kept_max=step, held=())
+        self._tell(step=step, step_max=step, kept_max=step, held=(), parity=())
         self._effects.append(ForkRanks(wanted.formation))
         self._enter(Event.RUN)
 
@@ -366,19 +368,23 @@ class NodeMember:
             self._finish_captures()
             self._enter(Event.FAILED)
 
-    def captures_finished(self, epoch: int, held: Sequence[Held]) -> None:
+    def captures_finished(
+        self, epoch: int, held: Sequence[Held], parity: Sequence[HeldParity] = ()
+    ) -> None:
         """No capture is pending that could still be finished."""
         if epoch != self._epoch or self._phase is not Phase.FINISHING:
             return
-        self._tell_now(held=tuple(held))
+        self._tell_now(held=tuple(held), parity=tuple(parity))
         self._enter(Event.CAPTURED)
         self._pursue()
 
-    def ranks_gone(self, epoch: int, held: Sequence[Held]) -> None:
-        """No process of any rank is left on this node; ``held`` is the final inventory."""
+    def ranks_gone(
+        self, epoch: int, held: Sequence[Held], parity: Sequence[HeldParity] = ()
+    ) -> None:
+        """No process of any rank is left on this node; that is the final inventory."""
         if epoch != self._epoch or self._phase is not Phase.KILLING:
             return
-        self._tell_now(held=tuple(held))
+        self._tell_now(held=tuple(held), parity=tuple(parity))
         self._enter(Event.GONE)
         self._pursue()
 
@@ -414,10 +420,14 @@ class NodeMember:
         """The snapshot manager's data address; empty while it is down."""
         self._tell_now(smp_address=address)
 
-    def held(self, held: Sequence[Held]) -> None:
+    def held(self, held: Sequence[Held], parity: Sequence[HeldParity] = ()) -> None:
         """What the snapshot manager holds, told while no rank runs."""
         if self._phase in _AT_REST:
-            self._tell_now(held=tuple(held))
+            self._tell_now(held=tuple(held), parity=tuple(parity))
+
+    def protected(self, version: VersionId, epoch: int) -> None:
+        """Every node of ``epoch`` has its parity of a version."""
+        self._tell(protected=version, protected_in=epoch)
 
     def withdrawn(self, version: VersionId) -> None:
         """A rank here found that it had captured ``version`` wrongly; its files are no good."""

@@ -91,7 +91,8 @@ def plan_restore(
         best = replace(best, reason="; ".join([*sums, *_rest(plain.reason)]))
     elif notes:
         best = replace(best, reason="; ".join([best.reason, *notes]))
-    return replace(best, round=round_to_keep(rounds, memory.held, refused))
+    lost = notes[0] if notes else ""
+    return replace(best, round=round_to_keep(rounds, memory.held, refused), lost=lost)
 
 
 def _newest_rebuilt(

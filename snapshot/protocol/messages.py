@@ -167,9 +167,10 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class ParityComplete:
-    """Every node of the group has its parity of ``version``."""
+    """Every node of the group of ``epoch`` has its parity of ``version``."""
 
     version: VersionId
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
