@@ -79,14 +79,7 @@ class Agent:
         self._job = job
         self._node = node
         self._incarnation = incarnation
-        launch = job.config.launch
-        self._machine = NodeMember(
-            node=node,
-            incarnation=incarnation,
-            local_world=job.local_world,
-            host=launch.host,
-            rack=rack_of(job, node),
-        )
+        self._machine = _member(job, node, incarnation)
         self._uplink = Uplink(
             job,
             node,
@@ -121,7 +114,7 @@ class Agent:
         self._stores = GroupStores(
             self._server,
             self._reaper,
-            launch.bind,
+            job.config.launch.bind,
             opened=self._uplink.send,
             lost=self._store_lost,
             say=self._say,
@@ -564,6 +557,16 @@ class Agent:
         )
         with suppress(OSError):  # a full disk hides the node from `ftrain status`, no more
             write_node_file(self._job.run_dir, file)
+
+
+def _member(job: JobSpec, node: int, incarnation: int) -> NodeMember:
+    return NodeMember(
+        node=node,
+        incarnation=incarnation,
+        local_world=job.local_world,
+        host=job.config.launch.host,
+        rack=rack_of(job, node),
+    )
 
 
 def main() -> int:
