@@ -14,7 +14,9 @@ import asyncio
 import secrets
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -29,6 +31,7 @@ from ftrain.comms.addresses import (
     parse_address,
     tune,
 )
+from ftrain.comms.bulk import send_frames
 from ftrain.comms.channel_blocking import (
     BlockingChannel,
     connect_blocking,
@@ -108,6 +111,7 @@ class Channel:
         self._receiving = False
         self._backlog: deque[Any] = deque()
         self._data_lock = asyncio.Lock()
+        self._deferred: list[bytes] | None = None  # messages, while a thread sends
         self._frames_in_turn = 0
 
     @property
@@ -127,6 +131,9 @@ class Channel:
         unread.
         """
         self._raise_if_closed()
+        if self._deferred is not None:
+            self._deferred.append(wire.encode(message))
+            return
         frame = self._sender.control(wire.encode(message))
         if self._queued_bytes + len(frame) > QUEUED_BYTES_MAX:
             self._end(PeerLostError(f"{self.peer} does not read its messages: connection closed"))
@@ -140,6 +147,9 @@ class Channel:
         :class:`LocalProtocolError` for what can't be a message.
         """
         self._raise_if_closed()
+        if self._deferred is not None:
+            self._deferred.append(wire.encode(message))
+            return
         self._enqueue(memoryview(self._sender.control(wire.encode(message))))
         await self._wait_sent(self._position() - QUEUED_BYTES_HIGH)
 
@@ -160,6 +170,35 @@ class Channel:
                     await asyncio.sleep(0)  # a fast peer must not starve the loop's other tasks
                 await self._wait_sent(self._position())
         except asyncio.CancelledError:
+            self._end(PeerLostError("the connection was closed: a bulk transfer was cancelled"))
+            raise
+
+    async def send_data_by(self, pool: Executor, views: Sequence[memoryview]) -> None:
+        """The same for several buffers, by a thread of ``pool``: with its priority, and the loop
+        has nothing to do with it.  Messages that are sent meanwhile follow behind.
+        """
+        async with self._data_lock:
+            await self._wait_sent(self._position())
+            self._deferred = []
+            try:
+                with self._socket.dup() as sock:  # this one may be closed under the thread
+                    work = self._loop.run_in_executor(pool, send_frames, sock, self._sender, views)
+                    await self._wait_for_thread(work)
+            except OSError as error:
+                self._end(PeerLostError(f"lost {self.peer}: {error.strerror or error}"))
+            finally:
+                deferred, self._deferred = self._deferred, None
+            self._raise_if_closed()
+            for payload in deferred:
+                self._enqueue(memoryview(self._sender.control(payload)))
+
+    async def _wait_for_thread(self, work: asyncio.Future[None]) -> None:
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # it ends soon
+            await asyncio.wait([work])
             self._end(PeerLostError("the connection was closed: a bulk transfer was cancelled"))
             raise
 

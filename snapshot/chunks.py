@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ from ftrain.comms.errors import (
     RemoteProtocolError,
     StateError,
 )
+from ftrain.comms.process import lower_priority
 from ftrain.comms.protocol.messages import RoundId, VersionId
 from ftrain.snapshot.bundle import Bundle
-from ftrain.snapshot.parity import ImageRow, NodeRow, ParityRecord, encode_record
+from ftrain.snapshot.parity import BLOCK_BYTES, ImageRow, NodeRow, ParityRecord, encode_record
 from ftrain.snapshot.parity_slots import ParitySlots
 from ftrain.snapshot.protocol.messages import (
     BundleAnswer,
@@ -34,6 +36,8 @@ from ftrain.snapshot.store import Image, SlotStore, places_of
 
 _TIMEOUT_S = 10.0  # without anything moving
 _DAMAGE_MAX = 16  # told in one answer
+_SENDERS = 256  # one for each node that asks: who waits for one of us may hold up another
+_NICE = 10  # training goes first
 
 _Answer = TypeVar("_Answer")
 Request = BundleRequest | ChunkRequest | RowRequest | SoundRequest  # of a manager, to another
@@ -64,6 +68,11 @@ class ChunkServer:
         self._store = store
         self._slots = slots
         self._node = node
+        self._pool = ThreadPoolExecutor(_SENDERS, "ftrain-send", lambda: lower_priority(_NICE))
+
+    def close(self) -> None:
+        """What is under way is left to its end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def serve(self, channel: Channel, request: Request) -> None:
         """Answer one request; what is sent can't be overwritten meanwhile."""
@@ -91,10 +100,9 @@ class ChunkServer:
         try:
             with self._pinned(request.version) as images:
                 bundle = Bundle({image.rank: image.view for image in images}, request.chunk_bytes)
-                pieces = list(bundle.pieces(request.chunk, 0, request.nbytes))
+                pieces = _by_block(bundle, request.chunk, request.nbytes)
                 await channel.send(ChunkAnswer())
-                for piece in pieces:
-                    await channel.send_data(piece)
+                await channel.send_data_by(self._pool, pieces)
         except (StateError, CorruptionError) as error:
             await channel.send(ChunkAnswer(str(error)))
 
@@ -107,7 +115,7 @@ class ChunkServer:
             await channel.send(ChunkAnswer(str(error)))
             return
         await channel.send(ChunkAnswer())
-        await channel.send_data(row[: request.nbytes])
+        await channel.send_data_by(self._pool, [row[: request.nbytes]])
 
     async def _sound(self, request: SoundRequest) -> SoundAnswer:
         try:
@@ -136,6 +144,13 @@ class ChunkServer:
             yield images
         finally:
             self._store.custody.unpin(places)
+
+
+def _by_block(bundle: Bundle, chunk: int, nbytes: int) -> list[memoryview]:
+    """The first bytes of a chunk, so that no frame goes beyond a block that is read at once."""
+    starts = range(0, nbytes, BLOCK_BYTES)
+    ranges = [(start, min(start + BLOCK_BYTES, nbytes)) for start in starts]
+    return [piece for start, stop in ranges for piece in bundle.pieces(chunk, start, stop)]
 
 
 def sound_chunks(

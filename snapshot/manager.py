@@ -189,6 +189,7 @@ class Manager:
             await self._over.wait()
         finally:
             self._ranks.close()
+            self._chunks.close()
             self._protector.close()
             self._rebuilder.close()
             self._gossip.close()
