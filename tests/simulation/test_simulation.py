@@ -17,8 +17,8 @@ from sim_mutants import CountsTheWithdrawn, GivesUpUnsaved, restores_withdrawn
 from sim_schedule import Fault, Options, Schedule, draw
 from sim_shrink import failure, shrink
 
-from ftrain.comms.protocol import membership as membership_module
 from ftrain.comms.protocol import node as node_module
+from ftrain.comms.protocol import transitions
 from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.protocol.node import NodeMember
@@ -52,7 +52,7 @@ class Rows:
         """Rows that were never taken."""
         return [
             f"{type(phase).__module__}: {phase.name} {event.name}"
-            for module in (membership_module, node_module)
+            for module in (transitions, node_module)
             for phase, row in module.TRANSITIONS.items()
             for event in row
             if not self.taken[phase, event]
@@ -137,8 +137,8 @@ def test_a_half_started_group_goes_on_under_a_new_coordinator() -> None:
     rows = Rows()
     for schedule in RARE:
         simulate(schedule, rows.machines)
-    phases = membership_module.Phase
-    events = membership_module.Event
+    phases = transitions.Phase
+    events = transitions.Event
     assert rows.taken[phases.RECOVERING, events.SOME_RUN]
     assert rows.taken[phases.RECOVERING, events.OVER]
 
