@@ -95,6 +95,7 @@ class Coordinator:
         self._bad.withdraw(withdrawn := withdrawn_in(events))
         self._machine = Membership(
             nodes=job.nodes,
+            spares=job.spares,
             hard=begin_with(self._store.load(), self._launch, self._durable, withdrawn),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
@@ -256,8 +257,7 @@ class Coordinator:
         try:
             durable, problems = await asyncio.to_thread(self._durable_versions)
             newest, remarks = self._bad.good(durable)
-            world_size = sum(place.local_world for place in effect.places)
-            held = dict(effect.held)
+            world_size, held = effect.world_size, effect.held_by_members()
             restore = choose_restore(held, world_size, newest, self._bad.memory, remarks)
         except FtrainError as error:
             recorded.set()
@@ -522,7 +522,7 @@ class Coordinator:
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(self._job.config.events.progress_every_s)
-            reports = self._machine.reports
+            reports = self._machine.member_reports()
             if self._machine.phase is not Phase.RUNNING or not reports:
                 continue
             first = reports[0]

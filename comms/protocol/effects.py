@@ -32,8 +32,18 @@ class Form:
 
     epoch: int
     places: tuple[NodePlace, ...]  # in rank order
-    held: tuple[tuple[int, tuple[Held, ...]], ...]  # by node: ``dict(form.held)``
+    held: tuple[tuple[int, tuple[Held, ...]], ...]  # by node, those without a place too
     restarts: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
+        return sum(place.local_world for place in self.places)
+
+    def held_by_members(self) -> dict[int, tuple[Held, ...]]:
+        """What is held by nodes that have a place: only those can be asked by the ranks."""
+        members = {place.node for place in self.places}
+        return {node: held for node, held in self.held if node in members}
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Cluster:
         self.fences: list[Fence] = []  # the records beside them
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
-        self.seats: tuple[int, ...] = ()  # nodes of the last formation that was made
+        self.seats: tuple[int, ...] = ()  # nodes of the last formation that was made and stored
         self.reached = 0  # highest boundary of any rank since the last formation
         self.furthest = 0  # ever
         self.incidents: list[Incident] = []
@@ -208,7 +208,7 @@ class Cluster:
 
     def _persist(self, hard: MembershipHard) -> None:
         self._crash_point("before_persist")
-        self.disk = hard
+        self.disk, self.seats = hard, hard.seats
         assert self.membership is not None
         self.checkers.epoch_stored(hard.epoch, set(self.membership.members))
         self._crash_point("after_persist")
@@ -220,7 +220,7 @@ class Cluster:
             if directive.epoch > 1 and self.take("late_order", address):
                 # One node hears of the formation late, and on another it fails at once.
                 self.network.late(address, self.now + 40)
-                self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
+                self._armed.append(("fork_fails", (int(str(address)) + 1) % self.options.nodes))
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -230,7 +230,9 @@ class Cluster:
         membership, pump = self.membership, self.coordinator.pump
         match effect:
             case Form():
-                self.checkers.epoch_granted(effect.epoch, {p.node for p in effect.places})
+                seats = tuple(p.node for p in effect.places)
+                self.checkers.epoch_granted(effect.epoch, set(seats))
+                self.checkers.seats_given(self.seats, seats, {node for node, _ in effect.held})
                 slow = self.rng.randint(5, 40) if self.now < self.slow_disk_until else -1
                 self.delivered["slow disk"] += slow > 0
                 self.later(
@@ -266,13 +268,11 @@ class Cluster:
             durable = DurableVersion(fence, version.step, "p", world, version.epoch)
         refused = frozenset(self.checkers.withdrawn)
         seats = tuple(p.node for p in form.places)
-        self.checkers.seats_given(self.seats, seats, {node for node, _ in form.held})
         held = {node: found for node, found in form.held if node in seats}
         plan = self.machines.choose_restore(held, world, durable, refused)
         demand(plan.version not in refused, f"{plan.version} was withdrawn and is restored from")
         if membership.phase is Phase.FORMING and membership.hard.epoch == form.epoch:
             self._check_plan(form, plan, durable, world)
-            self.seats = seats
             step = 0 if plan.version is None else plan.version.step
             self.checkers.steps_lost += max(0, self.reached - step)
             self.reached = step
@@ -511,7 +511,8 @@ class Cluster:
         node.disk_full_until = self.now + 2 * fault.ticks
 
     def _arm(self, fault: Fault, node: SimNode) -> None:
-        self._armed.append((fault.kind, node.number))
+        # Where ranks start, most of the time; a torn write is not of one node.
+        self._armed.append((fault.kind, node.number % self.options.nodes))
 
     _fault_torn_write = _fault_form_fails = _fault_fork_fails = _fault_late_order = _arm
 
