@@ -208,7 +208,7 @@ class Cluster:
 
     def _persist(self, hard: MembershipHard) -> None:
         self._crash_point("before_persist")
-        self.disk, self.seats = hard, hard.seats
+        self.disk, self.seats = hard, hard.seats or self.seats
         assert self.membership is not None
         self.checkers.epoch_stored(hard.epoch, set(self.membership.members))
         self._crash_point("after_persist")
