@@ -563,7 +563,8 @@ class Membership:
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
         if self._publishing is not None or waiting or self._wait_ticks:
             return
-        # Else something of this launch can be on a node that this process has not heard of.
+        # Something of this launch can be on a node that this process has not heard of.
+        hidden = set(self._roster.unheard(for_ever=True)) & set(self.members)
         all_heard = not self._hard.formations or len(self.member_reports()) == self._nodes
         members = self._roster.present(self.members)
         last = saving.last_version(members, self._nodes, self._hard, self._committed, self._reached)
@@ -571,7 +572,7 @@ class Membership:
             event = Event.GIVEN_UP if self._hard.giving_up else Event.STOP_ASKED
             self._enter(event, f"saving step {last.to_write.step}, the newest all nodes hold")
             self._aim_at(last.to_write)
-        elif last.durable is not None:
+        elif last.durable is not None and not (hidden and self._hard.formations):
             self._end_saved(last.durable.step, before=True)
         elif last.nothing and all_heard:
             stopped = f"stopped ({self._hard.stop_cause}) with nothing to save"

@@ -198,12 +198,15 @@ class Roster:
             and self.lease_ticks < e.silent_ticks <= _PATIENCE_LEASES * self.lease_ticks
         )
 
-    def unheard(self) -> tuple[int, ...]:
-        """Nodes that never reported and whose lease, counted from the start, still runs."""
+    def unheard(self, *, for_ever: bool = False) -> tuple[int, ...]:
+        """Nodes that never reported and whose lease, counted from the start, still runs; or
+        (``for_ever``) has run out since."""
         return tuple(
             n
             for n, e in enumerate(self._entries)
-            if e.report is None and not e.gone_cause and e.silent_ticks <= self.lease_ticks
+            if e.report is None
+            and not e.gone_cause
+            and (for_ever or e.silent_ticks <= self.lease_ticks)
         )
 
     def present(self, nodes: Iterable[int] | None = None) -> tuple[NodeReport, ...]:
