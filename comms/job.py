@@ -32,8 +32,23 @@ class JobSpec:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes of the job."""
+        """Number of nodes that the job's ranks need."""
         return self.config.launch.local_nodes or self.config.launch.nnodes
+
+    @property
+    def spares(self) -> int:
+        """Number of nodes that wait in addition."""
+        return self.config.launch.spares
+
+    @property
+    def all_nodes(self) -> int:
+        """Number of nodes with an agent."""
+        return self.nodes + self.spares
+
+    @property
+    def local_agents(self) -> int:
+        """Number of agents on this machine."""
+        return self.all_nodes if self.config.launch.local_nodes else 1
 
     @property
     def local_world(self) -> int:

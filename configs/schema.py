@@ -17,6 +17,7 @@ class LaunchConfig:
     nproc_per_node: int = 1
     node_rank: int = 0
     local_nodes: int = 0  # > 0: this many nodes on this machine, each with its own agent
+    spares: int = 0  # nodes more that wait, and take the place of one that is lost
     rdzv_endpoint: str = ""  # "host:port" of the coordinator, for nnodes > 1
     bind: str = "127.0.0.1"
     host: str = "127.0.0.1"  # address under which other nodes reach this one

@@ -94,6 +94,7 @@ class Coordinator:
         self._bad.withdraw(withdrawn := withdrawn_in(events))
         self._machine = Membership(
             nodes=job.nodes,
+            spares=job.spares,
             hard=begin_with(self._store.load(), self._launch, self._durable, withdrawn),
             max_restarts=config.launch.max_restarts,
             lease_ticks=max(1, round(config.detection.node_lease_s / TICK_S)),
@@ -430,7 +431,7 @@ class Coordinator:
             self._spawn(asyncio.to_thread(self._side.remove_withdrawn))
         self._input(self._machine.receive, report)
         formation, now_s = self._machine.hard.formation, time.monotonic()
-        for notice in self._exposure.hear(self._machine.reports, formation, now_s):
+        for notice in self._exposure.hear(self._machine.member_reports(), formation, now_s):
             self._news.announce(notice)
 
     def _refuse_bad_version(self, report: NodeReport) -> None:
@@ -492,7 +493,7 @@ class Coordinator:
     async def _show_progress(self) -> None:
         while True:
             await asyncio.sleep(self._job.config.events.progress_every_s)
-            reports = self._machine.reports
+            reports = self._machine.member_reports()
             if self._machine.phase is not Phase.RUNNING or not reports:
                 continue
             self._news.show(self._progress.notice(reports, time.monotonic()))

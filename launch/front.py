@@ -150,7 +150,7 @@ class Front:
     def _local_nodes(self) -> range:
         launch = self._job.config.launch
         if launch.local_nodes or launch.nnodes == 1:
-            return range(self._job.nodes)
+            return range(self._job.all_nodes)
         return range(launch.node_rank, launch.node_rank + 1)
 
     def _end(self, code: int) -> None:
@@ -312,7 +312,7 @@ class Front:
 
     def _tell_missed_faults(self) -> None:
         """A fault beyond the end of the run proves nothing, and should not seem to have done so."""
-        if self._injector is None or len(self._local_nodes()) < self._job.nodes:
+        if self._injector is None or len(self._local_nodes()) < self._job.all_nodes:
             return  # other hosts' injectors have done their part
         missed = []
         with suppress(FtrainError):  # a replay that can't be read: the injector has said so

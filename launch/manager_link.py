@@ -201,7 +201,7 @@ def _setup(job: JobSpec, node: int, incarnation: int, socket_path: str) -> Setup
         host=config.launch.host,
         slots=config.snapshot.slots + slots_for_parity(job),
         # nodes on one machine share its memory
-        memory_share_max=config.snapshot.memory_share_max / max(1, config.launch.local_nodes),
+        memory_share_max=config.snapshot.memory_share_max / job.local_agents,
         bytes_per_s_max=config.checkpoint.bytes_per_s_max,
         checkpoint_dir=folder if config.checkpoint.enabled else "",
         parity_bytes_per_s_max=config.snapshot.parity_bytes_per_s_max,

@@ -172,6 +172,12 @@ class _LaunchParser:
             help="ranks per node: a number, auto, cpu or gpu (default 1)",
         )
         option("--local-nodes", metavar="N", help="run N nodes on this machine, each with an agent")
+        option(
+            "--spares",
+            metavar="N",
+            help="N nodes more wait, each with an agent; one takes the place of a node that is lost"
+            " at once, and that node waits as a spare when it is back (0)",
+        )
         option("--node-rank", metavar="K", help="this machine's node, from 0")
         option("--run-dir", metavar="DIR", help="state of the run (./ftrain-runs/<script name>)")
         option("--run-id", "--rdzv-id", dest="run_id", metavar="ID", help="name of the run")
@@ -226,7 +232,7 @@ def parse_launch(tokens: Sequence[str]) -> LaunchRequest:
 def _option_overrides(found: argparse.Namespace, notes: list[str]) -> dict[str, tuple[str, str]]:
     """Configuration key -> (option, value), for every option that was given."""
     given: dict[str, tuple[str, str]] = {}
-    for name in ("local_nodes", "node_rank", "max_restarts"):
+    for name in ("local_nodes", "spares", "node_rank", "max_restarts"):
         value = getattr(found, name)
         if value is not None:
             option = f"--{name.replace('_', '-')}"

@@ -241,6 +241,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "launch.nproc_per_node": _at_least(1),
     "launch.node_rank": _at_least(0),
     "launch.local_nodes": _at_least(0),
+    "launch.spares": _at_least(0),
     "launch.log_attempts": _at_least(1),
     "launch.max_restarts": _at_least(0),
     "launch.tee": _STD_RANGE,
@@ -320,8 +321,9 @@ def _check_ranges(config: FtrainConfig) -> None:
             f"launch.local_nodes={launch.local_nodes} puts every node on this machine, so"
             f" launch.nnodes={launch.nnodes} can't hold as well: leave one of them out"
         )
-    if launch.node_rank >= (1 if launch.local_nodes else launch.nnodes):
+    if launch.node_rank >= (1 if launch.local_nodes else launch.nnodes + launch.spares):
+        spares = f" + launch.spares={launch.spares}" if launch.spares else ""
         raise ConfigError(
-            f"launch.node_rank={launch.node_rank} must be below launch.nnodes={launch.nnodes}: it"
-            " tells apart nodes on several machines (--nnodes)"
+            f"launch.node_rank={launch.node_rank} must be below launch.nnodes={launch.nnodes}"
+            f"{spares}: it tells apart nodes on several machines (--nnodes)"
         )

@@ -68,7 +68,8 @@ def launch(tokens: Sequence[str]) -> int:
     settings = config.launch
     nodes = settings.local_nodes or settings.nnodes
     world_size = nodes * settings.nproc_per_node
-    check_schedule(config.faults, nodes=nodes, world_size=world_size)
+    check_schedule(config.faults, nodes=nodes + settings.spares, world_size=world_size)
+    _check_spares(settings)
     secret = _secret(settings)
     notes = (*request.notes, *_check_reachable(settings))
     listener = _listen(settings, secret is not None)
@@ -172,6 +173,14 @@ def _secret(settings: LaunchConfig) -> str | None:
                 " on every node"
             )
     return secret
+
+
+def _check_spares(settings: LaunchConfig) -> None:
+    if settings.spares and settings.nnodes == 1 and not settings.local_nodes:
+        raise UsageError(
+            f"--spares {settings.spares} on one node has nothing to spare: say with --local-nodes"
+            " or --nnodes on how many nodes the ranks run"
+        )
 
 
 def _check_reachable(settings: LaunchConfig) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ftrain.checkpoint.durable import DurableStore
@@ -56,6 +57,7 @@ class NodeStatus:
     smp_pid: int
     worker_server_pid: int
     ranks: tuple[RankStatus, ...]
+    waits: bool = False  # as a spare: other nodes have all the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ def read_status(run_dir: str | os.PathLike[str]) -> RunStatus:
     """
     path = Path(run_dir)
     record = read_run_record(path)
-    nodes = tuple(_node(file) for file in read_node_files(path))
+    nodes = _with_spares([_node(file) for file in read_node_files(path)], record.world_size)
     running = any(node.agent_pid for node in nodes)
     return RunStatus(
         run_id=record.run_id,
@@ -125,6 +127,18 @@ def _node(file: NodeFile) -> NodeStatus:
         smp_pid=alive(file.smp_pid),
         worker_server_pid=alive(file.worker_server_pid),
         ranks=tuple(_rank(agent_pid, rank, alive(rank.pid)) for rank in file.ranks),
+    )
+
+
+def _with_spares(nodes: Sequence[NodeStatus], world_size: int) -> tuple[NodeStatus, ...]:
+    """The nodes, and which of them wait while the newest formation has all its ranks elsewhere."""
+    newest = max((node.epoch for node in nodes if node.ranks), default=0)
+    whole = sum(len(node.ranks) for node in nodes if node.epoch == newest) >= world_size
+    return tuple(
+        replace(node, waits=True, ranks=())  # what it had in an earlier epoch is gone
+        if whole and node.agent_pid and (node.epoch < newest or not node.ranks)
+        else node
+        for node in nodes
     )
 
 
@@ -225,7 +239,8 @@ def _print_status(status: RunStatus) -> None:
     for node in status.nodes:
         name = str(node.node)
         if not node.agent_pid or not node.ranks:
-            what = "starting" if node.agent_pid else "its agent is gone"
+            what = "waits as a spare" if node.waits else "starting"
+            what = what if node.agent_pid else "its agent is gone"
             rows.append((name, "", "", what, "", "", "", "", ""))
         for rank in node.ranks:
             rows.append((name, *_cells(rank)))

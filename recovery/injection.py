@@ -58,7 +58,7 @@ class Injector:
         self._faults = faults
         self._seed = seed
         self._began_s = time.monotonic()
-        self._sightings = Sightings(job.run_dir, job.nodes)
+        self._sightings = Sightings(job.run_dir, job.all_nodes)
         self._log = EventLog(Path(job.run_dir) / FAULTS_FILE, _LOG_BYTES_MAX)
         self._tools = Tools(Path(job.run_dir), self._sightings, self._log, self._check_running)
         if any(CATALOGUE[fault.kind].kind is FaultKind.OOM for fault in faults):
@@ -89,26 +89,49 @@ class Injector:
                 await asyncio.sleep(chance.expovariate(1.0 / fault.mtbf_s))
             strike = Strike(
                 f"{os.getpid()}-{index}-{number}",
-                self._with_victim(fault, chance),
+                self._drawn(fault, chance),
                 CATALOGUE[fault.kind],
                 self._began_s,
                 self._tools,
             )
+            local = self._drawn_local(strike.fault, chance)
             await self._wait(strike)
+            strike.fault = await self._found(strike.fault, local)
             ends.append(await strike.commit())
         return ends
 
-    def _with_victim(self, fault: FaultConfig, chance: random.Random) -> FaultConfig:
-        """The fault with its victim drawn, where it says random."""
+    def _drawn(self, fault: FaultConfig, chance: random.Random) -> FaultConfig:
+        """The fault with a rank drawn, where it says random: where that is, time will tell."""
         target = CATALOGUE[fault.kind].target
-        per_node = self._job.local_world
+        if target is Target.JOB or max(fault.rank, fault.node) >= 0:
+            return fault
+        first = chance.randrange(self._job.nodes) * self._job.local_world
+        return replace(fault, rank=first + (self._draw(chance) if target is Target.RANK else 0))
+
+    def _drawn_local(self, fault: FaultConfig, chance: random.Random) -> int:
+        """Which of its node's ranks it hits, where it names the node alone."""
+        named = CATALOGUE[fault.kind].target is Target.RANK and fault.rank < 0
+        return self._draw(chance) if named else 0
+
+    def _draw(self, chance: random.Random) -> int:
+        return chance.randrange(self._job.local_world)
+
+    async def _found(self, fault: FaultConfig, local: int) -> FaultConfig:
+        """The fault, now that it is due, with the victim's number: ranks move between nodes."""
+        target = CATALOGUE[fault.kind].target
         if target is Target.RANK and fault.rank < 0:
-            node = fault.node if fault.node >= 0 else chance.randrange(self._job.nodes)
-            return replace(fault, rank=node * per_node + chance.randrange(per_node), node=-1)
+            while len(seen := self._there(fault)) <= local:
+                await asyncio.sleep(_NEAR_S)
+            return replace(fault, rank=sorted(each.rank for each in seen)[local], node=-1)
         if target is Target.NODE and fault.node < 0:
-            node = fault.rank // per_node if fault.rank >= 0 else chance.randrange(self._job.nodes)
-            return replace(fault, node=node)
+            while not (seen := self._there(fault)):
+                await asyncio.sleep(_NEAR_S)
+            return replace(fault, node=seen[0].file.node)
         return fault
+
+    def _there(self, fault: FaultConfig) -> list[Sighting]:
+        self._look()
+        return self._sightings.there(fault.node, fault.rank)
 
     async def _wait(self, strike: Strike) -> None:
         """Until the fault is due; what a rank can time better itself is due at once."""
@@ -157,9 +180,10 @@ class Injector:
 
     def _candidates(self, fault: FaultConfig) -> list[Sighting]:
         """Ranks whose progress says that the fault is due."""
-        node = fault.node if CATALOGUE[fault.kind].target is Target.NODE else -1
-        rank = fault.rank if node < 0 else -1
-        return list(self._sightings.ranks(node=node, rank=rank))
+        node = fault.node
+        found = list(self._sightings.ranks(node, fault.rank if node < 0 else -1))
+        # A node without ranks, a spare, has no progress of its own.
+        return found if found or node < 0 else list(self._sightings.ranks())
 
     def _look(self) -> None:
         self._check_running()
@@ -180,7 +204,7 @@ def inject_now(run_dir: str | os.PathLike[str], fault: FaultConfig) -> dict[str,
     job runs there.
     """
     job = read_job(Path(run_dir) / "job.json")
-    check_fault(fault, nodes=job.nodes, world_size=job.nodes * job.local_world, now=True)
+    check_fault(fault, nodes=job.all_nodes, world_size=job.nodes * job.local_world, now=True)
     seed = random.SystemRandom().getrandbits(32)
     return asyncio.run(Injector(job, (fault,), seed).run())[-1]
 
@@ -252,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             die_with_parent(job.front_pid)
             ignore_stop_signals()
         faults = replace(job.config.faults, schedule=_schedule(job.config.faults))
-        check_schedule(faults, nodes=job.nodes, world_size=job.nodes * job.local_world)
+        check_schedule(faults, nodes=job.all_nodes, world_size=job.nodes * job.local_world)
         asyncio.run(Injector(job, faults.schedule, faults.seed).run())
     except FtrainError as error:
         sys.stderr.write(f"ftrain: {error}\n")

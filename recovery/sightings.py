@@ -71,14 +71,23 @@ class Sightings:
         self.reached = max(self.reached, *(seen.step for seen in self.ranks()), -1)
 
     def ranks(self, node: int = -1, rank: int = -1) -> Iterator[Sighting]:
-        """The ranks of ``node`` (-1: of any), only ``rank`` unless that is -1."""
-        for file in self.files.values():
-            if node not in (-1, file.node):
-                continue
-            for entry in file.ranks:
-                page = self._pages.get(_key(file, entry))
-                if page is not None and rank in (-1, entry.rank):
-                    yield Sighting(file, entry, page)
+        """The ranks of ``node`` (-1: of any), only ``rank`` unless that is -1.
+
+        A rank is where its newest epoch has it: a spare may have taken its node's place.
+        """
+        newest = {
+            entry.rank: (file, entry)
+            for file in sorted(self.files.values(), key=lambda each: each.epoch)
+            for entry in file.ranks
+        }
+        for file, entry in newest.values():
+            page = self._pages.get(_key(file, entry))
+            if page is not None and node in (-1, file.node) and rank in (-1, entry.rank):
+                yield Sighting(file, entry, page)
+
+    def there(self, node: int = -1, rank: int = -1) -> list[Sighting]:
+        """Like :meth:`ranks`, but only on nodes whose agents live."""
+        return [seen for seen in self.ranks(node, rank) if _agent_lives(seen.file)]
 
     def close(self) -> None:
         """Unmap the pages."""

@@ -236,11 +236,9 @@ class Strike:
     def _begin(self, pid: int) -> None:
         self.tools.sightings.look()
         rank = self.fault.rank if self.spec.target is Target.RANK else -1
-        seen = max(
-            self.tools.sightings.ranks(node=self.fault.node, rank=rank),
-            key=lambda each: each.step,
-            default=None,
-        )
+        ranks = self.tools.sightings.ranks
+        there = list(ranks(node=self.fault.node, rank=rank)) or (ranks() if rank < 0 else ())
+        seen = max(there, key=lambda each: each.step, default=None)
         self._facts |= {"pid": pid, "node": self.fault.node, "step": -1, "phase": ""}
         self._facts["epoch"] = -1
         if seen is not None:
@@ -255,9 +253,9 @@ class Strike:
     def _see(self, seen: Sighting) -> None:
         """Note where the victim (or, where it is no rank, the foremost rank) stands."""
         self._facts |= {"step": seen.step, "phase": seen.phase.name.lower()}
-        self._facts |= {"epoch": seen.file.epoch, "node": seen.file.node}
-        if self.spec.target is Target.JOB:
-            self._facts["node"] = -1
+        self._facts |= {"epoch": seen.file.epoch, "node": self.fault.node}
+        if self.spec.target is Target.RANK:
+            self._facts["node"] = seen.file.node
 
     def _see_fired(self, seen: Sighting) -> None:
         """Note what the rank wrote down when it committed the fault."""

@@ -28,11 +28,13 @@ class Outbox:
             self._ticks_ago[node] += 1
 
     def due(
-        self, reports: Sequence[NodeReport], directive: Directive, *, flush_answered: set[int]
-    ) -> Iterator[int]:
-        """The nodes that have to be told ``directive`` now, for the first time or again."""
-        for report in reports:
+        self, told: Sequence[tuple[NodeReport, Directive]], *, flush_answered: set[int]
+    ) -> Iterator[tuple[int, Directive]]:
+        """Who has to be told what now, for the first time or again, of all that is to be told."""
+        for report, directive in told:
             node = report.node
+            if directive.order is Order.WAIT:
+                continue
             if self._sent.get(node) == (report.incarnation, directive):
                 done = followed(report, directive, flush_answered=node in flush_answered)
                 pace = _FOLLOWED_PACE if done else 1
@@ -40,7 +42,7 @@ class Outbox:
                     continue
             self._sent[node] = (report.incarnation, directive)
             self._ticks_ago[node] = 0
-            yield node
+            yield node, directive
 
 
 def directive_of(
@@ -50,7 +52,7 @@ def directive_of(
     flush: FlushRound | None,
     reason: str,
 ) -> Directive:
-    """What every node is to do while the coordinator is in ``phase``."""
+    """What every member is to do while the coordinator is in ``phase``."""
     if phase is Phase.FINISHED:
         return Directive(hard.epoch, Order.FINISH, exit_code=hard.ended, reason=reason)
     if phase in (Phase.GATHERING, Phase.STOPPING):
@@ -70,6 +72,19 @@ def directive_of(
     if phase in (Phase.STARTING, Phase.RUNNING) and hard.formation is not None:
         return Directive(hard.epoch, Order.RUN, with_addresses(hard.formation, reports))
     return Directive(hard.epoch, Order.WAIT, reason=reason)
+
+
+def for_spares(
+    directive: Directive, hard: MembershipHard, reports: Sequence[NodeReport]
+) -> Directive:
+    """What nodes without a seat are told while members are told ``directive``.
+
+    To be at rest, which a spare is; a node whose seat was taken while it was silent may not be.
+    """
+    if directive.order in (Order.STOP, Order.FINISH):
+        return directive
+    newest = max((r.epoch for r in reports), default=0)
+    return Directive(max(hard.epoch, newest), Order.STOP, reason="it waits as a spare")
 
 
 def followed(report: NodeReport, directive: Directive, *, flush_answered: bool) -> bool:

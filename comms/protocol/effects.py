@@ -34,19 +34,24 @@ class Form:
 
     epoch: int
     places: tuple[NodePlace, ...]  # in rank order
-    reports: tuple[NodeReport, ...]  # of the nodes that have a place
+    reports: tuple[NodeReport, ...]  # of all nodes that are there, those without a place too
     restarts: int
     reached: int = 0  # highest boundary of any rank so far
 
     @property
+    def members(self) -> frozenset[int]:
+        """The nodes that have a place: only those can be asked by the ranks."""
+        return frozenset(place.node for place in self.places)
+
+    @property
     def held(self) -> dict[int, tuple[Held, ...]]:
-        """What each node's memory holds."""
-        return {report.node: report.held for report in self.reports}
+        """What each member's memory holds."""
+        return {r.node: r.held for r in self.reports if r.node in self.members}
 
     @property
     def parity(self) -> dict[int, tuple[HeldParity, ...]]:
-        """What parity each node holds."""
-        return {report.node: report.parity for report in self.reports}
+        """What parity each member holds."""
+        return {r.node: r.parity for r in self.reports if r.node in self.members}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """The coordinator's machine: who is in, under which epoch, and when the job is over.
 
-One replica group of a fixed number of nodes.  Theory of operation:
+One replica group of a fixed number of nodes, and spare ones.  Theory of operation:
 
-* An **epoch** is granted when all nodes are there and no rank is alive.  It is in ``hard`` before
-  anything is said under it, so no crash has it granted twice (as long as the disk takes it).
+* An **epoch** is granted when every seat of the group has a node (``seats``) and no rank is alive.
+  It is in ``hard`` before anything is said under it, so no crash has it granted twice (as long as
+  the disk takes it).  Who has a seat is a **member**; what the others do is no matter.
 * Every node is told its whole :class:`Directive` again until its report shows that it was followed.
   So nothing here depends on a single message arriving, or on one arriving only once.
 * What the nodes do is known from their reports alone.  A coordinator that is killed and started
@@ -15,16 +16,15 @@ One replica group of a fixed number of nodes.  Theory of operation:
   than ``max_restarts`` of those in a row end the job, and so does a mistake that no restart mends.
   What the nodes' memory holds is saved first, as at a graceful stop, within ``grace_ticks``.
 
-Only :meth:`Membership._enter` changes the phase, along ``TRANSITIONS``.
+Only :meth:`Membership._enter` changes the phase, along ``transitions.TRANSITIONS``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.comms.errors import LocalProtocolError
 from ftrain.comms.protocol import saving
-from ftrain.comms.protocol.directives import Outbox, directive_of
+from ftrain.comms.protocol.directives import Outbox, directive_of, for_spares
 from ftrain.comms.protocol.effects import Announce, EndJob, Form, Obstacle, Publish
 from ftrain.comms.protocol.flush import FlushRound, Wish, due
 from ftrain.comms.protocol.messages import (
@@ -34,7 +34,6 @@ from ftrain.comms.protocol.messages import (
     NodeReport,
     NodeState,
     Notice,
-    Order,
     StopRequest,
     VersionId,
 )
@@ -47,10 +46,12 @@ from ftrain.comms.protocol.records import (
     begin_incident,
     close_incident,
     count_failure,
+    count_trouble,
     failures_in_words,
 )
 from ftrain.comms.protocol.roster import Roster, Trouble, places_of
-from ftrain.comms.protocol.transitions import TRANSITIONS, Event, Phase
+from ftrain.comms.protocol.seats import changes_in_words, empty_seats, take_seats
+from ftrain.comms.protocol.transitions import Event, Phase, after
 
 _FLUSH_TRIES = 6
 _SAVE_TRIES = 3
@@ -59,7 +60,7 @@ _RUNS = (NodeState.RUNNING, NodeState.DONE)
 
 
 class Membership:
-    """The membership machine of one replica group of ``nodes`` nodes.
+    """The membership machine of one replica group of ``nodes`` nodes; ``spares`` more wait.
 
     ``launch`` names one ``ftrain launch``: equal in all coordinator processes of it, different in
     every other (the modification time of job.json serves).  What ``hard`` says besides the epoch
@@ -74,6 +75,7 @@ class Membership:
         self,
         *,
         nodes: int,
+        spares: int = 0,
         hard: MembershipHard | None,
         max_restarts: int,
         lease_ticks: int,
@@ -91,7 +93,7 @@ class Membership:
         self._flush_margin = flush_margin
         self._grace_ticks = grace_ticks
         self._save_at_end = save_at_end
-        self._roster = Roster(nodes, lease_ticks)
+        self._roster = Roster(nodes + spares, lease_ticks)
         self._hard = MembershipHard.of_launch(hard, launch)
         self._stored = hard
         self._messages: list[tuple[Address, object]] = []
@@ -132,9 +134,19 @@ class Membership:
         return self._hard
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """The nodes of the present formation, or else of the last one, in rank order."""
+        granted = tuple(place.node for place in self._places)
+        return granted or self._hard.seats or tuple(range(self._nodes))
+
+    @property
     def reports(self) -> tuple[NodeReport, ...]:
-        """Newest report of each node that was heard of, by node."""
+        """Newest report of each node that was heard of, by node; spares too."""
         return self._roster.reports()
+
+    def member_reports(self) -> tuple[NodeReport, ...]:
+        """Newest report of each member that was heard of, in rank order."""
+        return self._roster.reports(self.members)
 
     # ------------------------------------------------------------------ inputs
 
@@ -259,12 +271,7 @@ class Membership:
     # ------------------------------------------------------------------ phases
 
     def _enter(self, event: Event, reason: str) -> None:
-        try:
-            self._phase = TRANSITIONS[self._phase][event]
-        except KeyError:
-            raise LocalProtocolError(
-                f"membership: {event.value} can't happen while {self._phase.value}: a bug in ftrain"
-            ) from None
+        self._phase = after(self._phase, event)
         if self._phase in (Phase.STOPPING, Phase.GATHERING):
             self._round = None
             self._wish.broken_off()
@@ -305,12 +312,11 @@ class Membership:
 
     def _recovering(self) -> None:
         """A new coordinator process learns where the nodes stand."""
-        if self._roster.unheard():
+        if set(self._roster.unheard()) & set(self.members):
             self._explain("the coordinator is new and waits for the nodes' reports")
             return
         trouble = self._trouble(started=False)
-        reports = self._roster.reports()
-        here = [r for r in reports if r.epoch == self._hard.epoch]
+        here = [r for r in self.member_reports() if r.epoch == self._hard.epoch]
         if trouble or self._hard.giving_up:
             self._break(trouble)
         elif len(here) == self._nodes and all(r.state in _RUNS for r in here):
@@ -322,12 +328,14 @@ class Membership:
             self._enter(Event.BROKEN, "the coordinator died while the group was forming")
 
     def _gathering(self) -> None:
-        """No rank is alive; wait for all nodes, then grant the next epoch."""
+        """No rank is alive; wait until each seat has a node, then grant the next epoch."""
+        self._places = self._hard.formation.places if self._hard.formation else ()
         if self._hard.stop_cause or self._hard.giving_up:
             self._save_from_memory()
             return
-        absences = [(n, self._roster.absence(n)) for n in range(self._nodes)]
-        missing = [f"node {n} {why}" for n, why in absences if why]
+        present, unheard = [r.node for r in self._roster.present()], self._roster.unheard()
+        empty = empty_seats(self._hard.seats, self._nodes, present, unheard)
+        missing = [f"node {node} {self._roster.absence(node)}" for node in empty]
         if missing:
             self._explain(f"waiting for {self._nodes} nodes: {'; '.join(missing)}")
         elif not self._roster.at_rest(self._hard.epoch):
@@ -336,28 +344,29 @@ class Membership:
             self._grant()
 
     def _grant(self) -> None:
-        reports = self._roster.present()
-        epoch = max(self._hard.epoch, *(r.epoch for r in reports)) + 1
-        self._places = places_of(reports)
+        present, last = self._roster.present(), self._hard.seats
+        epoch = max(self._hard.epoch, *(r.epoch for r in present)) + 1
+        seats = take_seats(last, self._nodes, [r.node for r in present])
+        self._places = places_of(self._roster.reports(seats))
+        if changes := changes_in_words(last, seats):
+            self._say("info", changes, {"epoch": epoch})
         self._hard = replace(
             self._hard, epoch=epoch, formation=None, base=self._committed.newest, stop_step=-1
         )
         self._enter(Event.COMPLETE, f"all {self._nodes} nodes are there: forming epoch {epoch}")
-        self._effects.append(Form(epoch, self._places, reports, self._hard.restarts, self._reached))
+        self._effects.append(Form(epoch, self._places, present, self._hard.restarts, self._reached))
 
     def _forming(self) -> None:
-        trouble = self._trouble(started=False)
-        if trouble:
+        if trouble := self._trouble(started=False):
             self._break(trouble)
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping before the start: {self._hard.stop_cause}")
 
     def _starting(self) -> None:
         """The ranks start; what fails here counts like any failure."""
-        trouble = self._trouble(started=False)
-        if trouble:
+        if trouble := self._trouble(started=False):
             self._break(trouble)
-        elif all(r.epoch == self._hard.epoch and r.state in _RUNS for r in self._roster.reports()):
+        elif all(r.epoch == self._hard.epoch and r.state in _RUNS for r in self.member_reports()):
             self._enter(Event.ALL_RUN, f"epoch {self._hard.epoch} runs")
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping before a step: {self._hard.stop_cause}")
@@ -367,7 +376,7 @@ class Membership:
         self._close_incident()
         if trouble:
             self._break(trouble)
-        elif self._all_done() and all(r.stopped_at < 0 for r in self._roster.reports()):
+        elif self._all_done() and all(r.stopped_at < 0 for r in self.member_reports()):
             self._finish()  # also when a stop was asked for: there is nothing left to stop
         elif self._hard.stop_cause:
             self._enter(Event.STOP_ASKED, f"stopping: {self._hard.stop_cause}")
@@ -375,7 +384,7 @@ class Membership:
             self._watch_flush()
 
     def _all_done(self) -> bool:
-        return all(r.state is NodeState.DONE for r in self._roster.reports())
+        return all(r.state is NodeState.DONE for r in self.member_reports())
 
     def _finish(self) -> None:
         """Every rank ended by itself: the last version goes to the durable level, then all is over.
@@ -420,7 +429,7 @@ class Membership:
         if trouble:
             self._break(trouble)
             return
-        reports = self._roster.reports()
+        reports = self.member_reports()
         if self._hard.stop_step < 0:
             if all(r.pausing or r.state is NodeState.DONE for r in reports):
                 reachable = [b for r in reports for b in (r.step_max, *r.boundaries)]
@@ -447,7 +456,7 @@ class Membership:
             self._end_saved(self._hard.durable.step)
             return
         waited_for = self._round.answered.union(self._roster.may_return())
-        for node in sorted(set(range(self._nodes)) - waited_for):
+        for node in sorted(set(self.members) - waited_for):
             if absence := self._roster.absence(node):
                 self._end_unsaved(f"step {self._round.target.step} is lost: node {node} {absence}")
                 return
@@ -459,12 +468,8 @@ class Membership:
         return self._roster.trouble(self._places, self._hard.epoch, started=started)
 
     def _break(self, trouble: Trouble) -> None:
-        words, hard = trouble.words(self._places), self._hard
-        # A version that can't be put back is refused from then on, so such failures are finite.
-        named = hard.formation is not None and hard.formation.restore.version is not None
-        finite = named and any(f.kind in ("restore", "loss") for f in trouble.failures)
-        if hard.counted_epoch != hard.epoch and not finite:  # once per epoch, whoever counts
-            hard = count_failure(hard, self._committed.newest, trouble.nature())
+        words = trouble.words(self._places)
+        hard = count_trouble(self._hard, self._committed.newest, trouble)
         self._hard = begin_incident(hard, trouble, self._places, self._reached)
         mistakes = trouble.mistakes()
         if hard.stop_cause or hard.giving_up:
@@ -488,7 +493,7 @@ class Membership:
     def _close_incident(self) -> None:
         hard = self._hard
         if hard.incident is not None and hard.formation is not None:
-            closed = close_incident(hard.incident, hard.formation, self._roster.reports())
+            closed = close_incident(hard.incident, hard.formation, self.member_reports())
             self._effects.append(closed)
             self._hard = replace(hard, incident=None)
 
@@ -500,15 +505,15 @@ class Membership:
 
     def _aim_at(self, version: VersionId, margin: int = 0, every: int = 0) -> None:
         self._attempts += 1
-        hard, nodes = self._hard, range(self._nodes)
-        self._round = FlushRound(version, hard.epoch, nodes, margin, self._attempts, every)
+        epoch, members = self._hard.epoch, self.members
+        self._round = FlushRound(version, epoch, members, margin, self._attempts, every)
 
     def _watch_flush(self) -> None:
         if self._round is None or self._publishing is not None:
             return
         version = self._round.prepared()
         if version is not None:
-            self._publishing = Publish(self._hard.epoch, version, tuple(range(self._nodes)))
+            self._publishing = Publish(self._hard.epoch, version, self.members)
             self._effects.append(self._publishing)
             if self._phase is not Phase.SAVING:
                 self._round = None
@@ -552,29 +557,25 @@ class Membership:
         silent = self._roster.may_return()
         if self._hard.formations:  # something ran: a node that has not reported may hold it
             silent += self._roster.unheard()
+        silent = tuple(node for node in silent if node in self.members)
         if waiting := bool(silent) or not self._roster.at_rest(self._hard.epoch):
             self._explain(f"stopping: waiting for nodes {silent or 'to have no rank alive'}")
         if self._publishing is not None or waiting or self._wait_ticks:
             return
-        durable, giving_up = self._hard.durable, self._hard.giving_up
-        present, withdrawn = self._roster.present(), self._committed.withdrawn
-        newest = saving.newest_everywhere(present, self._nodes, withdrawn)
-        known = max((v for v in (newest, self._committed.newest) if v is not None), default=None)
-        # Else something of this launch can be on a node that this process has not heard of.
-        all_heard = not self._hard.formations or len(self._roster.reports()) == self._nodes
-        if giving_up and newest is not None and newest.step == 0:
-            newest = known = None  # nothing was trained
-        if newest is not None and (durable is None or newest > durable):
-            event = Event.GIVEN_UP if giving_up else Event.STOP_ASKED
-            self._enter(event, f"saving step {newest.step}, the newest all nodes hold")
-            self._aim_at(newest)
-        elif durable is not None and (
-            durable >= known if known is not None else durable.step >= self._reached
-        ):
-            self._end_saved(durable.step, before=True)
-        elif known is None and self._reached == 0 and all_heard:
+        # Something of this launch can be on a node that this process has not heard of.
+        hidden = set(self._roster.unheard(for_ever=True)) & set(self.members)
+        all_heard = not self._hard.formations or len(self.member_reports()) == self._nodes
+        members = self._roster.present(self.members)
+        last = saving.last_version(members, self._nodes, self._hard, self._committed, self._reached)
+        if last.to_write is not None:
+            event = Event.GIVEN_UP if self._hard.giving_up else Event.STOP_ASKED
+            self._enter(event, f"saving step {last.to_write.step}, the newest all nodes hold")
+            self._aim_at(last.to_write)
+        elif last.durable is not None and not (hidden and self._hard.formations):
+            self._end_saved(last.durable.step, before=True)
+        elif last.nothing and all_heard:
             stopped = f"stopped ({self._hard.stop_cause}) with nothing to save"
-            self._end(self._hard.exit_code(EXIT_SAVED), giving_up or stopped)
+            self._end(self._hard.exit_code(EXIT_SAVED), self._hard.giving_up or stopped)
         else:
             self._end_unsaved("no node's memory has all of a version to save")
 
@@ -590,10 +591,9 @@ class Membership:
 
     def _direct(self) -> None:
         """Send each node its directive when it is new, and again until it is followed."""
-        reports = self._roster.reports()
+        reports, members = self._roster.reports(), self.members
         directive = directive_of(self._phase, self._hard, reports, self._round, self._reason)
-        if directive.order is Order.WAIT:
-            return
+        aside = for_spares(directive, self._hard, reports)
         answered = self._round.answered if self._round is not None else set()
-        due_nodes = self._outbox.due(reports, directive, flush_answered=answered)
-        self._messages += [(node, directive) for node in due_nodes]
+        told = [(r, directive if r.node in members else aside) for r in reports]
+        self._messages += self._outbox.due(told, flush_answered=answered)

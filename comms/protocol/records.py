@@ -48,6 +48,7 @@ class MembershipHard:
     epoch: int = 0  # highest ever granted, over all launches of the run
     durable: VersionId | None = None  # newest published
     formation: Formation | None = None  # of `epoch`, once it is made
+    seats: tuple[int, ...] = ()  # node numbers of the last formation that was made, in rank order
     formations: int = 0  # made so far
     base: VersionId | None = None  # newest committed when `epoch` was granted
     failures_in_row: int = 0  # with no newly committed version in between
@@ -92,6 +93,18 @@ def count_failure(hard: MembershipHard, committed: VersionId | None, cause: str)
         last_cause=cause,
         counted_epoch=hard.epoch,
     )
+
+
+def count_trouble(
+    hard: MembershipHard, committed: VersionId | None, trouble: Trouble
+) -> MembershipHard:
+    """Count what ended ``hard.epoch``, once per epoch, whoever counts."""
+    # A version that can't be put back is refused from then on, so such failures are finite.
+    named = hard.formation is not None and hard.formation.restore.version is not None
+    finite = named and any(f.kind in ("restore", "loss") for f in trouble.failures)
+    if hard.counted_epoch == hard.epoch or finite:
+        return hard
+    return count_failure(hard, committed, trouble.nature())
 
 
 def failures_in_words(hard: MembershipHard) -> str:

@@ -98,7 +98,7 @@ def _verb(failure: RankFailure) -> str:
 
 
 def places_of(reports: Iterable[NodeReport]) -> tuple[NodePlace, ...]:
-    """Every node's place in a formation of all of them, by node."""
+    """Every node's place in a formation of all of them, in this order."""
     places: list[NodePlace] = []
     first_rank = 0
     for r in reports:
@@ -174,9 +174,10 @@ class Roster:
         """A node's newest report, even of one that is absent now."""
         return self._entries[node].report
 
-    def reports(self) -> tuple[NodeReport, ...]:
-        """The newest reports of all nodes ever heard of, by node."""
-        return tuple(e.report for e in self._entries if e.report is not None)
+    def reports(self, nodes: Iterable[int] | None = None) -> tuple[NodeReport, ...]:
+        """The newest reports of all nodes ever heard of, by node; or of ``nodes``, in order."""
+        asked = range(self.nodes) if nodes is None else nodes
+        return tuple(r for n in asked if (r := self._entries[n].report) is not None)
 
     def absence(self, node: int) -> str:
         """Why a node does not count as present, in words; empty when it is present."""
@@ -199,21 +200,20 @@ class Roster:
             and self.lease_ticks < e.silent_ticks <= _PATIENCE_LEASES * self.lease_ticks
         )
 
-    def unheard(self) -> tuple[int, ...]:
-        """Nodes that never reported and whose lease, counted from the start, still runs."""
+    def unheard(self, *, for_ever: bool = False) -> tuple[int, ...]:
+        """Nodes that never reported and whose lease, counted from the start, still runs; or
+        (``for_ever``) has run out since."""
         return tuple(
             n
             for n, e in enumerate(self._entries)
-            if e.report is None and not e.gone_cause and e.silent_ticks <= self.lease_ticks
+            if e.report is None
+            and not e.gone_cause
+            and (for_ever or e.silent_ticks <= self.lease_ticks)
         )
 
-    def present(self) -> tuple[NodeReport, ...]:
-        """The newest reports of the nodes that are present, by node."""
-        return tuple(
-            e.report
-            for n, e in enumerate(self._entries)
-            if e.report is not None and not self.absence(n)
-        )
+    def present(self, nodes: Iterable[int] | None = None) -> tuple[NodeReport, ...]:
+        """The newest reports of the nodes that are present, by node; or of ``nodes``, in order."""
+        return tuple(r for r in self.reports(nodes) if not self.absence(r.node))
 
     def at_rest(self, epoch: int) -> bool:
         """No present node has a rank, nor will it start one of an epoch up to ``epoch``."""

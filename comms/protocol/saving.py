@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ftrain.comms.protocol.messages import Formation, NodeReport, RestorePlan, VersionId
 from ftrain.comms.protocol.records import MembershipHard
@@ -56,6 +56,7 @@ def formed(hard: MembershipHard, formation: Formation, reached: int, step: int) 
         hard,
         durable=_durable_now(hard.durable, formation.restore),
         formation=formation,
+        seats=tuple(place.node for place in formation.places),
         formations=hard.formations + 1,
         incident=hard.incident and hard.incident.rewound(reached, step),
     )
@@ -88,6 +89,34 @@ def saved_end(hard: MembershipHard, step: int, *, before: bool) -> str:
     if before:
         return f"stopped ({hard.stop_cause}): step {step} was saved before"
     return f"stopped ({hard.stop_cause}) with step {step} saved"
+
+
+@dataclass(frozen=True, slots=True)
+class LastVersion:
+    """What there is to save of a job whose ranks are gone: at most one of these is true."""
+
+    to_write: VersionId | None = None  # every node holds it, and it is newer than what is durable
+    durable: VersionId | None = None  # nothing newer is known
+    nothing: bool = False  # nothing was trained
+
+
+def last_version(
+    members: tuple[NodeReport, ...],
+    nodes: int,
+    hard: MembershipHard,
+    committed: Committed,
+    reached: int,
+) -> LastVersion:
+    """What the present ``members`` of a group of ``nodes`` hold, or none of these."""
+    durable, newest = hard.durable, newest_everywhere(members, nodes, committed.withdrawn)
+    known = max((v for v in (newest, committed.newest) if v is not None), default=None)
+    if hard.giving_up and newest is not None and newest.step == 0:
+        newest = known = None  # nothing was trained
+    if newest is not None and (durable is None or newest > durable):
+        return LastVersion(to_write=newest)
+    if durable is not None and (durable >= known if known is not None else durable.step >= reached):
+        return LastVersion(durable=durable)
+    return LastVersion(nothing=known is None and reached == 0)
 
 
 def newest_everywhere(

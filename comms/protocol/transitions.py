@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
+from ftrain.comms.errors import LocalProtocolError
+
 
 class Phase(StrEnum):
     """What the coordinator is busy with."""
@@ -88,3 +90,13 @@ TRANSITIONS: Mapping[Phase, Mapping[Event, Phase]] = MappingProxyType(
         Phase.FINISHED: {},
     }
 )
+
+
+def after(phase: Phase, event: Event) -> Phase:
+    """The phase that ``event`` leads to."""
+    try:
+        return TRANSITIONS[phase][event]
+    except KeyError:
+        raise LocalProtocolError(
+            f"membership: {event.value} can't happen while {phase.value}: a bug in ftrain"
+        ) from None

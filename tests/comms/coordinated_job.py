@@ -30,19 +30,23 @@ STOPPED, DONE = NodeState.STOPPED, NodeState.DONE
 class Job:
     """A coordinator, and nodes that say what the test wants them to say."""
 
-    def __init__(self, nodes: int = 2, max_restarts: int = 3, **options: Any) -> None:
+    def __init__(
+        self, nodes: int = 2, max_restarts: int = 3, spares: int = 0, **options: Any
+    ) -> None:
         self.nodes = nodes
+        self.spares = spares
         self.options = {"max_restarts": max_restarts, "lease_ticks": LEASE} | options
         self.disk: MembershipHard | None = None
         self.sequence = 0
         self.reports = {
-            n: NodeReport(n, 1, 0, 0, IDLE, 1, f"h{n}", f"h{n}:1") for n in range(nodes)
+            n: NodeReport(n, 1, 0, 0, IDLE, 1, f"h{n}", f"h{n}:1") for n in range(nodes + spares)
         }
         self.start()
 
     def start(self, launch: str = "first") -> None:
         """A new coordinator process."""
-        self.machine = Membership(nodes=self.nodes, hard=self.disk, launch=launch, **self.options)
+        size = {"nodes": self.nodes, "spares": self.spares}
+        self.machine = Membership(hard=self.disk, launch=launch, **size, **self.options)
         self.directives: dict[int, Directive] = {}
         self.effects: list[Any] = []
         self.take()
@@ -58,8 +62,8 @@ class Job:
         self.effects += [e for e in ready.effects if not isinstance(e, Announce)]
 
     def say(self, *nodes: int, **changes: Any) -> None:
-        """These nodes report."""
-        for node in nodes or range(self.nodes):
+        """These nodes report; all members if none is named."""
+        for node in nodes or self.machine.members:
             self.sequence += 1
             if "flush" in changes and node in self.directives:  # an answer is to the newest order
                 changes["flush_attempt"] = self.directives[node].flush_attempt
@@ -88,9 +92,9 @@ class Job:
         return form.epoch
 
     def run(self, step: int | None = None) -> int:
-        """All nodes run what was formed."""
+        """All members run what was formed."""
         epoch = self.form(step)
-        assert {d.order for d in self.directives.values()} == {Order.RUN}
+        assert self.order is Order.RUN
         self.say(epoch=epoch, state=RUNNING, failures=(), step_max=step or 0)
         assert self.machine.phase is Phase.RUNNING
         return epoch
@@ -105,8 +109,8 @@ class Job:
 
     @property
     def order(self) -> Order:
-        """What every node is told."""
-        (order,) = {d.order for d in self.directives.values()}
+        """What every member is told."""
+        (order,) = {self.directives[node].order for node in self.machine.members}
         return order
 
 

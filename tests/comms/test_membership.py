@@ -381,6 +381,22 @@ def test_a_death_while_stopping_saves_what_all_hold() -> None:
     assert "node 0: disk full" in end.reason
 
 
+def test_what_a_node_that_a_new_coordinator_never_hears_of_may_hold_is_not_called_saved() -> None:
+    job, epoch = running()
+    job.machine.request_flush()
+    job.take()
+    target = job.directives[0].flush
+    assert target is not None
+    job.say(flush=target, fence=epoch, prepared=(target,))
+    job.machine.published(epoch, target)
+    job.take()
+    job.start()
+    job.tick(LEASE + 1)
+    job.give(StopRequest("SIGTERM"))
+    (end,) = job.effects
+    assert end == EndJob(1, "stopped (SIGTERM), but no node's memory has all of a version to save")
+
+
 def test_a_stop_before_anything_ran() -> None:
     job = Job()
     job.give(StopRequest("Ctrl-C"))

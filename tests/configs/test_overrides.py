@@ -130,11 +130,22 @@ def test_mistakes_are_one_sentence(override: str, words: list[str]) -> None:
         (["launch.nnodes=2", "launch.node_rank=2"], "must be below"),
         (["launch.node_rank=3"], "launch.node_rank=3 must be below launch.nnodes=1"),
         (["launch.local_nodes=2", "launch.node_rank=1"], "must be below launch.nnodes=1"),
+        (["launch.spares=-1"], "launch.spares must be at least 0"),
+        (
+            ["launch.nnodes=2", "launch.spares=1", "launch.node_rank=3"],
+            r"must be below launch.nnodes=2 \+ launch.spares=1",
+        ),
+        (["launch.local_nodes=2", "launch.spares=1", "launch.node_rank=1"], "must be below"),
     ],
 )
 def test_contradictions(overrides: list[str], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         resolve(overrides)
+
+
+def test_a_spare_of_several_hosts_has_a_rank_beyond_theirs() -> None:
+    config = resolve(["launch.nnodes=2", "launch.spares=1", "launch.node_rank=2"])
+    assert config.launch.node_rank == 2
 
 
 @pytest.mark.parametrize("token", ["a=b", "launch.nnodes=2", "+x=1", "~x=", "faults.schedule=[]"])

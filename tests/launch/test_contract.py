@@ -85,6 +85,13 @@ def test_a_node_without_a_place_is_an_error() -> None:
         place_of(FORMATION, 5)
 
 
+def test_spares_are_no_nodes_of_the_ranks(tmp_path: Path) -> None:
+    job = make_job(tmp_path, local_nodes=2, spares=1)
+    assert (job.nodes, job.all_nodes, job.local_agents) == (2, 3, 3)
+    job = make_job(tmp_path, spares=2)  # on hosts of their own
+    assert (job.nodes, job.all_nodes, job.local_agents) == (2, 4, 1)
+
+
 def test_threads_are_a_fair_share(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     assert threads_per_rank(make_job(tmp_path)) == max(1, cores // 2)

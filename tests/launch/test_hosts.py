@@ -183,3 +183,16 @@ def test_an_address_that_is_not_the_hosts_own_is_wrong_usage(hosts: Hosts) -> No
     assert second.shown.count("ftrain: node 1: can't listen on 192.0.2.1:0: ") == 1, second.shown
     assert "Traceback" not in second.shown
     assert first.popen.poll() is None
+
+
+@pytest.mark.slow
+def test_a_spare_host_takes_the_place_of_one_that_is_lost(hosts: Hosts) -> None:
+    first, lost = (hosts.launch(node, "--spares=1") for node in (0, 1))
+    wait_for(lambda: began(first) == began(lost) == 1)
+    spare = hosts.launch(2, "--spares=1")
+    wait_for(lambda: read_node_file(node_file_path(spare.run_dir, 2)))
+    lost.popen.kill()  # nobody is left to say so
+    wait_for(lambda: "rank 1 began" in spare.shown and began(first) == 2, 40)
+    hosts.go_on()
+    assert (first.wait(), spare.wait()) == (0, 0)
+    assert "node 2 takes the place of node 1" in first.shown

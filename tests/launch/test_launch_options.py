@@ -22,6 +22,7 @@ from ftrain.launch.resolve import resolve
         ("--nproc_per_node=2 t.py", ["launch.nproc_per_node=2"], ["t.py"]),
         ("seed=1 --nnodes 2:2 t.py", ["launch.nnodes=2", "seed=1"], ["t.py"]),
         ("--local_nodes=3 t.py", ["launch.local_nodes=3"], ["t.py"]),
+        ("--local-nodes 2 --spares 1 t.py", ["launch.local_nodes=2", "launch.spares=1"], ["t.py"]),
         ("-- a=b.py x", [], ["a=b.py", "x"]),
         ("seed=1 -- seed=2", ["seed=1"], ["seed=2"]),
         ("-r 0:1,1:2 t.py", ["launch.redirects=0:1,1:2"], ["t.py"]),

@@ -1,4 +1,4 @@
-"""A stand-in for a node's agent: ``python fake_node.py RUN_DIR NODE RANKS INCARNATION``.
+"""A stand-in for a node's agent: ``fake_node.py RUN_DIR NODE RANKS INCARNATION [FIRST EPOCH]``.
 
 Keeps real pages and real children (ranks that train, a snapshot manager and a worker server that
 sleep), writes the node's file, and starts all ranks again, in the next epoch, when one ends.  How
@@ -27,11 +27,14 @@ signal.pause()
 
 
 class FakeNode:
-    def __init__(self, run_dir: str, node: int, ranks: int, incarnation: int) -> None:
+    def __init__(
+        self, run_dir: str, node: int, ranks: int, incarnation: int, first: int = -1, epoch: int = 0
+    ) -> None:
         self.run_dir = run_dir
         self.node = node
         self.incarnation = incarnation
-        self.epoch = 0
+        self.first = first if first >= 0 else node * ranks  # rank
+        self.epoch = epoch  # before the next one
         self.fds = [TelemetryPage.create() for _ in range(ranks)]
         self.pages = [TelemetryPage(fd) for fd in self.fds]
         self.ranks: list[subprocess.Popen[bytes]] = []
@@ -52,9 +55,8 @@ class FakeNode:
 
     def publish(self) -> None:
         """Write the node's file."""
-        first = self.node * len(self.ranks)
         entries = [
-            NodeRank(rank=first + index, pid=process.pid, telemetry_fd=self.fds[index])
+            NodeRank(rank=self.first + index, pid=process.pid, telemetry_fd=self.fds[index])
             for index, process in enumerate(self.ranks)
         ]
         file = NodeFile(
@@ -70,7 +72,6 @@ class FakeNode:
 
     def run(self) -> None:
         """Until killed."""
-        first = self.node * len(self.fds)
         with open(Path(self.run_dir) / f"ends{self.node}.jsonl", "a") as ends:
             self.form()
             while True:
@@ -78,7 +79,7 @@ class FakeNode:
                 for index, process in enumerate(self.ranks):
                     if process.pid == pid:
                         process.returncode = os.waitstatus_to_exitcode(status)
-                        end = {"rank": first + index, "code": process.returncode}
+                        end = {"rank": self.first + index, "code": process.returncode}
                         ends.write(json.dumps(end) + "\n")
                         ends.flush()
                         self.form()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -40,15 +41,18 @@ COORDINATOR = "import signal; 'coordinator'; signal.pause()"
 class FakeJob:
     """Two nodes of one or two ranks, and a coordinator."""
 
-    def __init__(self, run_dir: Path, nodes: int = 2, per_node: int = 1) -> None:
+    def __init__(self, run_dir: Path, nodes: int = 2, per_node: int = 1, spares: int = 0) -> None:
         self.run_dir = run_dir
         self.nodes = nodes
+        self.spares = spares
         self.per_node = per_node
         self.processes: list[subprocess.Popen[bytes]] = []
         self.write_job(FaultsConfig())
 
     def write_job(self, faults: FaultsConfig) -> Path:
-        launch = LaunchConfig(local_nodes=self.nodes, nproc_per_node=self.per_node)
+        launch = LaunchConfig(
+            local_nodes=self.nodes, spares=self.spares, nproc_per_node=self.per_node
+        )
         return write_job(
             JobSpec(
                 run_id="r",
@@ -65,10 +69,12 @@ class FakeJob:
 
     def start(self) -> None:
         for node in range(self.nodes):
-            command = [sys.executable, str(HERE / "fake_node.py"), str(self.run_dir)]
-            numbers = [str(node), str(self.per_node), "1"]
-            self.processes.append(subprocess.Popen([*command, *numbers]))
+            self.start_node(node, self.per_node, 1)
         wait_for(lambda: len(self.files()) == self.nodes)
+
+    def start_node(self, *numbers: int) -> None:
+        command = [sys.executable, str(HERE / "fake_node.py"), str(self.run_dir)]
+        self.processes.append(subprocess.Popen([*command, *map(str, numbers)]))
 
     def start_coordinator(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([sys.executable, "-c", COORDINATOR])
@@ -272,6 +278,61 @@ def test_random_schedule_is_seeded_and_can_be_replayed(job: FakeJob) -> None:
     (job.run_dir / FAULTS_FILE).unlink()
     repeated = job.inject(schedule, seed=5)
     assert [end["rank"] for end in repeated] == [end["rank"] for end in done]
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Iterator[FakeJob]:
+    """Rank 1 is on node 2 by now; node 1, which had it, has not said yet that it has it no more."""
+    job = FakeJob(tmp_path, spares=1)
+    try:
+        job.start()
+        job.start_node(2, 1, 1, 1, 4)
+        wait_for(lambda: len(job.files()) == 3)
+        yield job
+    finally:
+        job.close()
+
+
+def test_a_rank_is_hit_where_it_is_when_the_fault_is_due(moved: FakeJob) -> None:
+    by_rank, by_node = moved.inject(
+        FaultConfig(kind="sigkill", at_step=5, rank=1),
+        FaultConfig(kind="exit", at_step=20, node=2),
+    )
+    assert (by_rank["rank"], by_rank["node"], by_rank["outcome"]) == (1, 2, "ended")
+    assert (by_node["rank"], by_node["node"], by_node["outcome"]) == (1, 2, "ended")
+    wait_for(lambda: len(moved.ends(2)) == 2)
+    assert moved.ends(1) == []
+
+
+def test_a_nodes_fault_hits_who_has_the_rank_or_the_node_that_is_named(moved: FakeJob) -> None:
+    by_rank, by_node = moved.inject(
+        FaultConfig(kind="smp", at_step=5, rank=1),
+        FaultConfig(kind="smp", at_step=5, node=1),
+    )
+    files = {file.node: file for file in moved.files()}
+    assert (by_rank["node"], by_rank["pid"]) == (2, files[2].smp_pid)
+    assert (by_node["node"], by_node["pid"]) == (1, files[1].smp_pid)
+    assert by_node["step"] >= 5  # of the job: the node has no rank
+
+
+def test_a_random_node_is_one_that_has_ranks(moved: FakeJob) -> None:
+    fault = FaultConfig(kind="node", at_s=0.0)
+    job = read_job(moved.run_dir / "job.json")
+
+    def drawn(seed: int) -> int:
+        injector = Injector(job, (fault,), seed)
+        chosen = injector._drawn(fault, random.Random(seed))
+        return asyncio.run(injector._found(chosen, 0)).node
+
+    nodes = [drawn(seed) for seed in range(12)]
+    assert set(nodes) == {0, 2}
+    assert [drawn(seed) for seed in range(12)] == nodes
+
+
+def test_a_spare_can_be_named_and_no_node_beyond(moved: FakeJob) -> None:
+    assert inject_now(moved.run_dir, FaultConfig(kind="smp", node=2))["node"] == 2
+    with pytest.raises(ConfigError, match="nodes 0 to 2"):
+        inject_now(moved.run_dir, FaultConfig(kind="smp", node=3))
 
 
 def test_inject_now(job: FakeJob) -> None:

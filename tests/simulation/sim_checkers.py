@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ftrain.comms.protocol.messages import Formation, VersionId
@@ -36,6 +37,7 @@ def demand(truth: bool, what: str) -> None:
 class Checkers:
     """God's notebook."""
 
+    members: set[int] = field(default_factory=set)  # the nodes of the newest formation
     granted: int = 0  # newest epoch that is on stable storage, or was asked to be formed
     formed: int = 0  # newest epoch that was asked to be formed
     formations: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -59,15 +61,22 @@ class Checkers:
         steps = {version.step for version in self.saved}
         demand(named is None or int(named[1]) in steps, f"{reason}: only {steps} are")
 
-    def epoch_granted(self, epoch: int) -> None:
-        """A formation of ``epoch`` is asked for."""
+    def epoch_granted(self, epoch: int, members: set[int]) -> None:
+        """A formation of ``epoch`` is asked for, of these nodes."""
         demand(epoch > self.formed, f"epoch {epoch} granted after {self.formed}")
         self.formed = epoch
         self.granted = max(self.granted, epoch)
+        self.members = members
 
-    def epoch_stored(self, epoch: int) -> None:
+    def seats_given(self, before: Sequence[int], now: Sequence[int], present: set[int]) -> None:
+        """A formation is asked for: whoever is present keeps the seat of the formation before."""
+        moved = [old for old, new in zip(before, now, strict=False) if old != new]
+        demand(not present & set(moved), f"seats {before} became {now} with {present} present")
+
+    def epoch_stored(self, epoch: int, members: set[int]) -> None:
         """``epoch`` is on stable storage: it is granted, whatever becomes of it."""
-        self.granted = max(self.granted, epoch)
+        if epoch > self.granted:
+            self.granted, self.members = epoch, members
 
     def formation_announced(self, formation: Formation) -> None:
         """A formation goes out to a node: one membership per epoch."""
@@ -78,35 +87,46 @@ class Checkers:
         demand(known == fixed, f"two memberships in epoch {formation.epoch}: {known}, {fixed}")
 
     def ranks_forked(self, node: int, incarnation: int, formation: Formation) -> None:
-        """A node begins to fork."""
+        """A node begins to fork. One that lost its seat while nothing reached it may be late."""
         demand(
-            formation.epoch == self.granted,
+            formation.epoch == self.granted or node not in self.members,
             f"node {node} forks for epoch {formation.epoch} while {self.granted} is granted",
         )
-        place = next(p for p in formation.places if p.node == node)
+        place = next((p for p in formation.places if p.node == node), None)
+        demand(place is not None, f"node {node} forks for {formation.epoch} without a seat in it")
+        assert place is not None
         demand(
             place.incarnation == incarnation,
             f"node {node} incarnation {incarnation} forks as incarnation {place.incarnation}",
         )
 
-    def alive_epochs(self, epochs: set[int]) -> None:
-        """The epochs of all ranks alive at one moment."""
-        demand(len(epochs) <= 1, f"ranks of epochs {sorted(epochs)} are alive at once")
+    def alive_epochs(self, epochs: dict[int, int]) -> None:
+        """Nodes with ranks alive at one moment, and of which epoch.
+
+        Who lost its seat while it was silent is not known to have ended them, and is on its own.
+        """
+        members = {epoch for node, epoch in epochs.items() if node in self.members}
+        demand(len(members) <= 1, f"ranks of epochs {sorted(members)} are alive at once")
+        others = {epoch for node, epoch in epochs.items() if node not in self.members}
+        demand(
+            all(epoch < self.granted for epoch in others),
+            f"nodes without a seat run epochs {sorted(others)}, {self.granted} is granted",
+        )
 
     def plan_chosen(self, chosen: VersionId | None, best: VersionId | None) -> None:
         """A restore plan was made, while all the memory it speaks of is there."""
         demand(chosen == best, f"plan restores {chosen}, newest restorable is {best}")
 
     def manifest_published(
-        self, fence: int, version: VersionId, written: set[int], nodes: int
+        self, fence: int, version: VersionId, written: set[int], ranks: int
     ) -> None:
-        """A manifest appears; ``written``: nodes with durable files of it under that fence."""
+        """A manifest appears; ``written``: ranks with durable files of it under that fence."""
         demand(
             fence == self.granted, f"published under fence {fence}, epoch {self.granted} granted"
         )
         demand(
-            written == set(range(nodes)),
-            f"manifest of {version} under fence {fence}, but only nodes {written} wrote it",
+            written == set(range(ranks)),
+            f"manifest of {version} under fence {fence}, but only ranks {written} are in it",
         )
         self.published.append((fence, version))
 

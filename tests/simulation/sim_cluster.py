@@ -8,11 +8,12 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from sim_checkers import EXCUSES, TROUBLES, Checkers, Violation, demand
+from sim_goal import goal_of, why_not
 from sim_memory import restorable
 from sim_network import Network
 from sim_node import Life, SimNode, SimRank
@@ -70,10 +71,11 @@ class Cluster:
         self.network = Network(self.rng, self.options.delay_ticks_max, self.delivered)
         self.checkers = Checkers()
         self.sealed: dict[VersionId, set[int]] = {}  # god's: ranks that sealed it, ever
-        self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: nodes that wrote it
+        self.files: dict[tuple[int, VersionId], set[int]] = {}  # durable: ranks in it
         self.fences: list[Fence] = []  # the records beside them
         self.disk: MembershipHard | None = None
         self.slow_disk_until = -1
+        self.seats: tuple[int, ...] = ()  # nodes of the last formation that was made and stored
         self.reached = 0  # highest boundary of any rank since the last formation
         self.furthest = 0  # ever
         self.incidents: list[Incident] = []
@@ -91,7 +93,7 @@ class Cluster:
         self._stop_asked = False
         self.exit_code: int | None = None
         self.membership: Membership | None = None
-        self.nodes = [SimNode(self, n, 1) for n in range(self.options.nodes)]
+        self.nodes = [SimNode(self, n, 1) for n in range(self.options.all_nodes)]
         self._start_coordinator()
 
     # ------------------------------------------------------------------ time
@@ -101,11 +103,11 @@ class Cluster:
         while self.now < FAULTY_TICKS + 20:
             self.tick()
         self._heal()
-        goal = self._goal()
+        goal = goal_of(self)
         began = self.now
         while not goal():
             if self.now - began > SETTLE_TICKS_MAX:
-                raise Violation(f"no progress in fair weather: {self.why_not()}")
+                raise Violation(f"no progress in fair weather: {why_not(self)}")
             self.tick()
 
     def tick(self) -> None:
@@ -130,7 +132,8 @@ class Cluster:
         every = self.options.flush_every_ticks
         if every and self.now % every == 0 and self.membership is not None:
             self.membership.request_flush()
-        self.checkers.alive_epochs({r.epoch for r in self._alive_ranks()})
+        alive = {n.number: r.epoch for n in self.nodes if n.life.alive for r in n.alive_ranks()}
+        self.checkers.alive_epochs(alive)
 
     def later(
         self, life: Life, answer: Callable[[], None], pump: Callable[[], None], ticks: int = -1
@@ -164,6 +167,7 @@ class Cluster:
         self._crash_at = ""
         self.membership = self.machines.membership(
             nodes=self.options.nodes,
+            spares=self.options.spares,
             hard=self.disk,
             max_restarts=self.options.max_restarts,
             lease_ticks=self.options.lease_ticks,
@@ -187,9 +191,10 @@ class Cluster:
         if self._crash_at != "starting" or self.membership is None:
             return
         started = {n.number for n in self.nodes if n.member.report.state is NodeState.RUNNING}
-        if self.membership.phase is Phase.STARTING and 0 < len(started) < len(self.nodes):
+        waited_for = self.checkers.members - started
+        if self.membership.phase is Phase.STARTING and started and waited_for:
             for node in self.nodes:
-                if node.number not in started:
+                if node.number in waited_for:
                     node.blind_until = self.now + self._crash_ticks + 20
             self.delivered["coordinator dies"] += 1
             self.crash_points["starting"] += 1
@@ -203,8 +208,9 @@ class Cluster:
 
     def _persist(self, hard: MembershipHard) -> None:
         self._crash_point("before_persist")
-        self.disk = hard
-        self.checkers.epoch_stored(hard.epoch)
+        self.disk, self.seats = hard, hard.seats or self.seats
+        assert self.membership is not None
+        self.checkers.epoch_stored(hard.epoch, set(self.membership.members))
         self._crash_point("after_persist")
 
     def _direct(self, address: Hashable, directive: object) -> None:
@@ -214,7 +220,7 @@ class Cluster:
             if directive.epoch > 1 and self.take("late_order", address):
                 # One node hears of the formation late, and on another it fails at once.
                 self.network.late(address, self.now + 40)
-                self._armed.append(("fork_fails", (int(str(address)) + 1) % len(self.nodes)))
+                self._armed.append(("fork_fails", (int(str(address)) + 1) % self.options.nodes))
         self.network.send(self.now, "coordinator", address, directive)
         self._crash_point("mid_send")
 
@@ -224,7 +230,11 @@ class Cluster:
         membership, pump = self.membership, self.coordinator.pump
         match effect:
             case Form():
-                self.checkers.epoch_granted(effect.epoch)
+                seats = tuple(p.node for p in effect.places)
+                self.checkers.epoch_granted(effect.epoch, set(seats))
+                self.checkers.seats_given(
+                    self.seats, seats, {report.node for report in effect.reports}
+                )
                 slow = self.rng.randint(5, 40) if self.now < self.slow_disk_until else -1
                 self.delivered["slow disk"] += slow > 0
                 self.later(
@@ -277,10 +287,12 @@ class Cluster:
         current = {n.number: n.incarnation for n in self.nodes if n.life.alive}
         if any(current.get(p.node) != p.incarnation for p in form.places):
             return  # memory was lost meanwhile, and the coordinator is about to hear of it
-        found = restorable(form.held, world, sharded=self.options.sharded)
+        seats = {p.node for p in form.places}
+        held = list(form.held.items())
+        found = restorable(held, world, sharded=self.options.sharded)
         best = max((v for v in found if v not in self.checkers.withdrawn), default=None)
         demand(
-            plan.level != "memory" or self.restorable(plan.version),
+            plan.level != "memory" or self.restorable(plan.version, seats),
             f"{plan.version} is planned, but is not in memory",
         )
         if durable is not None:
@@ -295,7 +307,7 @@ class Cluster:
         if (publish.fence, publish.version) not in self.checkers.published:
             written = self.files.get((publish.fence, publish.version), set())
             self.checkers.manifest_published(
-                publish.fence, publish.version, written, self.options.nodes
+                publish.fence, publish.version, written, self.options.world_size
             )
         membership.published(publish.fence, publish.version)
 
@@ -319,7 +331,7 @@ class Cluster:
         demand(asked, f"exit {end.exit_code} unasked: {end.reason}")
         trouble = any(self.delivered[kind] for kind in TROUBLES)
         if unsaved:
-            world, total = self.options.nodes * self.options.local_world, self.options.steps_total
+            world, total = self.options.world_size, self.options.steps_total
             sealed = [v for v, ranks in self.sealed.items() if len(ranks) == world]
             captured = any(v.step >= total for v in sealed)  # there was a slot for it
             demand(trouble or not captured, f"no need: {end.reason}")
@@ -335,21 +347,27 @@ class Cluster:
             )
 
     def _held_everywhere(self) -> VersionId | None:
-        held = [n.memory for n in self.nodes if n.life.alive]
+        held = [n.memory for n in self.nodes if n.life.alive and n.number in self.seats]
         versions = {i.version for m in held for i in m.images.values() if i.sealed}
         everywhere = [v for v in versions if all(m.sealed(v) == set(m.ranks) for m in held)]
-        return max(everywhere, default=None) if len(held) == len(self.nodes) else None
+        return max(everywhere, default=None) if len(held) == self.options.nodes else None
 
     # ------------------------------------------------------------------ ranks
 
-    def _alive_ranks(self) -> list[SimRank]:
+    @property
+    def nodes_down(self) -> bool:
+        """Whether an agent that died is not there again yet."""
+        return bool(self._node_back)
+
+    def alive_ranks(self) -> list[SimRank]:
+        """All ranks that have a process now."""
         return [r for n in self.nodes if n.life.alive for r in n.alive_ranks()]
 
-    def restorable(self, version: VersionId | None) -> bool:
-        """Whether ``version`` can still be read from the memory of the nodes that are alive."""
-        held = [(n.number, n.memory.held()) for n in self.nodes if n.life.alive]
-        world = self.options.nodes * self.options.local_world
-        return version in restorable(held, world, sharded=self.options.sharded)
+    def restorable(self, version: VersionId | None, seats: Collection[int]) -> bool:
+        """Whether ``version`` can still be read from the memory of those nodes that are alive."""
+        there = [n for n in self.nodes if n.life.alive and n.number in seats]
+        held = [(n.number, n.memory.held()) for n in there]
+        return version in restorable(held, self.options.world_size, sharded=self.options.sharded)
 
     def _step_ranks(self) -> None:
         everyone: dict[int, list[SimRank]] = {}
@@ -376,7 +394,8 @@ class Cluster:
             if complete and rank.capturing < 0:  # the optimizer waits for the capture
                 rank.boundary += 1
                 rank.in_step = False
-                self.reached = max(self.reached, rank.boundary)
+                if rank.epoch == self.checkers.formed:  # else its node lost its seat
+                    self.reached = max(self.reached, rank.boundary)
                 self.furthest = max(self.furthest, rank.boundary)
                 node.begin_capture(rank)
         elif rank.boundary >= options.steps_total:
@@ -492,7 +511,8 @@ class Cluster:
         node.disk_full_until = self.now + 2 * fault.ticks
 
     def _arm(self, fault: Fault, node: SimNode) -> None:
-        self._armed.append((fault.kind, node.number))
+        # Where ranks start, most of the time; a torn write is not of one node.
+        self._armed.append((fault.kind, node.number % self.options.nodes))
 
     _fault_torn_write = _fault_form_fails = _fault_fork_fails = _fault_late_order = _arm
 
@@ -549,47 +569,6 @@ class Cluster:
         self._node_back = dict.fromkeys(self._node_back, self.now)
         for node in self.nodes:
             node.stalled_until = node.disk_full_until = -1
-
-    def _goal(self) -> Callable[[], bool]:
-        """Ten steps further, every node commits in the present epoch, and a version gets durable.
-
-        Or the job is over and every agent gone.
-        """
-        target = min(self.reached + 10, self.options.steps_total)
-        began = self.now
-
-        def met() -> bool:
-            membership = self.membership
-            if membership is None:
-                return False
-            if membership.phase is Phase.FINISHED:
-                return not any(n.life.alive for n in self.nodes) and not self._node_back
-            if membership.phase is not Phase.RUNNING or membership.hard.stop_cause:
-                return False
-            if (self.now - began) % 40 == 0:
-                membership.request_flush()
-            epoch = membership.hard.epoch
-            newest = max((v for _, v in self.checkers.published), default=None)
-            return (
-                all(r.boundary >= target for r in self._alive_ranks())
-                and all(n.commit.newest and n.commit.newest.epoch == epoch for n in self.nodes)
-                and newest is not None
-                and newest.epoch == epoch
-            )
-
-        return met
-
-    def why_not(self) -> str:
-        """Where everything stands."""
-        m = self.membership
-        lines = ["coordinator down" if m is None else f"{m.phase}: {m.reason}; {m.hard}"]
-        for n in self.nodes:
-            ranks = [(r.rank, r.epoch, r.boundary, r.alive, r.in_step) for r in n.ranks.values()]
-            lines.append(
-                f"node {n.number}.{n.incarnation} alive={n.life.alive} {n.member.phase} epoch "
-                f"{n.member.epoch} newest {n.commit.newest} ranks {ranks} flush {n.flush}"
-            )
-        return "\n    ".join(lines)
 
 
 def simulate(schedule: Schedule, machines: Machines | None = None) -> Cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from sim_cluster import Machines
 
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.driver import Driver
+from ftrain.comms.protocol import membership as membership_module
 from ftrain.comms.protocol.directives import Outbox
 from ftrain.comms.protocol.effects import Form, Obstacle
 from ftrain.comms.protocol.flush import FlushRound
@@ -28,6 +30,7 @@ from ftrain.comms.protocol.node import Phase as NodePhase
 from ftrain.comms.protocol.quorum import Tally
 from ftrain.comms.protocol.ready import Ready
 from ftrain.comms.protocol.records import MembershipHard
+from ftrain.comms.protocol.roster import AT_REST, Roster
 from ftrain.comms.protocol.transitions import Event
 from ftrain.recovery.protocol.plan import choose_restore
 
@@ -138,12 +141,27 @@ class GrantsEpochAgain(Membership):
             self._effects.append(replace(form, epoch=before.epoch))
 
 
+class _Roster(Roster):
+    """Asks ``rest`` instead of its own knowledge."""
+
+    rest: Callable[[int], bool]
+
+    def at_rest(self, epoch: int) -> bool:
+        return self.rest(epoch)
+
+
+def _ask_instead(membership: Membership, rest: Callable[[int], bool]) -> None:
+    right = membership._roster
+    membership._roster = _Roster(right.nodes, right.lease_ticks)
+    membership._roster.rest = rest
+
+
 class DoesNotWaitForStops(Membership):
     """A new epoch is granted while ranks of the old one may be alive."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._roster.at_rest = lambda epoch: True  # type: ignore[method-assign]
+        _ask_instead(self, lambda epoch: True)
 
 
 class TrustsOldStops(Membership):
@@ -151,8 +169,37 @@ class TrustsOldStops(Membership):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        rest = self._roster.at_rest
-        self._roster.at_rest = lambda epoch: rest(0)  # type: ignore[method-assign]
+        _ask_instead(self, lambda epoch: Roster.at_rest(self._roster, 0))
+
+
+class SeatsNotKept(Membership):
+    """The nodes with the lowest numbers get the seats, whoever had them."""
+
+    def _grant(self) -> None:
+        self._hard = replace(self._hard, seats=())
+        super()._grant()
+
+
+class ToldLikeMembers(Membership):
+    """A node that lost its seat is told what members are told."""
+
+    def _direct(self) -> None:
+        directives = membership_module.for_spares
+        membership_module.for_spares = lambda directive, *_: directive
+        super()._direct()
+        membership_module.for_spares = directives
+
+
+class DoesNotWaitForSpares(Membership):
+    """A new epoch is granted while a node that lost its seat still runs ranks of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _ask_instead(self, self._members_rest)
+
+    def _members_rest(self, epoch: int) -> bool:
+        there = self._roster.present(self.members)
+        return all(r.state in AT_REST and r.epoch >= epoch for r in there)
 
 
 class DoesNotWaitForPublication(Membership):
@@ -374,6 +421,8 @@ MUTANTS = (
     _of("epoch granted again", membership=GrantsEpochAgain),
     _of("stop not awaited", membership=DoesNotWaitForStops),
     _of("older stop trusted", membership=TrustsOldStops),
+    _of("seats not kept", membership=SeatsNotKept),
+    _of("spares told like members", membership=ToldLikeMembers),
     _of("publication not awaited", membership=DoesNotWaitForPublication),
     _of("stale formation taken", membership=TakesAnyFormation),
     _of("directive not resent", membership=OrdersOnce),

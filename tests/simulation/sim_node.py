@@ -148,7 +148,8 @@ class SimNode:
         if not rank.alive:
             return
         version = formation.restore.version
-        if formation.restore.level == "memory" and not self.cluster.restorable(version):
+        seats = {p.node for p in formation.places}
+        if formation.restore.level == "memory" and not self.cluster.restorable(version, seats):
             self.kill(rank.rank, "exception", "RuntimeError: the version is gone")
             return
         rank.boundary = 0 if version is None else version.step
@@ -373,8 +374,9 @@ class SimNode:
         elif self.cluster.take("torn_write", self.number):
             self._work(lambda: self.member.flush_refused("torn", write_failed=True))
         else:
-            self._work(lambda: self._written(order.fence, version))
+            ranks = set(self.memory.ranks)
+            self._work(lambda: self._written(order.fence, version, ranks))
 
-    def _written(self, fence: int, version: VersionId) -> None:
-        self.cluster.files.setdefault((fence, version), set()).add(self.number)
+    def _written(self, fence: int, version: VersionId, ranks: set[int]) -> None:
+        self.cluster.files.setdefault((fence, version), set()).update(ranks)
         self.member.flushed(version)

@@ -14,6 +14,7 @@ class Options:
     """What kind of world and weather a seed draws; levels differ by seed (swarm testing)."""
 
     nodes: int = 2
+    spares: int = 0
     local_world: int = 2
     delay_ticks_max: int = 2
     work_ticks_max: int = 4  # of forking, forming, flushing, publishing
@@ -26,6 +27,16 @@ class Options:
     flush_every_ticks: int = 0
     save_at_end: bool = False
     evaluate_ticks: int = 0  # between a rank's last boundary and its end
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes with an agent."""
+        return self.nodes + self.spares
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group."""
+        return self.nodes * self.local_world
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +143,5 @@ def draw(seed: int) -> Schedule:
         )
     options = replace(options, evaluate_ticks=rng.choice((0, 40, 120)))
     options = replace(options, max_restarts=rng.choice((10**6,) * 8 + (2, 0)))
+    options = replace(options, spares=rng.choice((0, 0, 1, 2)))
     return Schedule(seed, options, tuple(sorted(faults, key=lambda f: f.at)))

@@ -32,6 +32,7 @@ QUICK = (
 KNOWN = {
     "announcement not resent": 88,
     "late stop ends unsaved": 111,
+    "spares told like members": 145,
     "stale formation taken": 141,
     "publication not awaited": 210,
     "flush under old fence counts": 498,

@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 from sim_cluster import Cluster, Machines, simulate
-from sim_mutants import CountsTheWithdrawn, GivesUpUnsaved, restores_withdrawn
+from sim_mutants import (
+    CountsTheWithdrawn,
+    DoesNotWaitForSpares,
+    GivesUpUnsaved,
+    restores_withdrawn,
+)
 from sim_schedule import Fault, Options, Schedule, draw
 from sim_shrink import failure, shrink
 
-from ftrain.comms.protocol import membership as membership_module
 from ftrain.comms.protocol import node as node_module
+from ftrain.comms.protocol import transitions
 from ftrain.comms.protocol.membership import Membership
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.protocol.node import NodeMember
@@ -52,7 +57,7 @@ class Rows:
         """Rows that were never taken."""
         return [
             f"{type(phase).__module__}: {phase.name} {event.name}"
-            for module in (membership_module, node_module)
+            for module in (transitions, node_module)
             for phase, row in module.TRANSITIONS.items()
             for event in row
             if not self.taken[phase, event]
@@ -137,8 +142,8 @@ def test_a_half_started_group_goes_on_under_a_new_coordinator() -> None:
     rows = Rows()
     for schedule in RARE:
         simulate(schedule, rows.machines)
-    phases = membership_module.Phase
-    events = membership_module.Event
+    phases = transitions.Phase
+    events = transitions.Event
     assert rows.taken[phases.RECOVERING, events.SOME_RUN]
     assert rows.taken[phases.RECOVERING, events.OVER]
 
@@ -239,6 +244,39 @@ def test_one_death_is_one_incident() -> None:
     assert [f.rank for f in incident.failures] == [2]
     assert (incident.epoch, incident.new_epoch) == (1, 2)
     assert incident.steps_recomputed == cluster.checkers.steps_lost <= 2
+
+
+@pytest.mark.parametrize("spares", [0, 1, 2])
+def test_a_spare_does_not_wait_for_the_lost_node(spares: int) -> None:
+    lost = Fault(60, "node_dies", node=1, ticks=90)
+    cluster = simulate(quiet(lost, spares=spares, delay_ticks_max=0))
+    (incident,) = cluster.incidents
+    assert cluster.seats == ((0, 2) if spares else (0, 1))
+    stepped = [phases.stepped_ns for _, phases in incident.phases]  # ticks
+    assert (max(stepped) < 100) == bool(spares)
+    assert [node for node, _ in incident.phases] == list(cluster.seats)
+
+
+def test_who_lost_a_seat_while_silent_ends_its_ranks_before_it_takes_another() -> None:
+    caught = 0
+    for at in range(90, 112, 2):
+        for seed in range(3):
+            faults = (Fault(60, "cut", node=1, ticks=40), Fault(at, "node_dies", 2, ticks=60))
+            options = Options(spares=1, lease_ticks=15, work_ticks_max=8)
+            schedule = Schedule(seed, options, faults)
+            assert simulate(schedule).delivered["node dies"]
+            said = failure(schedule, Machines(membership=DoesNotWaitForSpares))
+            caught += "are alive at once" in said
+    assert caught
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nodes_and_spares_change_places_again_and_again(seed: int) -> None:
+    faults = [Fault(30 + 20 * i, "node_dies", node=i + seed, ticks=15) for i in range(6)]
+    faults.append(Fault(158, "stop"))
+    cluster = simulate(Schedule(seed, Options(spares=1 + seed % 2), tuple(faults)))
+    assert cluster.exit_code == 75
+    assert len(cluster.incidents) >= 2
 
 
 def test_a_failure_that_comes_back_ends_the_job() -> None:
