@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ftrain.checkpoint.header import ImageState
 from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.channel import Channel, Identity, connect_blocking
 from ftrain.comms.channel_blocking import BlockingChannel
@@ -19,7 +20,13 @@ from ftrain.comms.errors import (
 )
 from ftrain.comms.protocol.messages import RoundId, VersionId
 from ftrain.snapshot.bundle import Bundle
-from ftrain.snapshot.parity import ImageRow, NodeRow, ParityRecord, encode_record
+from ftrain.snapshot.parity import (
+    ImageRow,
+    NodeRow,
+    ParityReader,
+    ParityRecord,
+    encode_record,
+)
 from ftrain.snapshot.parity_slots import ParitySlots
 from ftrain.snapshot.protocol.messages import (
     BundleAnswer,
@@ -53,6 +60,7 @@ def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
     rows = []
     for image in own_images(store, version):
         reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
+        reader.require(state=ImageState.SEALED)  # what the seal says may have been damaged since
         rows.append(ImageRow(image.rank, reader.total_bytes, reader.digest))
     return NodeRow(node, tuple(rows))
 
@@ -114,18 +122,11 @@ class ChunkServer:
             reader = self._slots.reader(request.round)
         except StateError as error:
             return SoundAnswer(b"", (), (), (), str(error))
-        record = reader.record
         try:
-            with self._pinned(record.version) as images:
-                chunks, damage = await asyncio.to_thread(sound_chunks, record, images)
-        except (StateError, CorruptionError) as error:
-            chunks, damage = (), (str(error),)
-        broken = await asyncio.to_thread(lambda: {number for number, _ in reader.damaged()})
-        rows = tuple(
-            (row.stripe, row.row) for number, row in enumerate(record.rows) if number not in broken
-        )
-        told = [*damage, *(f"row {record.rows[n].row} of parity" for n in sorted(broken))]
-        return SoundAnswer(encode_record(record), chunks, rows, tuple(told[:_DAMAGE_MAX]))
+            with self._pinned(reader.record.version) as images:
+                return await asyncio.to_thread(sound_answer, reader, images)
+        except StateError as error:
+            return await asyncio.to_thread(sound_answer, reader, (), str(error))
 
     @contextmanager
     def _pinned(self, version: VersionId) -> Iterator[list[Image]]:
@@ -138,18 +139,40 @@ class ChunkServer:
             self._store.custody.unpin(places)
 
 
+def sound_answer(reader: ParityReader, images: Sequence[Image], lacking: str = "") -> SoundAnswer:
+    """What of a round is as it was, of this node's parity and of its images, as long as they are
+    not overwritten; ``lacking`` says why there are no images."""
+    record = reader.record
+    chunks, damage = ((), (lacking,)) if lacking else sound_chunks(record, images)
+    broken = {number for number, _ in reader.damaged()}
+    rows = tuple(
+        (row.stripe, row.row) for number, row in enumerate(record.rows) if number not in broken
+    )
+    told = [*damage, *(f"row {record.rows[n].row} of parity" for n in sorted(broken))]
+    return SoundAnswer(encode_record(record), chunks, rows, tuple(told[:_DAMAGE_MAX]))
+
+
 def sound_chunks(
     record: ParityRecord, images: Sequence[Image]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Which of a node's chunks match the images' digests, and what does not, in words."""
+    """Which chunks of the record's holder are still what was protected, and what is not, in words.
+
+    ``images``: all that it has of the version, in rising order of ranks.
+    """
+    protected = record.of(record.holder)
+    if [image.rank for image in images] != [row.rank for row in protected.images]:
+        return (), ("the images here are of other ranks than those that were protected",)
     damaged: list[tuple[int, int]] = []
     words: list[str] = []
     first = 0
-    for image in images:
-        for start, stop, why in _damage(image):
+    for image, row in zip(images, protected.images, strict=True):
+        for start, stop, why in _damage(image, row):
             damaged.append((first + start, first + stop))
             words.append(why)
-        first += image.view.nbytes
+        if image.view.nbytes != row.nbytes:  # nor is what follows where it was
+            damaged.append((first, protected.nbytes))
+            break
+        first += row.nbytes
     size = record.chunk_bytes
     chunks = tuple(
         chunk
@@ -159,15 +182,21 @@ def sound_chunks(
     return chunks, tuple(words)
 
 
-def _damage(image: Image) -> Iterator[tuple[int, int, str]]:
-    """First byte, last one + 1, and the words for everything that is not as its digest says."""
+def _damage(image: Image, row: ImageRow) -> Iterator[tuple[int, int, str]]:
+    """First byte, last one + 1, and the words for everything that is not as it was protected."""
+    where = f"rank {image.rank}'s image"
     try:
-        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
-        reader.verify_sections()
+        reader = ImageReader(image.view, where=where)
+        if reader.digest != row.digest:  # a damaged header as well: then the digests are not known
+            raise CorruptionError(f"{where} is not the one that was protected")
     except (CorruptionError, StateError) as error:
-        yield 0, image.view.nbytes, str(error)
+        yield 0, row.nbytes, str(error)
         return
     begin = reader.header.layout.data_offset
+    try:
+        reader.verify_sections()
+    except CorruptionError as error:
+        yield 0, begin, str(error)
     for chunk in range(reader.chunks):
         try:
             reader.verify_chunk(chunk)
