@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from ftrain.checkpoint.files import page_buffer
-from ftrain.checkpoint.header import PAGE_BYTES, ImageState
+from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.errors import CorruptionError, PeerLostError, StateError
 from ftrain.comms.protocol.messages import Rebuild, RoundId, VersionId
@@ -122,7 +122,7 @@ class Remains:
             view[:PAGE_BYTES] = headers[image.rank]
             try:
                 _require(view, image)
-            except (CorruptionError, StateError):
+            except CorruptionError:
                 view[:PAGE_BYTES] = bytes(PAGE_BYTES)
                 raise
 
@@ -142,8 +142,11 @@ def _protected(record: ParityRecord) -> object:
 
 def _require(view: memoryview, image: ImageRow) -> None:
     """CorruptionError unless ``view`` is the image that the record names."""
-    reader = ImageReader(view, where=f"rank {image.rank}'s rebuilt image")
-    reader.require(state=ImageState.SEALED)
-    reader.verify()
+    where = f"rank {image.rank}'s rebuilt image"
+    try:
+        reader = ImageReader(view, where=where)
+    except StateError as error:  # of another format, as it seems
+        raise CorruptionError(str(error)) from None
     if reader.digest != image.digest:
-        raise CorruptionError(f"{reader.where} is not the one that was lost")
+        raise CorruptionError(f"{where} is not the one that was lost")
+    reader.verify()
