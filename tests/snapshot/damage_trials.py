@@ -52,9 +52,11 @@ def plan_of(rank: int, node: int, nbytes: int) -> ImagePlan:
     return ImagePlan(lay_out([segment]), (Share(str(rank), node, 0, 1),), 500, CHUNK_BYTES)
 
 
-def sealed_image(draw: random.Random, rank: int, node: int, version: VersionId) -> bytes:
-    """A whole image of one to six pages of data."""
-    plan = plan_of(rank, node, draw.randint(1, 6 * PAGE_BYTES))
+def sealed_image(
+    draw: random.Random, rank: int, node: int, version: VersionId, nbytes: int = 0
+) -> bytes:
+    """A whole image with so much data, or of one to six pages of them."""
+    plan = plan_of(rank, node, nbytes or draw.randint(1, 6 * PAGE_BYTES))
     buffer = bytearray(plan.total_bytes)
     identity = ImageIdentity("run", "ab" * 16, version, rank, 16, node, 100)
     writer = ImageWriter(buffer, plan, identity, collectives=version.step)
@@ -308,11 +310,15 @@ class Trial:
 
 def sections(layout: Layout) -> list[tuple[str, int, int]]:
     """The parts of an image, those that are not empty."""
+    index_end = layout.index_offset + layout.index_bytes
+    table_end = layout.table_offset + layout.table_bytes
     bounds = [
         ("first header", 0, PAGE_BYTES // 2),
         ("second header", PAGE_BYTES // 2, PAGE_BYTES),
-        ("index", layout.index_offset, layout.table_offset),
-        ("table", layout.table_offset, layout.small_offset),
+        ("index", layout.index_offset, index_end),
+        ("gap", index_end, layout.table_offset),
+        ("table", layout.table_offset, table_end),
+        ("gap", table_end, layout.small_offset),
         ("small section", layout.small_offset, layout.data_offset),
         ("data", layout.data_offset, layout.total_bytes),
         ("data", layout.data_offset, layout.total_bytes),

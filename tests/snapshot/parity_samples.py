@@ -79,7 +79,7 @@ def bundle_of(images: Mapping[int, bytes | bytearray], length: int) -> Bundle:
 def write_parity(
     room: memoryview,
     record: ParityRecord,
-    images: Images,
+    images: Mapping[int, Mapping[int, bytes | bytearray]],
     summer: Summer,
 ) -> ParityWriter:
     """All of the parity that the record's holder keeps, but not sealed."""
