@@ -48,21 +48,35 @@ Request = BundleRequest | ChunkRequest | RowRequest | SoundRequest  # of a manag
 
 def own_images(store: SlotStore, version: VersionId) -> list[Image]:
     """The whole images of a version on this node, in rising order of ranks; StateError if they are
-    not all here."""
+    not all here, or no longer say of themselves that they are whole."""
+    images = _sealed_images(store, version)
+    for image in images:
+        try:
+            _sealed(image)
+        except CorruptionError as error:
+            raise StateError(str(error)) from None
+    return images
+
+
+def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
+    """What of a version is protected on this node; raises as :func:`own_images` does."""
+    readers = [(image.rank, _sealed(image)) for image in own_images(store, version)]
+    return NodeRow(node, tuple(ImageRow(r, i.total_bytes, i.digest) for r, i in readers))
+
+
+def _sealed_images(store: SlotStore, version: VersionId) -> list[Image]:
+    """The same as they were once sealed, whatever became of them."""
     ranks = {rank for rank, _ in store.custody.sealed(version)}
     if not ranks or not ranks.issuperset(store.custody.local_ranks):
         raise StateError(f"step {version.step} of epoch {version.epoch} is not whole here")
     return [image for image in store.images(version) if image.whole]
 
 
-def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
-    """What of a version is protected on this node; StateError, CorruptionError."""
-    rows = []
-    for image in own_images(store, version):
-        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
-        reader.require(state=ImageState.SEALED)  # what the seal says may have been damaged since
-        rows.append(ImageRow(image.rank, reader.total_bytes, reader.digest))
-    return NodeRow(node, tuple(rows))
+def _sealed(image: Image) -> ImageReader:
+    """StateError, CorruptionError unless its header says that it is whole."""
+    reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
+    reader.require(state=ImageState.SEALED)  # without its seal it seems to be begun
+    return reader
 
 
 class ChunkServer:
@@ -87,7 +101,7 @@ class ChunkServer:
     def _bundle(self, request: BundleRequest) -> BundleAnswer:
         try:
             images = node_row(self._store, self._node, request.version).images
-        except (StateError, CorruptionError) as error:
+        except StateError as error:
             return BundleAnswer((), (), (), str(error))
         return BundleAnswer(
             tuple(image.rank for image in images),
@@ -130,7 +144,7 @@ class ChunkServer:
 
     @contextmanager
     def _pinned(self, version: VersionId) -> Iterator[list[Image]]:
-        images = own_images(self._store, version)
+        images = _sealed_images(self._store, version)
         places = places_of(images)
         self._store.custody.pin(places)
         try:
