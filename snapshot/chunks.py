@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ftrain.checkpoint.header import ImageState
 from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.channel import Channel, Identity, connect_blocking
 from ftrain.comms.channel_blocking import BlockingChannel
@@ -21,7 +22,14 @@ from ftrain.comms.errors import (
 from ftrain.comms.process import lower_priority
 from ftrain.comms.protocol.messages import RoundId, VersionId
 from ftrain.snapshot.bundle import Bundle
-from ftrain.snapshot.parity import BLOCK_BYTES, ImageRow, NodeRow, ParityRecord, encode_record
+from ftrain.snapshot.parity import (
+    BLOCK_BYTES,
+    ImageRow,
+    NodeRow,
+    ParityReader,
+    ParityRecord,
+    encode_record,
+)
 from ftrain.snapshot.parity_slots import ParitySlots
 from ftrain.snapshot.protocol.messages import (
     BundleAnswer,
@@ -45,20 +53,35 @@ Request = BundleRequest | ChunkRequest | RowRequest | SoundRequest  # of a manag
 
 def own_images(store: SlotStore, version: VersionId) -> list[Image]:
     """The whole images of a version on this node, in rising order of ranks; StateError if they are
-    not all here."""
+    not all here, or no longer say of themselves that they are whole."""
+    images = _sealed_images(store, version)
+    for image in images:
+        try:
+            _sealed(image)
+        except CorruptionError as error:
+            raise StateError(str(error)) from None
+    return images
+
+
+def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
+    """What of a version is protected on this node; raises as :func:`own_images` does."""
+    readers = [(image.rank, _sealed(image)) for image in own_images(store, version)]
+    return NodeRow(node, tuple(ImageRow(r, i.total_bytes, i.digest) for r, i in readers))
+
+
+def _sealed_images(store: SlotStore, version: VersionId) -> list[Image]:
+    """The same as they were once sealed, whatever became of them."""
     ranks = {rank for rank, _ in store.custody.sealed(version)}
     if not ranks or not ranks.issuperset(store.custody.local_ranks):
         raise StateError(f"step {version.step} of epoch {version.epoch} is not whole here")
     return [image for image in store.images(version) if image.whole]
 
 
-def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
-    """What of a version is protected on this node; StateError, CorruptionError."""
-    rows = []
-    for image in own_images(store, version):
-        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
-        rows.append(ImageRow(image.rank, reader.total_bytes, reader.digest))
-    return NodeRow(node, tuple(rows))
+def _sealed(image: Image) -> ImageReader:
+    """StateError, CorruptionError unless its header says that it is whole."""
+    reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
+    reader.require(state=ImageState.SEALED)  # without its seal it seems to be begun
+    return reader
 
 
 class ChunkServer:
@@ -88,7 +111,7 @@ class ChunkServer:
     def _bundle(self, request: BundleRequest) -> BundleAnswer:
         try:
             images = node_row(self._store, self._node, request.version).images
-        except (StateError, CorruptionError) as error:
+        except StateError as error:
             return BundleAnswer((), (), (), str(error))
         return BundleAnswer(
             tuple(image.rank for image in images),
@@ -122,22 +145,15 @@ class ChunkServer:
             reader = self._slots.reader(request.round)
         except StateError as error:
             return SoundAnswer(b"", (), (), (), str(error))
-        record = reader.record
         try:
-            with self._pinned(record.version) as images:
-                chunks, damage = await asyncio.to_thread(sound_chunks, record, images)
-        except (StateError, CorruptionError) as error:
-            chunks, damage = (), (str(error),)
-        broken = await asyncio.to_thread(lambda: {number for number, _ in reader.damaged()})
-        rows = tuple(
-            (row.stripe, row.row) for number, row in enumerate(record.rows) if number not in broken
-        )
-        told = [*damage, *(f"row {record.rows[n].row} of parity" for n in sorted(broken))]
-        return SoundAnswer(encode_record(record), chunks, rows, tuple(told[:_DAMAGE_MAX]))
+            with self._pinned(reader.record.version) as images:
+                return await asyncio.to_thread(sound_answer, reader, images)
+        except StateError as error:
+            return await asyncio.to_thread(sound_answer, reader, (), str(error))
 
     @contextmanager
     def _pinned(self, version: VersionId) -> Iterator[list[Image]]:
-        images = own_images(self._store, version)
+        images = _sealed_images(self._store, version)
         places = places_of(images)
         self._store.custody.pin(places)
         try:
@@ -153,18 +169,40 @@ def _by_block(bundle: Bundle, chunk: int, nbytes: int) -> list[memoryview]:
     return [piece for start, stop in ranges for piece in bundle.pieces(chunk, start, stop)]
 
 
+def sound_answer(reader: ParityReader, images: Sequence[Image], lacking: str = "") -> SoundAnswer:
+    """What of a round is as it was, of this node's parity and of its images, as long as they are
+    not overwritten; ``lacking`` says why there are no images."""
+    record = reader.record
+    chunks, damage = ((), (lacking,)) if lacking else sound_chunks(record, images)
+    broken = {number for number, _ in reader.damaged()}
+    rows = tuple(
+        (row.stripe, row.row) for number, row in enumerate(record.rows) if number not in broken
+    )
+    told = [*damage, *(f"row {record.rows[n].row} of parity" for n in sorted(broken))]
+    return SoundAnswer(encode_record(record), chunks, rows, tuple(told[:_DAMAGE_MAX]))
+
+
 def sound_chunks(
     record: ParityRecord, images: Sequence[Image]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Which of a node's chunks match the images' digests, and what does not, in words."""
+    """Which chunks of the record's holder are still what was protected, and what is not, in words.
+
+    ``images``: all that it has of the version, in rising order of ranks.
+    """
+    protected = record.of(record.holder)
+    if [image.rank for image in images] != [row.rank for row in protected.images]:
+        return (), ("the images here are of other ranks than those that were protected",)
     damaged: list[tuple[int, int]] = []
     words: list[str] = []
     first = 0
-    for image in images:
-        for start, stop, why in _damage(image):
+    for image, row in zip(images, protected.images, strict=True):
+        for start, stop, why in _damage(image, row):
             damaged.append((first + start, first + stop))
             words.append(why)
-        first += image.view.nbytes
+        if image.view.nbytes != row.nbytes:  # nor is what follows where it was
+            damaged.append((first, protected.nbytes))
+            break
+        first += row.nbytes
     size = record.chunk_bytes
     chunks = tuple(
         chunk
@@ -174,15 +212,21 @@ def sound_chunks(
     return chunks, tuple(words)
 
 
-def _damage(image: Image) -> Iterator[tuple[int, int, str]]:
-    """First byte, last one + 1, and the words for everything that is not as its digest says."""
+def _damage(image: Image, row: ImageRow) -> Iterator[tuple[int, int, str]]:
+    """First byte, last one + 1, and the words for everything that is not as it was protected."""
+    where = f"rank {image.rank}'s image"
     try:
-        reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
-        reader.verify_sections()
+        reader = ImageReader(image.view, where=where)
+        if reader.digest != row.digest:  # a damaged header as well: then the digests are not known
+            raise CorruptionError(f"{where} is not the one that was protected")
     except (CorruptionError, StateError) as error:
-        yield 0, image.view.nbytes, str(error)
+        yield 0, row.nbytes, str(error)
         return
     begin = reader.header.layout.data_offset
+    try:
+        reader.verify_sections()
+    except CorruptionError as error:
+        yield 0, begin, str(error)
     for chunk in range(reader.chunks):
         try:
             reader.verify_chunk(chunk)

@@ -9,23 +9,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ftrain.checkpoint.files import page_buffer
-from ftrain.checkpoint.header import PAGE_BYTES
-from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.channel import Identity
 from ftrain.comms.errors import CorruptionError, FtrainError, PeerLostError, StateError
 from ftrain.comms.protocol.messages import Rebuild, VersionId
-from ftrain.snapshot.bundle import Bundle
-from ftrain.snapshot.chunks import RemoteChunk, Source
+from ftrain.snapshot.chunks import Source
 from ftrain.snapshot.erasure.engines import engine
-from ftrain.snapshot.parity import ImageRow, ParityRecord, decode_record
+from ftrain.snapshot.parity import ImageRow
 from ftrain.snapshot.protocol.messages import SoundAnswer
+from ftrain.snapshot.remains import HopelessError, Remains
 from ftrain.snapshot.store import SlotStore
-from ftrain.snapshot.stripes import Part, Summer, rebuild
+from ftrain.snapshot.stripes import Summer
 
 _SLOT = 0  # of each rank; the node is empty, and its ranks begin nothing before they are restored
 _RETRY_S = 0.1
@@ -119,10 +116,10 @@ class Rebuilder:
                 try:
                     found = await loop.run_in_executor(self._thread, sources.look, order, version)
                     room = await self._room(found.images)
-                    await loop.run_in_executor(self._thread, found.rebuild, room)
+                    await loop.run_in_executor(self._thread, sources.rebuild, found, room)
                     break
                 except (PeerLostError, StateError, CorruptionError) as error:
-                    if time.monotonic() > deadline_s or isinstance(error, _Hopeless):
+                    if time.monotonic() > deadline_s or isinstance(error, HopelessError):
                         raise
                 await asyncio.sleep(_RETRY_S)
                 sources.close()
@@ -158,10 +155,6 @@ class Rebuilder:
         return Source(node, self._address_of(node), self._identity, self._secret)
 
 
-class _Hopeless(StateError):
-    """Trying again is of no use."""
-
-
 class _Sources:
     """The other nodes, as the thread asks them."""
 
@@ -183,8 +176,8 @@ class _Sources:
             self._open[node] = self._rebuilder.source(node)
         return self._open[node]
 
-    def look(self, order: Rebuild, version: VersionId) -> _Found:
-        """What is left of the round; StateError, PeerLostError when it is not enough (yet)."""
+    def look(self, order: Rebuild, version: VersionId) -> Remains:
+        """What is left of the round; raises as :class:`Remains` does."""
         answers: dict[int, SoundAnswer] = {}
         unheard: list[str] = []
         for node in self._peers:
@@ -195,101 +188,13 @@ class _Sources:
                 continue
             if answer.record:
                 answers[node] = answer
-        records = {node: decode_record(answer.record) for node, answer in answers.items()}
-        mine = {node: r for node, r in records.items() if order.lost in r.group.nodes}
-        if not mine:
-            raise PeerLostError(
-                unheard[0] if unheard else f"nobody holds round {order.round.number} any more"
-            )
-        record = next(iter(mine.values()))
-        if record.version != version:
-            raise _Hopeless(f"round {order.round.number} is of step {record.version.step}")
-        if any(other.nodes != record.nodes for other in mine.values()):
-            raise _Hopeless("the records of its parity contradict each other")
-        found = _Found(self, order, record, {node: answers[node] for node in mine})
-        found.check(unheard)
-        return found
+        return Remains(order, version, answers, unheard)
 
-
-class _Found:
-    """What is left of a round, and what comes of it."""
-
-    def __init__(
-        self,
-        sources: _Sources,
-        order: Rebuild,
-        record: ParityRecord,
-        answers: Mapping[int, SoundAnswer],
-    ) -> None:
-        self._sources = sources
-        self._order = order
-        self._record = record
-        self._answers = answers
-        self.images = record.of(order.lost).images
-        self.damage = tuple(text for answer in answers.values() for text in answer.damage)
-
-    def there(self, stripe: int) -> Collection[int]:
-        """The nodes whose part of a stripe is sound."""
-        group = self._record.group
-        found = []
-        for node, answer in self._answers.items():
-            if node in group.holders(stripe):
-                row = group.holders(stripe).index(node)
-                if (stripe, row) in answer.rows:
-                    found.append(node)
-            elif group.stripes_of(node).index(stripe) in answer.chunks:
-                found.append(node)
-        return found
-
-    def check(self, unheard: list[str]) -> None:
-        """StateError unless there is enough, PeerLostError if who is not heard may have more."""
-        group = self._record.group
-        for stripe in group.stripes_of(self._order.lost):
-            count = len(self.there(stripe))
-            if count >= group.data:
-                continue
-            if unheard:
-                raise PeerLostError(unheard[0])
-            damage = f" ({self.damage[0]})" if self.damage else ""
-            raise _Hopeless(f"{count} chunks are sound of a stripe that needs {group.data}{damage}")
-
-    def rebuild(self, room: Mapping[int, memoryview]) -> None:
-        """Fill the memory of each rank; CorruptionError if it is not what the record says."""
+    def rebuild(self, remains: Remains, room: Mapping[int, memoryview]) -> None:
+        """Fill the memory of each rank."""
 
         def before(nbytes: int) -> None:
-            if self._sources.over.is_set():
+            if self.over.is_set():
                 raise PeerLostError("the group has changed meanwhile")
 
-        headers = {rank: page_buffer(PAGE_BYTES) for rank in room}
-        pieces: dict[int, memoryview] = {}  # of each rank the header's page, then the rest
-        for rank, view in room.items():
-            view[:PAGE_BYTES] = bytes(PAGE_BYTES)  # what is unfinished must not seem to be an image
-            pieces[2 * rank], pieces[2 * rank + 1] = headers[rank], view[PAGE_BYTES:]
-        bundle = Bundle(pieces, self._record.chunk_bytes)
-        summer = Summer(engine().engine, before)
-        rebuild(self._record, self._order.lost, bundle, self.there, self._open, summer)
-        for image in self.images:
-            view = room[image.rank]
-            view[:PAGE_BYTES] = headers[image.rank]
-            try:
-                _require(view, image)
-            except (CorruptionError, StateError):
-                view[:PAGE_BYTES] = bytes(PAGE_BYTES)
-                raise
-
-    def _open(self, part: Part, nbytes: int) -> RemoteChunk:
-        source = self._sources.of(part.node)
-        if part.row >= 0:
-            return source.row(self._order.round, part.stripe, part.row, nbytes)
-        record = self._record
-        chunk = record.group.stripes_of(part.node).index(part.stripe)
-        present = record.of(part.node).nbytes - chunk * record.chunk_bytes
-        return source.chunk(record.version, chunk, record.chunk_bytes, max(0, min(nbytes, present)))
-
-
-def _require(view: memoryview, image: ImageRow) -> None:
-    """CorruptionError unless ``view`` is the image that the record names."""
-    reader = ImageReader(view, where=f"rank {image.rank}'s rebuilt image")
-    reader.verify()
-    if reader.digest != image.digest:
-        raise CorruptionError(f"{reader.where} is not the one that was lost")
+        remains.rebuild(room, self.of, Summer(engine().engine, before))
