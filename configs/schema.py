@@ -52,6 +52,7 @@ class SnapshotConfig:
     group: int = 8  # nodes that protect each other, or all if they are fewer
     rack: str = ""  # what fails together with this node; with local nodes one for each: "a,a,b,b"
     parity_bytes_per_s_max: float = 0.0  # of fetching what parity is made of, on each node; 0: any
+    scrub_every_s: float = 60.0  # between looks whether what is protected is as it was; 0: none
     node_mtbf_s: float = 3.6e7  # mean time between losses of one node, for what is predicted
     rack_mtbf_s: float = 0.0  # ... of one rack; 0: they are not lost
 

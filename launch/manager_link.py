@@ -205,6 +205,7 @@ def _setup(job: JobSpec, node: int, incarnation: int, socket_path: str) -> Setup
         bytes_per_s_max=config.checkpoint.bytes_per_s_max,
         checkpoint_dir=folder if config.checkpoint.enabled else "",
         parity_bytes_per_s_max=config.snapshot.parity_bytes_per_s_max,
+        scrub_every_s=config.snapshot.scrub_every_s,
     )
 
 

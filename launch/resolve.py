@@ -261,6 +261,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "snapshot.parity": (lambda v: 0 <= v <= 16, "0 to 16"),
     "snapshot.group": (lambda v: 2 <= v <= 255, "2 to 255"),
     "snapshot.parity_bytes_per_s_max": _at_least(0),
+    "snapshot.scrub_every_s": _at_least(0),
     "snapshot.node_mtbf_s": (lambda v: v > 0, "more than 0"),
     "snapshot.rack_mtbf_s": _at_least(0),
     "snapshot.barrier_s_max": _at_least(0),

@@ -121,7 +121,7 @@ class ChunkServer:
 
     async def _send_chunk(self, channel: Channel, request: ChunkRequest) -> None:
         try:
-            with self._pinned(request.version) as images:
+            with self.pinned(request.version) as images:
                 bundle = Bundle({image.rank: image.view for image in images}, request.chunk_bytes)
                 pieces = _by_block(bundle, request.chunk, request.nbytes)
                 await channel.send(ChunkAnswer())
@@ -146,13 +146,14 @@ class ChunkServer:
         except StateError as error:
             return SoundAnswer(b"", (), (), (), str(error))
         try:
-            with self._pinned(reader.record.version) as images:
+            with self.pinned(reader.record.version) as images:
                 return await asyncio.to_thread(sound_answer, reader, images)
         except StateError as error:
             return await asyncio.to_thread(sound_answer, reader, (), str(error))
 
     @contextmanager
-    def _pinned(self, version: VersionId) -> Iterator[list[Image]]:
+    def pinned(self, version: VersionId) -> Iterator[list[Image]]:
+        """This node's images of a version, which are not overwritten meanwhile; StateError."""
         images = _sealed_images(self._store, version)
         places = places_of(images)
         self._store.custody.pin(places)
@@ -160,6 +161,11 @@ class ChunkServer:
             yield images
         finally:
             self._store.custody.unpin(places)
+
+    def writable(self, image: Image) -> memoryview:
+        """The slot of one of :meth:`pinned`'s images, to be mended in place."""
+        assert image.place is not None
+        return self._store.region(*image.place).view
 
 
 def _by_block(bundle: Bundle, chunk: int, nbytes: int) -> list[memoryview]:

@@ -58,6 +58,7 @@ from ftrain.snapshot.protocol.messages import (
 )
 from ftrain.snapshot.ranks import RankServer
 from ftrain.snapshot.rebuilder import Rebuilder, Rebuilt
+from ftrain.snapshot.scrubber import Scrubber
 from ftrain.snapshot.store import SlotStore
 
 _SETUP_S_MAX = 30.0
@@ -123,6 +124,7 @@ class Manager:
         self._protector = self._make_protector()
         self._rebuilder = self._make_rebuilder()
         self._chunks = ChunkServer(self._store, self._slots, setup.node)
+        self._scrubber = self._make_scrubber()
         self._handlers: dict[type, Callable[[Any], None]] = {
             SetGroup: self._set_group,
             RankDied: self._rank_died,
@@ -180,6 +182,18 @@ class Manager:
             on_trouble=self._trouble,
         )
 
+    def _make_scrubber(self) -> Scrubber:
+        return Scrubber(
+            self._slots,
+            self._chunks,
+            self._identity,
+            self._secret,
+            every_s=self._setup.scrub_every_s,
+            address_of=self._gossip.address_of,
+            on_mended=lambda text: self._link.post(Notice("repair", text, self._about_node)),
+            on_trouble=self._trouble,
+        )
+
     async def run(self) -> None:
         """Serve until the agent is gone."""
         server = await serve(self._listener, self._identity, self._secret, self._from_node)
@@ -189,6 +203,7 @@ class Manager:
             await self._over.wait()
         finally:
             self._ranks.close()
+            self._scrubber.close()
             self._chunks.close()
             self._protector.close()
             self._rebuilder.close()
@@ -341,7 +356,11 @@ class Manager:
         self._link.post(Notice("written", text, {"node": self._setup.node, **asdict(written)}))
 
     def _trouble(self, text: str) -> None:
-        self._link.post(Notice("warning", text, {"node": self._setup.node}))
+        self._link.post(Notice("warning", text, self._about_node))
+
+    @property
+    def _about_node(self) -> dict[str, object]:
+        return {"node": self._setup.node}
 
     # ------------------------------------------------------------ captures and commit
 

@@ -62,6 +62,12 @@ class ParitySlots:
             raise StateError(f"there is no parity of round {round_.number} of {round_.epoch} here")
         return reader
 
+    def writable(self, round_: RoundId, number: int) -> memoryview:
+        """A row of a round's parity, to be mended in place; StateError."""
+        record = self.reader(round_).record
+        first = record.data_offset + number * record.chunk_bytes
+        return self._regions[self._slots[round_]].view[first : first + record.chunk_bytes]
+
     def write(self, record: ParityRecord) -> ParityWriter:
         """Begin to write a round's parity; it counts once :meth:`sealed` is called.
 

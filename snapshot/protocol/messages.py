@@ -49,6 +49,7 @@ class Setup:
     taken: tuple[Taken, ...] = ()
     generation: int = 1  # of the agent's managers, counted from 1
     parity_bytes_per_s_max: float = 0.0  # of fetching what parity is made of; 0: no limit
+    scrub_every_s: float = 0.0  # between looks whether what is protected is as it was; 0: none
 
 
 @dataclass(frozen=True, slots=True)

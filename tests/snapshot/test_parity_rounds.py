@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ftrain.comms.protocol.messages import Notice, VersionId
-from tests.snapshot.manager_process import Rank, state, until
+from ftrain.snapshot.protocol.messages import PARITY
+from tests.snapshot.manager_process import Manager, Rank, state, until
 from tests.snapshot.parity_group import ParityNodes
 
 
@@ -90,18 +91,46 @@ def test_a_damaged_chunk_is_done_without_or_said(tmp_path: Path) -> None:
         world.lose(3)
         held = world.inventories()
         newest = max(p.round for p in held[0])
-        flipped = 0
-        for (rank, _), fd in world.managers[1].memory.items():
-            if rank == 1:  # every image of node 1: one of them is step 1's
-                with mmap.mmap(fd, os.fstat(fd).st_size) as view:
-                    view[-5000] ^= 1
-                    flipped += 1
-        assert flipped
+        assert flip(world.managers[1], 1, -5000)
         world.replace([3], [4], newest, VersionId(1, 1))
         world.join()
         assert world.ranks[3].restored(1, epoch=1)[3].startswith(state(3, 1, world.sizes[3]))
         told = world.managers[4].expect(Notice, lambda notice: notice.kind == "rebuilt")
         assert "done without what is damaged" in told.text
+
+
+def flip(manager: Manager, rank: int, at: int) -> int:
+    """Flip a bit of every slot of a rank, or of parity; how many there are."""
+    flipped = 0
+    for (owner, _), fd in manager.memory.items():
+        if owner == rank:
+            with mmap.mmap(fd, os.fstat(fd).st_size) as view:
+                view[at] ^= 1
+                flipped += 1
+    return flipped
+
+
+@pytest.mark.parametrize(
+    ("rank", "at"), [(1, -5000), (1, 3000), (1, 4100), (PARITY, -100)], ids=str
+)
+def test_damage_is_found_and_mended_in_the_background(tmp_path: Path, rank: int, at: int) -> None:
+    """In an image's data, header and index, and in parity; so that it may be needed afterwards."""
+    with ParityNodes(tmp_path, 4, scrub_every_s=0.2) as world:
+        world.join()
+        world.protect(1)
+        world.managers[1].drain()
+        assert flip(world.managers[1], rank, at)
+        told = world.managers[1].expect(Notice, lambda notice: notice.kind == "repair")
+        assert "mended from what nodes 0, 2, 3 hold" in told.text
+        newest = max(p.round for p in world.inventories()[0])
+        world.lose(3)
+        world.replace([3], [4], newest, VersionId(1, 1))
+        world.join()
+        for number in (1, 3):
+            found = world.ranks[number].restored(1, epoch=1)[number]
+            assert found.startswith(state(number, 1, world.sizes[number]))
+        rebuilt = world.managers[4].expect(Notice, lambda notice: notice.kind == "rebuilt")
+        assert "damage" not in rebuilt.text
 
 
 def test_too_much_lost_is_said(tmp_path: Path) -> None:
