@@ -5,9 +5,11 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ftrain.comms.protocol.frames import DATA_BYTES_MAX, FrameSender
 
+_LOWER_EFFORT = 1 << 2  # RFC 8622, as a byte of the header
 STALLED_S = 10.0  # without the peer taking anything
 
 
@@ -16,6 +18,9 @@ def send_frames(sock: socket.socket, sender: FrameSender, views: Sequence[memory
 
     Raises OSError, TimeoutError among them when the peer takes nothing for too long.
     """
+    if sock.family == socket.AF_INET:
+        with suppress(OSError):  # a network that heeds it lets training's packets go first
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _LOWER_EFFORT)
     room = select.poll()
     room.register(sock, select.POLLOUT)
     for view in views:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import ftrain
 from ftrain.checkpoint.files import takes_direct_io
+from ftrain.comms.errors import StateError
 from ftrain.comms.process import available_memory_bytes, become_subreaper
 from ftrain.launch.reproducibility import NEVER_EXACT, find_obstacles
 from ftrain.launch.script import check_script
+from ftrain.snapshot.erasure.engines import engine
 
 _PACKAGES = ("torch", "numpy", "msgspec", "xxhash", "hydra-core", "rich", "zstandard")
 _FILES_MIN = 1024
@@ -73,6 +75,17 @@ def _versions() -> Iterator[Finding]:
             yield Finding("ok", package, metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding("missing", package, f"not installed: pip install {package}")
+
+
+def _erasure_code() -> Iterator[Finding]:
+    try:
+        choice = engine()
+    except StateError as error:
+        yield Finding("missing", "erasure code", str(error))
+        return
+    slow = choice.engine.name.startswith("reedsolo")
+    words = choice.engine.name + ("".join(f"; not {why}" for why in choice.refused))
+    yield Finding("note" if slow else "ok", "erasure code", words)
 
 
 def _torch() -> Iterator[Finding]:
@@ -170,4 +183,10 @@ def _script_findings(path: str) -> list[Finding]:
     return found or [clean]
 
 
-_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _torch, _kernel, _resources)
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _versions,
+    _torch,
+    _erasure_code,
+    _kernel,
+    _resources,
+)
