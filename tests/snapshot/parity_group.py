@@ -26,6 +26,7 @@ class ParityNodes:
     ) -> None:
         self.directory, self.parity, self.slots, self.more = directory, parity, slots, more
         self.epoch = 1
+        self.last: dict[str, Any] = {}  # what the group was told last, beside its members
         self.sizes = sizes or [20_000 + 7_000 * node for node in range(nodes)]
         self.managers = {node: self.manager(node) for node in range(nodes)}
         self.seats = list(range(nodes))  # node that has each rank
@@ -40,6 +41,7 @@ class ParityNodes:
 
     def group(self, only: Sequence[int] | None = None, **more: Any) -> None:
         """Tell the managers (or ``only`` some nodes') their group."""
+        self.last = dict(more)
         members = [self.managers[node] for node in self.seats]
         rebuilds: dict[int, Rebuild] = more.pop("rebuilds", {})
         for rank, node in enumerate(self.seats):
@@ -107,15 +109,22 @@ class ParityNodes:
         return {node: self.managers[node].parity() for node in self.seats if node in self.managers}
 
     def replace(
-        self, lost: Sequence[int], spares: Sequence[int], kept: RoundId, version: VersionId
+        self,
+        lost: Sequence[int],
+        spares: Sequence[int],
+        kept: RoundId,
+        version: VersionId,
+        *,
+        lost_as: int = -1,
     ) -> None:
-        """Another group, in which ``spares`` have the ranks of the ``lost``."""
+        """Another group, in which ``spares`` have the ranks of the ``lost``, which the round knows
+        as ``lost_as`` if not by their numbers."""
         self.epoch += 1
         rebuilds = {}
         for node, spare in zip(lost, spares, strict=True):
             self.managers[spare] = self.manager(spare, incarnation=100 + self.epoch)
             self.seats[self.seats.index(node)] = spare
-            rebuilds[spare] = Rebuild(kept, node, spare)
+            rebuilds[spare] = Rebuild(kept, node if lost_as < 0 else lost_as, spare)
         self.group(base=version, kept=kept, rebuilds=rebuilds)
 
     def __enter__(self) -> ParityNodes:
