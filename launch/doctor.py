@@ -83,9 +83,8 @@ def _erasure_code() -> Iterator[Finding]:
     except StateError as error:
         yield Finding("missing", "erasure code", str(error))
         return
-    slow = choice.engine.name.startswith("reedsolo")
     words = choice.engine.name + ("".join(f"; not {why}" for why in choice.refused))
-    yield Finding("note" if slow else "ok", "erasure code", words)
+    yield Finding("note" if choice.slow else "ok", "erasure code", words)
 
 
 def _torch() -> Iterator[Finding]:

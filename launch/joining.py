@@ -30,6 +30,7 @@ _OWN_KEYS = frozenset(
         *("checkpoint.remote_keep_every", "checkpoint.remote_bytes_per_s_max"),
         *("checkpoint.remote_every_steps", "checkpoint.remote_end_s"),
         *("launch.join_timeout_s", "launch.rejoin_timeout_s", "snapshot.memory_share_max"),
+        *("snapshot.rack", "snapshot.scrub_every_s", "snapshot.parity_bytes_per_s_max"),
     )
 )
 _OWN_GROUPS = ("events", "faults")

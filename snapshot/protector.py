@@ -289,7 +289,7 @@ class Protector:
             self._store.custody.unpin(self._pins.pop(round_, []))
 
     def _tell(self, why: str) -> None:
-        text = f"a version is not protected: {why}"
+        text = f"versions are not protected as they should be: {why}"
         if text not in self._told:
             self._told.add(text)
             self._on_trouble(text)
@@ -334,7 +334,10 @@ class Protector:
             self._pace.wait(nbytes)
             job.sent_bytes += nbytes
 
-        summer = Summer(engine().engine, before)
+        choice = engine()
+        if choice.slow:
+            self._loop.call_soon_threadsafe(self._tell, f"slowly: {choice.engine.name} computes")
+        summer = Summer(choice.engine, before)
         try:
             for number, (stripe, row) in enumerate(self._group.held_by(own.node)):
                 terms = self._terms(job, writer.record, stripe, row)

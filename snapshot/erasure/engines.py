@@ -46,6 +46,11 @@ class Choice:
     engine: Engine
     refused: tuple[str, ...]
 
+    @property
+    def slow(self) -> bool:
+        """Whether nothing better is left than what takes seconds for a megabyte."""
+        return isinstance(self.engine, Reedsolo)
+
 
 class Isal:
     """Intel's library, by ctypes, which gives up the interpreter lock."""

@@ -84,18 +84,24 @@ class ShardedRun:
 
     def losses(self) -> dict[int, list[str]]:
         """The last word of each rank about each step."""
-        found = {}
-        for rank in range(self.nodes):
-            lines = (self.folder / f"losses-{rank}").read_text().splitlines()
-            words = dict(line.split() for line in lines)
-            found[rank] = [words[str(step)] for step in range(self.steps)]
-        return found
+        return read_losses([self.folder], self.nodes, self.steps)
 
     def require_equal(self, undisturbed: ShardedRun) -> None:
         """Ended well, with every loss as in a run that nothing happened to."""
         assert self.code == 0, self.shown
         assert undisturbed.code == 0, undisturbed.shown
         assert self.losses() == undisturbed.losses()
+
+
+def read_losses(folders: Sequence[Path], ranks: int, steps: int) -> dict[int, list[str]]:
+    """The last word of each rank about each step, wherever it was said; later folders win."""
+    found = {}
+    for rank in range(ranks):
+        files = [folder / f"losses-{rank}" for folder in folders]
+        lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+        words = dict(line.split() for line in lines)
+        found[rank] = [words[str(step)] for step in range(steps)]
+    return found
 
 
 def recomputed(incidents: Sequence[dict[str, Any]]) -> list[int]:

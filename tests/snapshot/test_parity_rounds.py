@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ftrain.comms.process import available_memory_bytes
 from ftrain.comms.protocol.messages import Notice, VersionId
 from ftrain.snapshot.protocol.messages import PARITY
 from tests.snapshot.manager_process import Manager, Rank, state, until
@@ -144,3 +145,20 @@ def test_too_much_lost_is_said(tmp_path: Path) -> None:
         notices = world.managers[4].notices
         until(lambda: world.managers[4].drain() or notices)
         assert "2 chunks are sound of a stripe that needs 3" in notices[0]
+
+
+def test_too_little_memory_for_parity_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+    sizes = [2_000_000] * 3
+    slots = 4 * (sizes[0] + 20_000)
+    share = (slots + 600_000) / available_memory_bytes()  # parity takes 1 MB for each version
+    with ParityNodes(tmp_path, 3, sizes=sizes, memory_share_max=share) as world:
+        world.join()
+        for step in range(1, 6):
+            world.capture(step)
+            for manager in world.managers.values():
+                manager.newest_committed(VersionId(1, step))
+        notices = world.managers[1].notices
+        until(lambda: world.managers[1].drain() or notices)
+        (told,) = notices
+        assert "parity that stands the loss of 1 of 3 nodes takes" in told
+        assert "a larger snapshot.group takes less" in told
