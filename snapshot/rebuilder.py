@@ -81,8 +81,8 @@ class Rebuilder:
 
     def begin(self, order: Rebuild | None, version: VersionId | None, peers: list[int]) -> None:
         """A new group began; ``order`` and ``version``: what it restores from has to be rebuilt."""
-        if order == self._order:
-            return
+        if order == self._order and (order is None or self._task is not None):
+            return  # else the new group has to hear that it is there, or it is tried again
         self.close()
         self._order, self._version = order, version
         if order is None or version is None:
