@@ -379,6 +379,12 @@ class Node:
         self.machine.done(job.round.number)
         self.pump()
 
+    def run_short(self) -> None:
+        """There is no memory for the parity now."""
+        if self.job is not None:
+            self.count("unable: no memory")
+            self._refuse(self.job.round.number)
+
     def images(self, version: VersionId) -> Content | None:
         """What is in this node's slots of a version, if it is whole; asked by other nodes."""
         places = self.custody.sealed(version)

@@ -26,6 +26,8 @@ from ftrain.comms.protocol.messages import (
 )
 from ftrain.recovery.protocol.planner import Memory
 
+Inventory = tuple[tuple[Held, ...], tuple[HeldParity, ...]]
+
 _LATE_TICKS = 60
 _SPARE = 1000  # number of a node that is imagined in the place of a lost one
 
@@ -45,7 +47,8 @@ class World:
         self.loss = draw.choice((0.0, 0.1, 0.3))
         self.haste = draw.choice((0.2, 0.5, 0.9))  # of ranks
         self.diligence = draw.choice((0.3, 0.6, 0.9))  # of who makes parity
-        self.fault_rate = draw.choice((0.005, 0.02, 0.05))
+        self.promptness = draw.choice((0.04, 0.1, 0.4))  # of agents
+        self.fault_rate = draw.choice((0.01, 0.03, 0.06))
         self.counts: Counter[str] = Counter()
         self.now = self.numbers = self.incarnations = self.sequence = 0
         self.flying: list[tuple[int, int, tuple[int, int], tuple[int, int], object]] = []
@@ -57,7 +60,8 @@ class World:
         self.weak: set[int] = set()  # seats that had no part in that
         self.over: set[RoundId] = set()
         self.down: dict[int, int] = {}  # node -> when its manager starts again
-        self.reports: dict[int, tuple[tuple[Held, ...], tuple[HeldParity, ...]]] = {}
+        self.reports: dict[int, Inventory] = {}
+        self.found: dict[int, Inventory] = {}  # in memory, when it was looked at last
         self.orders: dict[int, Group] = {}  # by seat
         self.rebuilds: dict[int, int] = {}  # node -> when what it rebuilds is fetched
         self.seats: list[Node | None] = [self._node(seat) for seat in range(self.count)]
@@ -167,6 +171,8 @@ class World:
         for node in self.nodes:
             if node.up and self.draw.random() < self.diligence:
                 node.work(self._reach)
+            if node.up and self.faulty and self.draw.random() < 0.01:
+                node.run_short()
         self._rebuild()
         self._coordinate()
         for number, due in list(self.down.items()):
@@ -178,7 +184,8 @@ class World:
                     restarted.start()
                     if restarted.rebuilding is not None:
                         self.rebuilds.setdefault(number, self.now + self.draw.randint(0, 20))
-        if self.faulty and self.draw.random() < self.fault_rate:
+        troubled = self.stopping or bool(self.weak) or bool(self.rebuilds)
+        if self.faulty and self.draw.random() < self.fault_rate * (2 if troubled else 1):
             self._fault()
 
     def _rank(self) -> None:
@@ -205,30 +212,35 @@ class World:
         self._count(f"denied {why.partition(':')[0]}" if why else "begun")
 
     def _rebuild(self) -> None:
+        """It goes on while nodes stop, and until the node hears of another group."""
         for number, due in list(self.rebuilds.items()):
             node = self._of(number)
             group = node.group if node is not None else None
-            if node is None or not node.up or group is None or group.epoch != self.epoch:
+            if node is None or group is None or group.rebuild is None or node.rebuilding is None:
+                del self.rebuilds[number]
                 continue
-            if due > self.now or group.rebuild is None:
+            if due > self.now or not node.up:
                 continue
-            peers = [n for n in self.nodes if n.number in group.members and n.up and n is not node]
+            there = [n for n in self.nodes if n.up and n is not node]
+            peers = [n for n in there if group.members.get(n.number) == n.incarnation]
             by_number = not self.rules.tells_epochs
             images, version, why = regained(group.rebuild, peers, by_number=by_number)
             if images is None and len(peers) < len(group.members) - 1:
                 self._count("rebuilding waits for a manager")
                 continue
             if images is None or version is None or version != group.base:
-                raise Violation(f"node {number} can't rebuild {group.base}: {why}, got {version}")
+                if group.epoch == self.epoch and not self.stopping:
+                    raise Violation(f"node {number} can't rebuild {group.base}: {why}, {version}")
+                continue
             del self.rebuilds[number]
-            self._count("rebuilt")
+            self._count("rebuilt" + (" while stopping" if self.stopping else ""))
             node.put_back(images, version)
 
     # ------------------------------------------------------------ faults
 
     def _fault(self) -> None:
         kind = self.draw.random()
-        if kind < 0.45:
+        if kind < (0.7 if self.stopping else 0.45):
             node = self.draw.choice(self.nodes)
             if node.up:
                 node.up = False
@@ -244,7 +256,9 @@ class World:
 
     def _lose(self, *, too_many: bool = False) -> None:
         there = [seat for seat, node in enumerate(self.seats) if node is not None]
-        seats = self.draw.sample(there, min(len(there) - 1, self.draw.choice((1, 1, self.stands))))
+        seats = self.draw.sample(there, min(len(there) - 1, self.draw.choice((1, self.stands))))
+        if len(self.weak.union(seats)) > self.stands:  # the same again
+            seats = [seat for seat in self.weak if seat in there][: len(there) - 1]
         if too_many:
             seats = self.draw.sample(there, min(len(there) - 1, self.stands + 1))
         if not seats:
@@ -276,14 +290,12 @@ class World:
     def _stop(self) -> None:
         if not self.stopping:
             self.stopping = True
-            self.reports, self.orders, self.rebuilds = {}, {}, {}
-            for node in self.nodes:
-                node.said_last = node.said_last and node.group is not None
+            self.reports, self.orders = {}, {}
 
     def _coordinate(self) -> None:
         if self.stopping:
             for node in self.nodes:
-                if node.up and node.number not in self.reports and self.draw.random() < 0.3:
+                if node.up and node.number not in self.reports and self._promptly():
                     node.said_last = True
                     node.freeze()
                     self.reports[node.number] = node.held(), node.parities()
@@ -292,13 +304,16 @@ class World:
             return
         for seat, group in list(self.orders.items()):
             there = self.seats[seat]
-            if there is not None and there.up and self.draw.random() < 0.4:
+            if there is not None and there.up and self._promptly():
                 del self.orders[seat]
                 there.set_group(group)
-                if group.rebuild is not None:
+                if there.rebuilding is not None:
                     self.rebuilds[there.number] = self.now + self.draw.randint(0, 20)
-        if not self.formed and not self.orders and not self.rebuilds:
+        if not self.orders and not self.rebuilds:
             self.formed = True
+
+    def _promptly(self) -> bool:
+        return self.draw.random() < self.promptness
 
     def _form(self) -> None:
         """Every node said what it holds: replace those that are lost, and make the plan."""
@@ -374,11 +389,8 @@ class World:
         for node in self.nodes:
             if node.up:
                 self._check_kept(node)
-        known = (
-            [(node.number, node.held(), tuple(node.parity)) for node in self.nodes],
-            self.goal,
-            self.weak,
-        )
+        self.found = {node.number: (node.held(), node.parities()) for node in self.nodes}
+        known = self.found, self.goal, self.weak
         if known == self.checked:
             return
         self.checked = known
@@ -411,8 +423,8 @@ class World:
     def _imagine(self, lost: set[int]) -> RestorePlan:
         """The plan if these seats' nodes were lost now, carried out."""
         rest = [node for seat, node in enumerate(self.seats) if node and seat not in lost]
-        held = {node.number: node.held() for node in rest}
-        parity = {node.number: node.parities() for node in rest}
+        held = {node.number: self.found[node.number][0] for node in rest}
+        parity = {node.number: self.found[node.number][1] for node in rest}
         plan = self.rules.plan(self._memory(rest, held, parity))
         self._count("loss imagined")
         self._require(plan, f"without seats {lost}, the plan ({plan.reason})")
@@ -435,7 +447,7 @@ class World:
         """Faults, then peace; checking all the time."""
         for number in range(ticks):
             self.tick()
-            if number % 4 == 0:
+            if number % 5 == 0:
                 self.check()
         self.settle()
 
@@ -444,7 +456,7 @@ class World:
         self.faulty, self.loss = False, 0.0
         for number in self.down:
             self.down[number] = self.now
-        self.diligence = self.haste = 0.9
+        self.diligence = self.haste = self.promptness = 0.9
         for number in range(130):
             self.steps = number < 70
             self.tick()
