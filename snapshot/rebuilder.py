@@ -78,8 +78,8 @@ class Rebuilder:
 
     def begin(self, order: Rebuild | None, version: VersionId | None, peers: list[int]) -> None:
         """A new group began; ``order`` and ``version``: what it restores from has to be rebuilt."""
-        if order == self._order:
-            return
+        if order == self._order and (order is None or self._task is not None):
+            return  # else the new group has to hear that it is there, or it is tried again
         self.close()
         self._order, self._version = order, version
         if order is None or version is None:
@@ -108,7 +108,7 @@ class Rebuilder:
         began_s = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            if self._has_all(version):  # an earlier manager rebuilt it
+            if self._has_been(version):  # an earlier manager rebuilt it
                 return
             sources = _Sources(self, peers, over)
             deadline_s = began_s + _PATIENCE_S
@@ -139,9 +139,13 @@ class Rebuilder:
                 self._task = None
                 self._on_settled()
 
-    def _has_all(self, version: VersionId) -> bool:
-        ranks = {rank for rank, _ in self._store.custody.sealed(version)}
-        return ranks.issuperset(self._store.custody.local_ranks)
+    def _has_been(self, version: VersionId) -> bool:
+        """Whether it is here, or was: it is given up only for a newer one, whose images are in the
+        slots that it would be rebuilt in."""
+        custody = self._store.custody
+        ranks = {rank for rank, _ in custody.sealed(version)}
+        newer = any(sealed > version for sealed in custody.sealed_versions())
+        return newer or ranks.issuperset(custody.local_ranks)
 
     async def _room(self, images: tuple[ImageRow, ...]) -> dict[int, memoryview]:
         room = {}

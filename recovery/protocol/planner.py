@@ -4,6 +4,10 @@ Each rung is priced: steps to be done again times the length of a step, bytes to
 rate at which they move, and what using the rung costs besides.  The sums are in the plan's reason,
 which goes into the incident's record.  Versions on one rung are not weighed against each other: a
 newer one never costs more.  Nothing goes back behind the newest durable version that counts.
+
+Nodes give up every round of parity but the one that the plan keeps, so that is the only one that
+anything is rebuilt from.  It is the one that stands the most further losses: a newer version that
+would be gone with the next node is not worth one that would not.
 """
 
 from __future__ import annotations
@@ -11,7 +15,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ftrain.comms.protocol.messages import Held, HeldParity, NodePlace, RestorePlan, VersionId
+from ftrain.comms.protocol.messages import (
+    Held,
+    HeldParity,
+    NodePlace,
+    RestorePlan,
+    RoundId,
+    VersionId,
+)
 from ftrain.recovery.protocol.plan import DurableVersion, choose_restore
 from ftrain.recovery.protocol.rebuilds import (
     Round,
@@ -80,7 +91,8 @@ def plan_restore(
     rates = rates or Rates()
     rounds = rounds_of(memory.parity)
     plain = choose_restore(memory.held, memory.world_size, durable, refused, remarks)
-    rebuilt, notes = _newest_rebuilt(memory, rounds, refused, plain.version)
+    kept = round_to_keep(rounds, memory.places, memory.held, refused)
+    rebuilt, notes = _rebuilt(memory, rounds, kept, refused, plain.version)
     best = plain
     if rebuilt is not None:
         first, second = _priced(plain, memory, rates), _priced(rebuilt, memory, rates)
@@ -88,26 +100,35 @@ def plan_restore(
         best = cheaper.plan
         choice = best.reason.partition("; ")[0]
         sums = [f"{choice}: {cheaper.words}", f"{_name(dearer.plan)}: {dearer.words}"]
-        best = replace(best, reason="; ".join([*sums, *_rest(plain.reason)]))
+        best = replace(best, reason="; ".join([*sums, *notes, *_rest(plain.reason)]))
     elif notes:
         best = replace(best, reason="; ".join([best.reason, *notes]))
-    lost = notes[0] if notes else ""
-    return replace(best, round=round_to_keep(rounds, memory.held, refused), lost=lost)
+    # What was not finished when a node was lost is no loss while something nearly as new serves.
+    lost = notes[0] if notes and not best.in_memory else ""
+    return replace(best, round=kept, lost=lost)
 
 
-def _newest_rebuilt(
-    memory: Memory, rounds: Sequence[Round], refused: Collection[VersionId], than: VersionId | None
+def _rebuilt(
+    memory: Memory,
+    rounds: Sequence[Round],
+    kept: RoundId | None,
+    refused: Collection[VersionId],
+    than: VersionId | None,
 ) -> tuple[RestorePlan | None, list[str]]:
-    """The newest version beyond ``than`` that parity gives back, and why newer ones it does not."""
+    """What the parity that is kept gives back, if it is beyond ``than``, and why newer rounds than
+    that are of no use."""
     notes: list[str] = []
     for round_ in sorted(rounds, key=lambda r: (r.version, r.id), reverse=True):
         version = round_.version
         if version in refused or (than is not None and version <= than):
             continue
         rebuilds, lack = rebuilds_for(round_, memory.places, memory.held)
+        name = f"step {version.step} of epoch {version.epoch}"
         if lack:
-            notes.append(f"step {version.step} of epoch {version.epoch} {lack}")
-        if not rebuilds:
+            notes.append(f"{name} {lack}")
+        elif rebuilds and round_.id != kept:
+            notes.append(f"{name} would be lost with fewer nodes more than an older one")
+        if lack or not rebuilds or round_.id != kept:
             continue
         have = {n for n, held in memory.held.items() if any(h.version == version for h in held)}
         plan = RestorePlan(
@@ -115,7 +136,7 @@ def _newest_rebuilt(
             version=version,
             sources=tuple(sorted(have.union(rebuild.node for rebuild in rebuilds))),
             rebuilds=rebuilds,
-            reason=f"step {version.step} of epoch {version.epoch} rebuilt from parity",
+            reason=f"{name} rebuilt from parity",
         )
         return plan, notes
     return None, notes

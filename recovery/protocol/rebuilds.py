@@ -40,14 +40,23 @@ class Guarded:
         return {n.node for n in self.nodes if n.node not in data or n.node not in self.holders}
 
     def enough(self, data: Collection[int]) -> bool:
-        """Whether all images can be had, when the nodes in ``data`` have theirs."""
+        """Whether all images can be had, when the nodes in ``data`` have theirs.
+
+        Who has no parity of the round is not asked for images either: nothing there says that they
+        are the ones that the parity was made of.
+        """
         group = ParityGroup(tuple(node.node for node in self.nodes), self.parity)
+        there = self.holders.intersection(data)
         return all(
-            sum(node in data for node in group.contributors(stripe))
+            sum(node in there for node in group.contributors(stripe))
             + sum(node in self.holders for node in group.holders(stripe))
             >= group.data
             for stripe in range(len(group.nodes))
         )
+
+    def stands(self, data: Collection[int]) -> int:
+        """How many nodes more may be lost, whichever they are; -1: too many are lost already."""
+        return max(0, self.parity - len(self.lost(data))) if self.enough(data) else -1
 
 
 @dataclass(slots=True)
@@ -105,22 +114,29 @@ def rebuilds_for(
 
 def round_to_keep(
     rounds: Iterable[Round],
+    places: Sequence[NodePlace],
     held: Mapping[int, Sequence[Held]],
     refused: Collection[VersionId] = (),
 ) -> RoundId | None:
-    """The round whose parity is worth most until there is newer: the one that stands the most
-    further losses of nodes; of those the newest."""
-    best: tuple[int, RoundId] | None = None
+    """The round whose parity is worth most until there is newer.
+
+    First comes one that these places can be restored from, then the one that stands the most
+    further losses of nodes, then the newest version: after a manager that leads was restarted, a
+    later round may be of an older one.
+    """
+    best: tuple[bool, int, VersionId, RoundId] | None = None
     for round_ in rounds:
         if round_.version in refused:
             continue
         images = with_images(held, round_.version)
-        stands = min(
-            group.parity - len(group.lost(_data(group, images))) for group in round_.groups.values()
-        )
-        if stands >= 0 and (best is None or (stands, round_.id) > best):
-            best = stands, round_.id
-    return best[1] if best is not None else None
+        stands = min(group.stands(_data(group, images)) for group in round_.groups.values())
+        if stands < 0:
+            continue
+        fits = not rebuilds_for(round_, places, held)[1]
+        worth = fits, stands, round_.version, round_.id
+        if best is None or worth > best:
+            best = worth
+    return best[-1] if best is not None else None
 
 
 def _data(group: Guarded, images: Mapping[int, frozenset[int]]) -> set[int]:

@@ -3,8 +3,9 @@
 Parity is worth something only with what all other nodes keep of the same round, so a node gives a
 round up only when it knows that nobody needs it:
 
-* when a newer round is over, for then every node has all of that one;
-* when a round was given up by the leader that had opened it;
+* when a later round of a version that is no older is over, for then every node has all of that one
+  (a leader that starts again may open a round for an older version than was protected before);
+* when a round was given up by the leader that had opened it, and it opened a later one;
 * when a new group begins and the plan names another round: whoever made the plan had seen what all
   nodes hold.
 
@@ -62,9 +63,10 @@ class Keeping:
     def begin(self, number: int, version: VersionId, first: int, over: int) -> list[RoundId]:
         """A round begins, as :class:`~ftrain.snapshot.protocol.protection.Begin` says."""
         new, newest_over = RoundId(self._epoch, number), RoundId(self._epoch, over)
-        needless = [r for r in self._versions if r != new and self._is_given_up(r, first, over)]
+        # Behind the new one only: a node that starts again may hear of a round that is long past.
+        needless = [r for r in self._versions if r < new and self._is_given_up(r, first, over)]
         if newest_over in self._whole:
-            needless += [r for r in self._versions if r < newest_over and r not in needless]
+            needless += self._replaced_by(newest_over)
         given_up = self._give_up(needless)
         self._versions[new] = version
         return given_up
@@ -84,7 +86,11 @@ class Keeping:
         round_ = RoundId(self._epoch, number)
         if self._frozen or round_ not in self._whole:
             return []
-        return self._give_up(r for r in self._versions if r < round_)
+        return self._give_up(self._replaced_by(round_))
+
+    def _replaced_by(self, over: RoundId) -> list[RoundId]:
+        version = self._versions[over]
+        return [r for r, protected in self._versions.items() if r < over and protected <= version]
 
     def _is_given_up(self, round_: RoundId, first: int, over: int) -> bool:
         if round_.epoch < self._epoch:

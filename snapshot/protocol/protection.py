@@ -13,6 +13,10 @@ Theory of operation:
   round as soon as there is a newer version.
 * What is said is said again until it has its effect, so that any message may be lost, and rounds
   only grow, so that any may come late or twice.
+* A node that starts again may keep two rounds, and not know that the newer one is over: without a
+  slot for a newer version it would never hear of a newer round either.  So the leader says now and
+  then which one was over last; and it tries again, as long as there is nothing newer, what was
+  given up, for that may have stood in the way of what is newer.
 
 The commit itself is :class:`~ftrain.checkpoint.protocol.commit.VersionCommit`, as at the other
 levels, with a round in the place of a step.
@@ -29,6 +33,7 @@ from ftrain.comms.protocol.messages import Sealed, SealedSeen, VersionId
 from ftrain.comms.protocol.ready import Address, Ready
 
 _REPEAT_TICKS = 3
+_REMIND_TICKS = 21  # of what is settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,8 @@ class Protection:
             self._propose()
         elif self._stage is _Stage.REFUSED:
             self._say_unable()
+        elif self.leads and self._ticks % _REMIND_TICKS == 0:
+            self._remind()
 
     def receive(self, message: object) -> None:
         """Another node's word."""
@@ -208,6 +215,13 @@ class Protection:
             first, over = self._first_round, self._over
             word = Protect(self._epoch, self._round, self._version, first, over)
             self._messages += [(node, word) for node in self._nodes if node != self._me]
+
+    def _remind(self) -> None:
+        if self._over == self._round:
+            self._propose()
+        else:
+            self._settled = None
+            self._open()
 
     def _heed(self, message: Unable) -> None:
         if self.leads and message.round == self._round:
