@@ -233,8 +233,12 @@ class Protector:
         if not self._pin(round_, begin.version):
             self._refuse(begin.round)
             return
+        try:
+            own = node_row(self._store, self._identity.node, begin.version)
+        except StateError:  # damaged since it was pinned
+            self._refuse(begin.round)
+            return
         job = self._job = _Job(round_, begin.version, time.monotonic())
-        own = node_row(self._store, self._identity.node, begin.version)
         self._loop.create_task(self._work(job, own))
 
     async def _work(self, job: _Job, own: NodeRow) -> None:
