@@ -124,6 +124,7 @@ class Protection:
         self._stage = _Stage.OVER
         self._newest: VersionId | None = None  # that all nodes hold
         self._settled: VersionId | None = None  # protected or given up: next is a newer one
+        self._made: set[int] = set()  # nodes that have their parity of it
         self._over = 0  # newest round of this epoch that was over, as far as is known here
         self._ticks = 0
         self._messages: list[tuple[Address, object]] = []
@@ -155,8 +156,8 @@ class Protection:
     def done(self, round_: int) -> None:
         """Answer to :class:`Begin`: all parity that this node keeps is there."""
         if round_ == self._round and self._stage is _Stage.OPEN:
-            version = VersionId(self._epoch, round_)
-            self._commit.sealed_here(version, Sealed(version, self._me, self._incarnation, (), ()))
+            self._made.add(self._me)
+            self._announce()
 
     def unable(self, round_: int) -> None:
         """Answer to :class:`Begin`: the version is here no more, or there is no memory for it."""
@@ -185,6 +186,8 @@ class Protection:
             self._heed(message)
         elif isinstance(message, ParityMade | ParitySeen):
             self._commit.receive(message.message)
+            if isinstance(message, ParityMade):
+                self._hear(message.message)
 
     def ready(self) -> Ready[None]:
         """What has to be done now."""
@@ -224,12 +227,30 @@ class Protection:
             self._open()
 
     def _heed(self, message: Unable) -> None:
-        if self.leads and message.round == self._round:
-            self._settle()
+        if self.leads and message.round == self._round and not self._made.issuperset(self._nodes):
+            self._settle()  # else it is old, for that node has its parity now
 
     # ---- everybody
 
+    def _hear(self, made: Sealed) -> None:
+        if made.version == VersionId(self._epoch, self._round):
+            self._made.add(made.node)
+            self._announce()
+
+    def _announce(self) -> None:
+        """Say that the parity is here.
+
+        The leader is the last to say so: a round that it gave up is over nowhere, even if the node
+        that was unable starts again and is not any more.
+        """
+        if self._stage is not _Stage.OPEN or self._me not in self._made:
+            return
+        if not self.leads or self._made.issuperset(self._nodes):
+            version = VersionId(self._epoch, self._round)
+            self._commit.sealed_here(version, Sealed(version, self._me, self._incarnation, (), ()))
+
     def _begin(self, word: Protect) -> None:
+        self._made.clear()
         self._round, self._version, self._stage = word.round, word.version, _Stage.OPEN
         self._effects.append(Begin(word.round, word.version, word.first, word.over))
 

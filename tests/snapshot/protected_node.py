@@ -57,7 +57,6 @@ class Rules:
     stays_frozen: bool = True  # nor does a manager that starts after that
     rebuilds_once: bool = True  # a manager that starts does not rebuild what was given up since
     numbers_on: bool = True  # a process numbers its rounds behind those of earlier ones
-    tells_epochs: bool = True  # rounds of different epochs are different rounds
 
 
 @dataclass(frozen=True)
@@ -486,19 +485,15 @@ class Node:
 
 
 def regained(
-    rebuild: Rebuild, nodes: Iterable[Node], *, by_number: bool = False
+    rebuild: Rebuild, nodes: Iterable[Node]
 ) -> tuple[Content | None, VersionId | None, str]:
     """A lost node's images out of what these nodes have of a round, as the rebuilder does it: who
-    has none of its parity is not asked; or None and why.  ``by_number``: whatever the epoch."""
+    has none of its parity is not asked; or None and why."""
     found: dict[int, tuple[Parity, Content]] = {}
     for node in nodes:
-        rounds = [rebuild.round]
-        if by_number:
-            rounds = sorted(r for r in node.parity if r.number == rebuild.round.number)[:1]
-        for round_ in rounds:
-            parity = node.parity.get(round_)
-            if parity is not None and rebuild.lost in parity.data:
-                found[node.number] = parity, node.in_memory(parity.held.version)
+        parity = node.parity.get(rebuild.round)
+        if parity is not None and rebuild.lost in parity.data:
+            found[node.number] = parity, node.in_memory(parity.held.version)
     if not found:
         return None, None, f"nobody has parity of {rebuild.round} any more"
     first = next(iter(found.values()))[0]

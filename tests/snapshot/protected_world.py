@@ -223,8 +223,7 @@ class World:
                 continue
             there = [n for n in self.nodes if n.up and n is not node]
             peers = [n for n in there if group.members.get(n.number) == n.incarnation]
-            by_number = not self.rules.tells_epochs
-            images, version, why = regained(group.rebuild, peers, by_number=by_number)
+            images, version, why = regained(group.rebuild, peers)
             if images is None and len(peers) < len(group.members) - 1:
                 self._count("rebuilding waits for a manager")
                 continue
