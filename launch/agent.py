@@ -58,6 +58,7 @@ from ftrain.launch.rank_watch import RankWatch
 from ftrain.launch.ranks import LocalRank, PageStore, RankGroup, append_traceback, lacking_file
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.uplink import Uplink
+from ftrain.launch.waits import Waits
 from ftrain.launch.worker_link import WorkerLink
 from ftrain.launch.worker_messages import Forked, ForkRequest, RankSpec
 from ftrain.recovery.node_file import NodeFile, write_node_file
@@ -128,7 +129,7 @@ class Agent:
         self._flush: smp.Flush | None = None  # asked of the manager, and of the next one
         self._total_steps = self._save_step = 0
         self._watch = RankWatch(job.config.detection, node, partial(self._uplink.say, "warning"))
-        self._waits: dict[str, asyncio.TimerHandle] = {}  # for the snapshot manager, by what for
+        self._waits = Waits(self._loop)  # for the snapshot manager
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._effects: dict[type, Callable[[Any], None]] = {
             ForkRanks: self._fork_ranks,
@@ -415,7 +416,7 @@ class Agent:
             return
         self._stopped_ns = time.monotonic_ns()
         self._watch.end()
-        self._wait_for_manager("gone", self._kill_late, more_s=_STRAYS_S_MAX)
+        self._waits.begin("gone", _MANAGER_S_MAX + _STRAYS_S_MAX, self._kill_late)
         if self._reaper.strays() != []:
             self._loop.create_task(self._kill_strays())
         else:
@@ -430,7 +431,12 @@ class Agent:
         if self._manager is None:
             self._tell_gone((), ())
         else:
-            self._wait_for_manager("gone", self._kill_late)  # anew, from here on
+            self._waits.begin("gone", _MANAGER_S_MAX, self._kill_late)  # anew, from here on
+            self._manager.post(smp.AskInventory())
+
+    def _ask_again(self) -> None:
+        """A manager that was started after the ranks had ended."""
+        if self._manager is not None and (self._group is None or self._killing):
             self._manager.post(smp.AskInventory())
 
     def _kill_late(self) -> None:
@@ -439,36 +445,25 @@ class Agent:
         self._tell_gone(report.held, report.parity)
 
     def _tell_gone(self, held: tuple[Held, ...], parity: tuple[HeldParity, ...]) -> None:
-        self._stop_waiting("gone")
+        self._waits.end("gone")
         self._machine.ranks_gone(self._machine.epoch, held, parity)
         self._driver.pump()
 
     # ------------------------------------------------------------------ the snapshot manager
 
-    def _wait_for_manager(
-        self, what: str, otherwise: Callable[[], None], more_s: float = 0
-    ) -> None:
-        self._stop_waiting(what)
-        self._waits[what] = self._loop.call_later(_MANAGER_S_MAX + more_s, otherwise)
-
-    def _stop_waiting(self, what: str) -> bool:
-        timer = self._waits.pop(what, None)
-        if timer is not None:
-            timer.cancel()
-        return timer is not None
-
     def _manager_started(self, started: smp.ManagerStarted) -> None:
-        held, parity = started.held, started.parity
         self._write_node_file()
         self._machine.smp(started.address)
-        self._machine.held(held, parity)
+        self._machine.held(started.held, started.parity)
         self._driver.pump()
         if self._flush is not None and self._manager is not None:
             self._manager.post(self._flush)
-        if "gone" in self._waits and self._reaper.strays() == []:
-            self._tell_gone(held, parity)
+        # It is asked even for what it has just said: from its answer on it changes nothing, and a
+        # plan is made of that.
         if "captures" in self._waits:
-            self._captures_finished(self._machine.epoch, held, parity)
+            self._ask_captures(self._machine.epoch, 0.0)
+        elif "gone" not in self._waits or self._reaper.strays() == []:
+            self._ask_again()
 
     def _manager_down(self, how: str) -> None:
         self._say("warning", f"the snapshot manager ended ({how}); no version is lost")
@@ -491,6 +486,9 @@ class Agent:
         elif isinstance(message, smp.Inventory):
             if "gone" in self._waits:
                 self._tell_gone(message.held, message.parity)
+            else:
+                self._machine.held(message.held, message.parity)
+                self._driver.pump()
         elif isinstance(message, smp.Flushed):
             self._flush = None
             self._machine.flushed(message.version)
@@ -521,13 +519,13 @@ class Agent:
             self._captures_finished(epoch, (), ())
             return
         late = partial(self._captures_finished, epoch, (), ())
-        self._wait_for_manager("captures", late, deadline_s)
+        self._waits.begin("captures", _MANAGER_S_MAX + deadline_s, late)
         self._manager.post(smp.FinishCaptures(epoch, deadline_s))
 
     def _captures_finished(
         self, epoch: int, held: tuple[Held, ...], parity: tuple[HeldParity, ...]
     ) -> None:
-        self._stop_waiting("captures")
+        self._waits.end("captures")
         self._machine.captures_finished(epoch, held, parity)
         self._driver.pump()
 

@@ -62,9 +62,11 @@ def directive_of(
         order = Order.PAUSE if hard.stop_step < 0 else Order.STOP_AT
         return Directive(hard.epoch, order, stop_step=hard.stop_step, reason=reason)
     if phase in (Phase.SAVING, Phase.RUNNING) and flush is not None:
+        # What is to be written may wait for managers that do not know of each other yet.
         return Directive(
             hard.epoch,
             Order.FLUSH,
+            hard.formation and with_addresses(hard.formation, reports),
             flush=flush.target,
             flush_attempt=flush.attempt,
             fence=flush.fence,

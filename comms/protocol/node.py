@@ -220,11 +220,11 @@ class NodeMember:
         """The coordinator's wish."""
         if not isinstance(message, Directive) or not self._accepts(message):
             return
+        if message.formation is not None and message.epoch == self._epoch:
+            self._update_peers(message.formation)
         if message.order is Order.FLUSH:
             self._ask_flush(message)
         else:
-            if message.formation is not None and message.epoch == self._epoch:
-                self._update_peers(message.formation)
             self._wanted = message
         self._pursue()
 
@@ -318,7 +318,7 @@ class NodeMember:
         self._effects.append(FinishCaptures(self._epoch, dead))
 
     def _update_peers(self, formation: Formation) -> None:
-        if self._phase in _AT_WORK and formation != self._formation:
+        if self._phase in (Phase.FORKING, *_AT_WORK) and formation != self._formation:
             self._formation = formation
             self._effects.append(UpdatePeers(formation))
 
