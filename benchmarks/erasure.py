@@ -112,15 +112,13 @@ def in_place(kind: Engine) -> Arm:
     def arm(work: Work) -> Job:
         room = room_for(work, len(work.wanted))
         sources = [work.chunks[number] for number in work.sources]
-        rows = work.rows
+        rows = tuple(tuple(row) for row in work.rows)
 
         def run() -> list[memoryview]:
             for start in range(0, len(room[0]), BLOCK_BYTES):
                 stop = min(start + BLOCK_BYTES, len(room[0]))
-                for target, row in zip(room, rows, strict=True):
-                    np.frombuffer(target, np.uint8)[start:stop] = 0
-                    for factor, source in zip(row, sources, strict=True):
-                        kind.add(factor, source[start:stop], target[start:stop])
+                pieces = [source[start:stop] for source in sources]
+                kind.combine(rows, pieces, [target[start:stop] for target in room])
             return room
 
         return Job(run, lambda found: found == work.wanted, work.nbytes)

@@ -17,6 +17,8 @@ from ftrain.snapshot.bundle import Bundle
 from ftrain.snapshot.erasure.engines import Engine
 from ftrain.snapshot.parity import BLOCK_BYTES, ParityRecord
 
+_AT_ONCE = 8  # sources of a sum that are in memory at the same time
+
 
 class Chunk(Protocol):
     """One chunk of a stripe, read once and in order; zeros follow its bytes."""
@@ -77,7 +79,7 @@ class Summer:
     def __init__(self, engine: Engine, before: Callable[[int], None] = lambda nbytes: None) -> None:
         self._engine = engine
         self._before = before
-        self._scratch = page_buffer(BLOCK_BYTES)
+        self._scratch: list[memoryview] = []  # one block each
 
     def fill(
         self,
@@ -96,23 +98,37 @@ class Summer:
 
     def fill_next(self, block: memoryview, start: int, terms: Sequence[Term]) -> None:
         """The same for one block, which begins at byte ``start`` of the chunks."""
-        filled = 0  # bytes of the block that hold what they have to; the rest is old
-        for term in terms:
-            count = min(max(term.chunk.nbytes - start, 0), len(block))
-            if not count:
+        there = [term for term in terms if term.chunk.nbytes > start]
+        if not there:
+            block[:] = bytes(len(block))
+            return
+        if len(there) == 1 and there[0].factor == 1:  # that is the sum
+            self._read(there[0], start, block)
+            return
+        for first in range(0, len(there), _AT_ONCE):
+            terms_now = there[first : first + _AT_ONCE]
+            sources = [self._room(n)[: len(block)] for n in range(len(terms_now))]
+            for term, source in zip(terms_now, sources, strict=True):
+                self._read(term, start, source)
+            factors = tuple(term.factor for term in terms_now)
+            if not first:
+                self._engine.combine((factors,), sources, [block])
                 continue
-            self._before(count)
-            if not filled and term.factor == 1:  # the first one needs no sum
-                term.chunk.read_into(block[:count])
-                filled = count
-                continue
-            if filled < count:
-                block[filled:count] = bytes(count - filled)
-                filled = count
-            term.chunk.read_into(self._scratch[:count])
-            self._engine.add(term.factor, self._scratch[:count], block)
-        if filled < len(block):
-            block[filled:] = bytes(len(block) - filled)
+            for factor, source in zip(factors, sources, strict=True):
+                self._engine.add(factor, source, block)
+
+    def _read(self, term: Term, start: int, room: memoryview) -> None:
+        """The next bytes of a chunk, and zeros behind its end."""
+        count = min(term.chunk.nbytes - start, len(room))
+        self._before(count)
+        term.chunk.read_into(room[:count])
+        if count < len(room):
+            room[count:] = bytes(len(room) - count)
+
+    def _room(self, number: int) -> memoryview:
+        while len(self._scratch) <= number:
+            self._scratch.append(page_buffer(BLOCK_BYTES))
+        return self._scratch[number]
 
 
 class BundleChunk:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -93,9 +93,10 @@ class Answers:
         """See Channel."""
         self.messages.append(message)
 
-    async def send_data(self, data: memoryview) -> None:
+    async def send_data_by(self, pool: object, views: Sequence[memoryview]) -> None:
         """See Channel."""
-        self.data += data
+        for view in views:
+            self.data += view
 
 
 @dataclass
