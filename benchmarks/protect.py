@@ -81,11 +81,12 @@ def _serve_raw(
         socket.create_connection(("127.0.0.1", p)) for n, p in enumerate(ports) if n != node
     ]
     incoming = [listeners[node].accept()[0] for _ in outgoing]
-    data = memoryview(np.random.default_rng(node).bytes(nbytes))
+    # A part of its own for each, as chunks are: the same one again would be in the cache.
+    data = memoryview(np.random.default_rng(node).bytes(nbytes * len(outgoing)))
     room = memoryview(bytearray(_BLOCK))
 
-    def send(sock: socket.socket) -> None:
-        sock.sendall(data)
+    def send(number: int, sock: socket.socket) -> None:
+        sock.sendall(data[number * nbytes : (number + 1) * nbytes])
 
     while True:
         try:
@@ -93,7 +94,7 @@ def _serve_raw(
         except EOFError:
             return
         before_s = time.process_time()
-        senders = [Thread(target=send, args=(sock,)) for sock in outgoing]
+        senders = [Thread(target=send, args=peer) for peer in enumerate(outgoing)]
         for sender in senders:
             sender.start()
         left = dict.fromkeys(incoming, nbytes)

@@ -61,3 +61,27 @@ def test_all_trainers_at_once_keep_the_newest_version(
     incidents = run.events("incident")
     assert all(incident["restore"]["level"] == "memory" for incident in incidents)
     assert max(recomputed(incidents)) <= 1
+
+
+@pytest.mark.soak
+def test_two_nodes_at_once_with_two_spares(tmp_path: Path, undisturbed: ShardedRun) -> None:
+    faults = schedule(kill(0, 30), kill(3, 30))
+    options = ["snapshot.parity=2", "--spares=2"]
+    run = ShardedRun(tmp_path / "run", faults, *options, pause_s=PAUSE_S)
+    run.require_equal(undisturbed)
+    incidents = run.events("incident")
+    assert {incident["restore"]["level"] for incident in incidents} == {"parity"}
+    assert max(recomputed(incidents)) <= 2
+
+
+@pytest.mark.soak
+def test_a_node_is_lost_while_there_is_no_coordinator(
+    tmp_path: Path, undisturbed: ShardedRun
+) -> None:
+    """Rounds need none: the newest version is protected all the same."""
+    down = "{kind:coordinator,at_step:15,down_s:8}"
+    run = ShardedRun(tmp_path / "run", schedule(down, kill(1, 40)), pause_s=PAUSE_S)
+    run.require_equal(undisturbed)
+    (incident,) = run.events("incident")
+    assert incident["restore"]["level"] == "parity"
+    assert incident["steps_recomputed"] <= 2
