@@ -46,7 +46,7 @@ from ftrain.comms.protocol.roster import ranks_to_nodes
 from ftrain.comms.protocol.transitions import Phase
 from ftrain.launch.advice import History, advise
 from ftrain.launch.durable_side import DurableSide
-from ftrain.launch.exposure import Exposure
+from ftrain.launch.exposure import WORTH, Exposure
 from ftrain.launch.group_stores import StoreOrders
 from ftrain.launch.incidents import (
     Account,
@@ -130,7 +130,8 @@ class Coordinator:
         self._phase = self._machine.phase
         self._heard_ns = 0  # when the open incident was heard of
         self._progress = Progress(self._account)
-        self._exposure = Exposure(job)
+        worth = (e for e in read_events(events) if e["kind"] == WORTH)
+        self._exposure = Exposure(job, told=any(e.get("launch") == self._launch for e in worth))
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._effects: dict[type, Callable[[Any], object]] = {
@@ -204,8 +205,8 @@ class Coordinator:
         hard, phase = self._machine.hard, self._machine.phase
         if hard.incident is not None and self._heard_ns == 0:
             self._heard_ns = time.monotonic_ns()
-            if hard.incident.nodes:
-                self._exposure.lost(time.monotonic(), hard.incident.epoch)
+        if hard.incident is not None and hard.incident.nodes:  # known at once, or later
+            self._exposure.lost(self._heard_ns / 1e9, hard.incident.epoch)
         text = self._failed_starts.end(hard, phase)
         if text:
             self._account.failed_starts += 1

@@ -8,19 +8,23 @@ from ftrain.comms.job import JobSpec
 from ftrain.comms.protocol.messages import Formation, NodeReport, Notice, VersionId
 from ftrain.launch.protection import protection_text
 
+WORTH = "worth"  # kind of the notice that says what parity is worth
+
 
 class Exposure:
     """What is told of parity as a whole: once what it is worth, and after each loss of a node when
     everything is protected again."""
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, *, told: bool) -> None:
+        """``told``: what parity is worth was said, by a coordinator before this one."""
         self._job = job
-        self._told = False
+        self._told = told
         self._since: tuple[float, int] | None = None  # when, and the epoch that was lost
+        self._over = 0  # newest epoch whose loss is made good
 
     def lost(self, now_s: float, epoch: int) -> None:
-        """A node of ``epoch`` was lost."""
-        if self._told and self._since is None:
+        """A node of ``epoch`` was lost; may be said again."""
+        if self._told and self._since is None and epoch > self._over:
             self._since = now_s, epoch
 
     def hear(
@@ -34,12 +38,13 @@ class Exposure:
         if not self._told:
             self._told = True
             text = protection_text(formation.places, self._job.config.snapshot)
-            notices.append(Notice("info", text, {}))
+            notices.append(Notice(WORTH, text, {}))
         if self._since is not None and formation.epoch > self._since[1]:
             # The base of the new epoch counts as well: it is of an older one.
             fresh = [r.protected_in for r in reports]
             if min(fresh, default=0) >= formation.epoch:
-                exposed_s, self._since = now_s - self._since[0], None
+                exposed_s, self._over = now_s - self._since[0], self._since[1]
+                self._since = None
                 text = f"step {protected.step} is protected: {exposed_s:.2f} s without parity"
                 data: dict[str, object] = {"step": protected.step, "exposed_s": exposed_s}
                 notices.append(Notice("protected", text, data))

@@ -260,7 +260,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "snapshot.finish_capture_s": _at_least(0),
     "snapshot.parity": (lambda v: 0 <= v <= 16, "0 to 16"),
     "snapshot.group": (lambda v: 2 <= v <= 255, "2 to 255"),
-    "snapshot.parity_bytes_per_s_max": _at_least(0),
+    "snapshot.parity_bytes_per_s_max": (
+        lambda v: v == 0 or v >= 4e6,
+        "0, or at least 4000000: slower, a round never ends",
+    ),
     "snapshot.scrub_every_s": _at_least(0),
     "snapshot.node_mtbf_s": (lambda v: v > 0, "more than 0"),
     "snapshot.rack_mtbf_s": _at_least(0),

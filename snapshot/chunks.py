@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -43,6 +43,7 @@ from ftrain.snapshot.protocol.messages import (
 from ftrain.snapshot.store import Image, SlotStore, places_of
 
 _TIMEOUT_S = 10.0  # without anything moving
+_SOUND_S = 600.0  # while all that a node holds is compared with its digests
 _DAMAGE_MAX = 16  # told in one answer
 _SENDERS = 256  # one for each node that asks: who waits for one of us may hold up another
 _NICE = 10  # training goes first
@@ -122,8 +123,8 @@ class ChunkServer:
     async def _send_chunk(self, channel: Channel, request: ChunkRequest) -> None:
         try:
             with self.pinned(request.version) as images:
-                bundle = Bundle({image.rank: image.view for image in images}, request.chunk_bytes)
-                pieces = _by_block(bundle, request.chunk, request.nbytes)
+                views = self._as_protected(request.version, images)
+                pieces = _by_block(views, request)
                 await channel.send(ChunkAnswer())
                 await channel.send_data_by(self._pool, pieces)
         except (StateError, CorruptionError) as error:
@@ -131,7 +132,8 @@ class ChunkServer:
 
     async def _send_row(self, channel: Channel, request: RowRequest) -> None:
         try:
-            row = self._slots.reader(request.round).row(request.stripe, request.row)
+            reader = self._slots.reader(request.round)
+            row = reader.row(request.stripe, request.row)
             if not 0 <= request.nbytes <= len(row):
                 raise StateError(f"a row has {len(row)} bytes, not {request.nbytes}")
         except StateError as error:
@@ -139,12 +141,34 @@ class ChunkServer:
             return
         await channel.send(ChunkAnswer())
         await channel.send_data_by(self._pool, [row[: request.nbytes]])
+        if not self._holds(request.round, reader):  # its slot may have been another round's
+            channel.close()
+
+    def _holds(self, round_: RoundId, reader: ParityReader) -> bool:
+        try:
+            return self._slots.reader(round_) is reader
+        except StateError:
+            return False
+
+    def _as_protected(self, version: VersionId, images: Sequence[Image]) -> dict[int, memoryview]:
+        """The images in the sizes that they were protected with: a damaged header hides its own."""
+        for held in reversed(self._slots.held()):
+            if held.version == version:
+                rows = self._slots.reader(held.round).record.of(self._node).images
+                sizes = {row.rank: row.nbytes for row in rows}
+                return {i.rank: i.view[: sizes.get(i.rank)] for i in images}
+        for image in images:
+            _sealed(image)
+        return {image.rank: image.view for image in images}
 
     async def _sound(self, request: SoundRequest) -> SoundAnswer:
         try:
             reader = self._slots.reader(request.round)
         except StateError as error:
             return SoundAnswer(b"", (), (), (), str(error))
+        group = reader.record.group.nodes
+        if request.lost not in group:
+            return SoundAnswer(b"", (), (), (), f"node {request.lost} is of another group")
         try:
             with self.pinned(reader.record.version) as images:
                 return await asyncio.to_thread(sound_answer, reader, images)
@@ -168,8 +192,15 @@ class ChunkServer:
         return self._store.region(*image.place).view
 
 
-def _by_block(bundle: Bundle, chunk: int, nbytes: int) -> list[memoryview]:
-    """The first bytes of a chunk, so that no frame goes beyond a block that is read at once."""
+def _by_block(images: Mapping[int, memoryview], request: ChunkRequest) -> list[memoryview]:
+    """The first bytes of a chunk, so that no frame goes beyond a block that is read at once;
+    StateError for a request that can't be meant."""
+    chunk, nbytes = request.chunk, request.nbytes
+    if chunk < 0 or request.chunk_bytes < 1:
+        raise StateError(f"there is no chunk {chunk} of {request.chunk_bytes} bytes")
+    bundle = Bundle(images, request.chunk_bytes)
+    if not 0 <= nbytes <= bundle.present(chunk):
+        raise StateError(f"chunk {chunk} has {bundle.present(chunk)} bytes, not {nbytes}")
     starts = range(0, nbytes, BLOCK_BYTES)
     ranges = [(start, min(start + BLOCK_BYTES, nbytes)) for start in starts]
     return [piece for start, stop in ranges for piece in bundle.pieces(chunk, start, stop)]
@@ -278,9 +309,9 @@ class Source:
         except ValueError:
             raise RemoteProtocolError(f"node {self.node} sent a broken list of images") from None
 
-    def sound(self, round_: RoundId) -> SoundAnswer:
-        """What it has of a round that is as it was; takes long."""
-        return self._ask(SoundRequest(round_), SoundAnswer)
+    def sound(self, round_: RoundId, lost: int) -> SoundAnswer:
+        """What it has of a round that is as it was, if ``lost`` is of its group; takes long."""
+        return self._ask(SoundRequest(round_, lost), SoundAnswer, _SOUND_S)
 
     def chunk(self, version: VersionId, chunk: int, chunk_bytes: int, nbytes: int) -> RemoteChunk:
         """The first bytes of a chunk of images."""
@@ -297,7 +328,7 @@ class Source:
         assert self._channel is not None
         return RemoteChunk(self._channel, nbytes)
 
-    def _ask(self, request: object, kind: type[_Answer]) -> _Answer:
+    def _ask(self, request: object, kind: type[_Answer], limit_s: float = _TIMEOUT_S) -> _Answer:
         if self._channel is None:
             if not self.address:
                 raise PeerLostError(f"node {self.node}'s snapshot manager is not there yet")
@@ -305,8 +336,10 @@ class Source:
                 self.address, self._identity, self._secret, timeout_s=_TIMEOUT_S
             )
         try:
+            self._channel.settimeout(limit_s)
             self._channel.send(request)
             answer = self._channel.receive()
+            self._channel.settimeout(_TIMEOUT_S)
         except FtrainError:
             self.close()
             raise

@@ -152,6 +152,8 @@ class Gossip:
         elif isinstance(message, SealedSeen):
             self._driver.receive(message)
         elif isinstance(message, protection.MESSAGES):
+            if isinstance(message, protection.ParityMade) and message.message.node != peer.node:
+                raise RemoteProtocolError(f"{peer} speaks for node {message.message.node}")
             self._on_parity(message)
         elif isinstance(message, Standing):
             self._store.custody.hear(peer.node, message.floor, message.possible)

@@ -37,7 +37,9 @@ from ftrain.snapshot.protector import Made, Protector
 from ftrain.snapshot.protocol.messages import (
     PARITY,
     AskInventory,
+    BundleRequest,
     CapturesFinished,
+    ChunkRequest,
     Committed,
     Drop,
     FetchRequest,
@@ -244,6 +246,8 @@ class Manager:
         self._protector.set_group(group)
         peers = [peer.node for peer in group.peers]
         self._rebuilder.begin(group.rebuild, group.base, peers)
+        if new_epoch:
+            self._drop_surplus()  # of a node that had another seat before
         for version in reversed(self._store.custody.sealed_versions()):  # a new manager's finds;
             self._image_sealed(version)  # newest first: what is older needs no commit any more
         self._ranks.group_changed()
@@ -389,12 +393,15 @@ class Manager:
         self._flusher.committed(version)
         if self._protector.leads and not self._gossip.replicated(version, self._parity):
             self._protector.held_by_all(version)
-        for rank, slot in self._store.drop_surplus():
-            self._link.post(Drop(rank, slot))
+        self._drop_surplus()
         self._ranks.committed()
         if self._news is None:
             asyncio.get_running_loop().call_soon(self._tell_committed)
         self._news = version
+
+    def _drop_surplus(self) -> None:
+        for rank, slot in self._store.drop_surplus():
+            self._link.post(Drop(rank, slot))
 
     def _tell_committed(self) -> None:
         if self._news is not None:
@@ -411,7 +418,9 @@ class Manager:
                 if isinstance(message, FetchRequest):
                     await self._rebuilder.settled(message.version)
                     await serve_fetch(self._store, channel, message)
-                elif isinstance(message, Request):
+                elif isinstance(message, Request) and channel.peer.role == "smp":
+                    if isinstance(message, BundleRequest | ChunkRequest):
+                        await self._rebuilder.settled(message.version)
                     await self._chunks.serve(channel, message)
                 elif channel.peer.role == "smp":
                     self._gossip.receive(message, channel.peer)

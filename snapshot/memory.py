@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 
 from ftrain.comms.errors import MemoryShortError
 from ftrain.comms.process import available_memory_bytes
@@ -103,6 +104,7 @@ class Budget:
         self._slots = slots
         self._taken_bytes = taken_bytes
         self._available_bytes = available_memory_bytes() + taken_bytes
+        self._lock = threading.Lock()  # slots of parity are made in another thread
 
     def take(self, rank: int, nbytes: int, *, all_bytes: int = 0) -> None:
         """Count ``nbytes`` more for ``rank``'s slots; MemoryShortError when that is too much.
@@ -111,6 +113,10 @@ class Budget:
         """
         if nbytes <= 0:
             return  # what is taken already is never too much, whatever memory is left now
+        with self._lock:
+            self._take(rank, nbytes, all_bytes)
+
+    def _take(self, rank: int, nbytes: int, all_bytes: int) -> None:
         limit = int(self._available_bytes * self._share_max)
         total = self._taken_bytes + nbytes
         free = available_memory_bytes()
@@ -129,13 +135,15 @@ class Budget:
         """Count ``nbytes`` more, of whatever; MemoryShortError, in half a sentence."""
         limit = int(self._available_bytes * self._share_max)
         free = available_memory_bytes()
-        if self._taken_bytes + nbytes > limit or nbytes > free:
-            raise MemoryShortError(
-                f"only {in_words(max(0, limit - self._taken_bytes))} more may be used for "
-                f"snapshots on this node, and {in_words(free)} are free"
-            )
-        self._taken_bytes += nbytes
+        with self._lock:
+            if self._taken_bytes + nbytes > limit or nbytes > free:
+                raise MemoryShortError(
+                    f"only {in_words(max(0, limit - self._taken_bytes))} more may be used for "
+                    f"snapshots on this node, and {in_words(free)} are free"
+                )
+            self._taken_bytes += nbytes
 
     def give_back(self, nbytes: int) -> None:
         """``nbytes`` were not taken after all, or are free again."""
-        self._taken_bytes -= nbytes
+        with self._lock:
+            self._taken_bytes -= nbytes

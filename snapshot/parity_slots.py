@@ -16,7 +16,8 @@ _BLANK = bytes(PAGE_BYTES)
 
 
 class ParitySlots:
-    """Used by the manager's event loop; but :meth:`write`'s memory is filled by another thread.
+    """Used by the manager's event loop; only :meth:`write` is called by the thread that fills what
+    it gives, one after the other.
 
     Args:
         budget: of the node's snapshot memory.
@@ -49,7 +50,7 @@ class ParitySlots:
     @property
     def memory_bytes(self) -> int:
         """What all slots take."""
-        return sum(region.nbytes for region in self._regions.values())
+        return sum(region.nbytes for region in list(self._regions.values()))
 
     def held(self) -> tuple[HeldParity, ...]:
         """Every round whose parity is whole here, oldest first."""
@@ -68,26 +69,30 @@ class ParitySlots:
         first = record.data_offset + number * record.chunk_bytes
         return self._regions[self._slots[round_]].view[first : first + record.chunk_bytes]
 
+    def take(self, round_: RoundId) -> None:
+        """A slot is the round's until :meth:`drop`; MemoryShortError."""
+        self._readers.pop(round_, None)
+        if round_ in self._slots:
+            return
+        taken = set(self._slots.values())
+        free = [number for number in range(_SLOTS_MAX) if number not in taken]
+        if not free:
+            raise MemoryShortError(f"all {_SLOTS_MAX} slots of parity are in use")
+        # The largest one that is there, rather than memory for another one.
+        self._slots[round_] = min(free, key=lambda number: -self._nbytes(number))
+
     def write(self, record: ParityRecord) -> ParityWriter:
         """Begin to write a round's parity; it counts once :meth:`sealed` is called.
 
-        Raises MemoryShortError.
+        Raises MemoryShortError, or StateError when the round has been dropped.
         """
         round_ = RoundId(record.epoch, record.round)
-        self._readers.pop(round_, None)
-        needed = record.without_digests().total_bytes
         slot = self._slots.get(round_)
-        if slot is None:
-            taken = set(self._slots.values())
-            free = [number for number in range(_SLOTS_MAX) if number not in taken]
-            if not free:
-                raise MemoryShortError(f"all {_SLOTS_MAX} slots of parity are in use")
-            # The largest one that is there, rather than memory for another one.
-            slot = min(free, key=lambda number: -self._nbytes(number))
-        self._grow(slot, needed, record)
-        writer = ParityWriter(self._regions[slot].view, record)
-        self._slots[round_] = slot
-        return writer
+        if slot is not None:
+            self._grow(slot, record.without_digests().total_bytes, record)
+        if slot is None or self._slots.get(round_) != slot:  # taking memory takes long
+            raise StateError("the round is over")
+        return ParityWriter(self._regions[slot].view, record)
 
     def sealed(self, record: ParityRecord) -> None:
         """A writer's record is there: the round's parity is whole."""

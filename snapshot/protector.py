@@ -20,6 +20,7 @@ from ftrain.comms.driver import Driver
 from ftrain.comms.errors import (
     CorruptionError,
     FtrainError,
+    MemoryShortError,
     PeerLostError,
     StateError,
 )
@@ -120,7 +121,8 @@ class Protector:
         self._job: _Job | None = None
         self._waiting: Begin | None = None  # until what it is of was rebuilt here
         self._rebuilding: VersionId | None = None
-        self._told: set[str] = set()
+        self._told: set[type] = set()
+        self._closed = False
         self._sources: dict[int, Source] = {}  # of the thread
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "ftrain-parity", lambda: lower_priority(_NICE))
@@ -159,6 +161,7 @@ class Protector:
         )
         if protects and self._ticking is None:
             self._ticking = self._loop.create_task(self._tick())
+            self._ticking.add_done_callback(self._ticking_ended)
         self._driver.pump()
 
     def rebuilt(self) -> None:
@@ -192,6 +195,7 @@ class Protector:
 
     def close(self) -> None:
         """Stop."""
+        self._closed = True
         if self._ticking is not None:
             self._ticking.cancel()
         self._give_up_job()
@@ -204,6 +208,10 @@ class Protector:
             await asyncio.sleep(TICK_S)
             if not self._keeping.frozen:
                 self._driver.tick()
+
+    def _ticking_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._tell(StateError(f"rounds go on no more: {error!r}"))
 
     def _send(self, address: Address, message: object) -> None:
         if isinstance(address, int):
@@ -235,7 +243,9 @@ class Protector:
             return
         try:
             own = node_row(self._store, self._identity.node, begin.version)
-        except StateError:  # damaged since it was pinned
+            self._slots.take(round_)
+        except (StateError, MemoryShortError) as error:  # damaged since it was pinned, say
+            self._tell(error)
             self._refuse(begin.round)
             return
         job = self._job = _Job(round_, begin.version, time.monotonic())
@@ -244,11 +254,11 @@ class Protector:
     async def _work(self, job: _Job, own: NodeRow) -> None:
         try:
             writer = await self._loop.run_in_executor(self._thread, self._make, job, own)
-        except (_Overtaken, RuntimeError):  # the latter: the thread was shut down
+        except _Overtaken:
             return
-        except (FtrainError, OSError) as error:
-            if job is self._job:
-                self._tell(str(error))
+        except Exception as error:  # a bug as well costs this round, and no more
+            if job is self._job and not self._closed:
+                self._tell(error)
                 self._refuse(job.round.number)
             return
         if job is not self._job:
@@ -292,11 +302,13 @@ class Protector:
             self._slots.drop(round_)
             self._store.custody.unpin(self._pins.pop(round_, []))
 
-    def _tell(self, why: str) -> None:
-        text = f"versions are not protected as they should be: {why}"
-        if text not in self._told:
-            self._told.add(text)
-            self._on_trouble(text)
+    def _tell(self, error: Exception) -> None:
+        """Each kind of reason once."""
+        kind = type(error)
+        if kind not in self._told:
+            self._told.add(kind)
+            why = str(error) if isinstance(error, FtrainError | OSError) else repr(error)
+            self._on_trouble(f"versions are not protected as they should be: {why}")
 
     # ------------------------------------------------------------ the thread's side
 
@@ -340,7 +352,8 @@ class Protector:
 
         choice = engine()
         if choice.slow:
-            self._loop.call_soon_threadsafe(self._tell, f"slowly: {choice.engine.name} computes")
+            slow = StateError(f"nothing faster is there than {choice.engine.name}")
+            self._loop.call_soon_threadsafe(self._tell, slow)
         summer = Summer(choice.engine, before)
         try:
             for number, (stripe, row) in enumerate(self._group.held_by(own.node)):

@@ -18,15 +18,14 @@ from ftrain.comms.errors import CorruptionError, FtrainError, PeerLostError, Sta
 from ftrain.comms.protocol.messages import Rebuild, VersionId
 from ftrain.snapshot.chunks import Source
 from ftrain.snapshot.erasure.engines import engine
-from ftrain.snapshot.parity import ImageRow
 from ftrain.snapshot.protocol.messages import SoundAnswer
 from ftrain.snapshot.remains import HopelessError, Remains
 from ftrain.snapshot.store import SlotStore
 from ftrain.snapshot.stripes import Summer
 
-_SLOT = 0  # of each rank; the node is empty, and its ranks begin nothing before they are restored
 _RETRY_S = 0.1
-_PATIENCE_S = 10.0  # for managers that are being replaced
+_PATIENCE_S = 10.0  # for managers that are being replaced, since one was last heard
+_TRIES_MAX = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,7 @@ class Rebuilder:
         self._version: VersionId | None = None
         self._task: asyncio.Task[None] | None = None
         self._over = threading.Event()
+        self._sources: _Sources | None = None
         self._settled = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "ftrain-rebuild")
 
@@ -98,6 +98,8 @@ class Rebuilder:
         """Give up what is under way."""
         self._over.set()
         self._settled.set()
+        if self._sources is not None:
+            self._sources.interrupt()
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -110,22 +112,21 @@ class Rebuilder:
         try:
             if self._has_been(version):  # an earlier manager rebuilt it
                 return
-            sources = _Sources(self, peers, over)
-            deadline_s = began_s + _PATIENCE_S
-            while True:
+            sources = self._sources = _Sources(self, peers, over)
+            heard_s = began_s
+            for tries in range(1, _TRIES_MAX + 1):
                 try:
                     found = await loop.run_in_executor(self._thread, sources.look, order, version)
-                    room = await self._room(found.images)
-                    await loop.run_in_executor(self._thread, sources.rebuild, found, room)
+                    heard_s = time.monotonic()
+                    await self._fill(sources, found)
                     break
                 except (PeerLostError, StateError, CorruptionError) as error:
-                    if time.monotonic() > deadline_s or isinstance(error, HopelessError):
+                    late = time.monotonic() > heard_s + _PATIENCE_S or tries == _TRIES_MAX
+                    if late or isinstance(error, HopelessError):
                         raise
                 await asyncio.sleep(_RETRY_S)
                 sources.close()
             sources.close()
-            for image in found.images:
-                self._store.reload(image.rank, _SLOT)
             nbytes = sum(image.nbytes for image in found.images)
             took_s = time.monotonic() - began_s
             self._on_rebuilt(Rebuilt(version, order.lost, nbytes, took_s, found.damage))
@@ -140,19 +141,28 @@ class Rebuilder:
                 self._on_settled()
 
     def _has_been(self, version: VersionId) -> bool:
-        """Whether it is here, or was: it is given up only for a newer one, whose images are in the
-        slots that it would be rebuilt in."""
+        """Whether it is here, or was: it is given up only for one that was captured since."""
         custody = self._store.custody
         ranks = {rank for rank, _ in custody.sealed(version)}
-        newer = any(sealed > version for sealed in custody.sealed_versions())
+        newer = any(sealed.epoch == custody.epoch for sealed in custody.sealed_versions())
         return newer or ranks.issuperset(custody.local_ranks)
 
-    async def _room(self, images: tuple[ImageRow, ...]) -> dict[int, memoryview]:
-        room = {}
-        for image in images:
+    async def _fill(self, sources: _Sources, found: Remains) -> None:
+        """Rebuild into slots that nobody is given until the thread is done with them."""
+        for image in found.images:
             await self._grow(image.rank, image.nbytes)
-            room[image.rank] = self._store.region(image.rank, _SLOT).view[: image.nbytes]
-        return room
+        places = [(image.rank, self._store.vacate(image.rank)) for image in found.images]
+        room = {
+            image.rank: self._store.region(*place).view[: image.nbytes]
+            for image, place in zip(found.images, places, strict=True)
+        }
+        custody, loop = self._store.custody, asyncio.get_running_loop()
+        custody.pin(places)
+        work = self._thread.submit(sources.rebuild, found, room)
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(custody.unpin, places))
+        await asyncio.wrap_future(work)
+        for place in places:
+            self._store.reload(*place)
 
     def source(self, node: int) -> Source:
         """A connection to another node's manager."""
@@ -180,25 +190,34 @@ class _Sources:
             self._open[node] = self._rebuilder.source(node)
         return self._open[node]
 
+    def interrupt(self) -> None:
+        """From another thread: what waits for an answer raises soon."""
+        for source in list(self._open.values()):
+            source.interrupt()
+
     def look(self, order: Rebuild, version: VersionId) -> Remains:
         """What is left of the round; raises as :class:`Remains` does."""
         answers: dict[int, SoundAnswer] = {}
         unheard: list[str] = []
-        for node in self._peers:
-            try:
-                answer = self.of(node).sound(order.round)
-            except (PeerLostError, StateError) as error:
-                unheard.append(str(error))
-                continue
-            if answer.record:
-                answers[node] = answer
+        with ThreadPoolExecutor(max(1, len(self._peers)), "ftrain-look") as pool:
+            asked = {
+                node: pool.submit(self.of(node).sound, order.round, order.lost)
+                for node in self._peers
+            }
+            for node, answer in asked.items():  # each compares all that it holds with its digests
+                try:
+                    if answer.result().record:
+                        answers[node] = answer.result()
+                except (PeerLostError, StateError) as error:
+                    unheard.append(str(error))
         return Remains(order, version, answers, unheard)
 
     def rebuild(self, remains: Remains, room: Mapping[int, memoryview]) -> None:
         """Fill the memory of each rank."""
 
-        def before(nbytes: int) -> None:
+        def require_current() -> None:
             if self.over.is_set():
                 raise PeerLostError("the group has changed meanwhile")
 
-        remains.rebuild(room, self.of, Summer(engine().engine, before))
+        summer = Summer(engine().engine, lambda _: require_current())
+        remains.rebuild(room, self.of, summer, require_current)

@@ -99,12 +99,17 @@ class Remains:
             )
 
     def rebuild(
-        self, room: Mapping[int, memoryview], holder_of: Callable[[int], Holder], summer: Summer
+        self,
+        room: Mapping[int, memoryview],
+        holder_of: Callable[[int], Holder],
+        summer: Summer,
+        require_current: Callable[[], None] = lambda: None,
     ) -> None:
         """Fill the memory of each rank, which is as large as its image.
 
-        Raises CorruptionError if it is not what the record says, and whatever the holders raise;
-        then what is not as it was is no image either.
+        ``require_current`` raises when nothing may be written any more.  Raises CorruptionError if
+        it is not what the record says, and whatever the holders raise; then what is not as it was
+        is no image either.
         """
         headers = {rank: page_buffer(PAGE_BYTES) for rank in room}
         pieces: dict[int, memoryview] = {}  # of each rank the header's page, then the rest
@@ -119,6 +124,7 @@ class Remains:
         rebuild(self._record, self._order.lost, bundle, self.there, open_part, summer)
         for image in self.images:
             view = room[image.rank]
+            require_current()
             view[:PAGE_BYTES] = headers[image.rank]
             try:
                 _require(view, image)

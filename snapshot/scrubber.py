@@ -79,10 +79,11 @@ class Scrubber:
             await asyncio.sleep(self._every_s)
             try:
                 await self._look()
-            except (FtrainError, OSError) as error:
-                if str(error) != self._told:  # it is found again every time
-                    self._told = str(error)
-                    self._on_trouble(f"what is protected is damaged and can't be mended: {error}")
+            except Exception as error:  # a bug as well: the next look may find none
+                why = str(error) if isinstance(error, FtrainError | OSError) else repr(error)
+                if why != self._told:  # it is found again every time
+                    self._told = why
+                    self._on_trouble(f"what is protected is damaged and can't be mended: {why}")
 
     async def _look(self) -> None:
         held = self._slots.held()
@@ -184,7 +185,10 @@ class _Mending:
 
     def ask(self) -> None:
         """What the others have that is sound."""
-        self._answers = {node: s.sound(self.round) for node, s in self._sources.items()}
+        self._answers = {
+            node: source.sound(self.round, self._record.holder)
+            for node, source in self._sources.items()
+        }
 
     def of_chunk(self, chunk: int) -> list[Term]:
         """What a chunk of this node's images is the sum of."""

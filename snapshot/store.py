@@ -15,7 +15,7 @@ from ftrain.checkpoint.image import ImageReader, held_of, small_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError, RemoteProtocolError, StateError
 from ftrain.comms.protocol.messages import Held, Sealed, Share, VersionId
 from ftrain.snapshot.memory import Budget, Region, allocate
-from ftrain.snapshot.protocol.custody import Custody, Grant, SlotState
+from ftrain.snapshot.protocol.custody import Custody, Grant, SlotEvent, SlotState
 from ftrain.snapshot.protocol.takeover import Takeover
 
 _SMALLS_BYTES_MAX = 6 * 1024 * 1024  # in one gossip message, below the frame limit
@@ -185,6 +185,17 @@ class SlotStore:
         for slot in slots:
             self._held.pop((rank, slot), None)
         return bool(slots)
+
+    def vacate(self, rank: int) -> int:
+        """A slot of the rank in which nothing has to be kept, now empty; StateError."""
+        for number, slot in enumerate(self.custody.slots(rank)):
+            if slot.state is SlotState.WRITING or not self.custody.spare(rank, number):
+                continue
+            if slot.state is SlotState.SEALED:
+                slot.apply(SlotEvent.WITHDRAW)
+                self._held.pop((rank, number), None)
+            return number
+        raise StateError(f"rank {rank} has no slot that may be written")
 
     def reload(self, rank: int, slot: int) -> None:
         """Nobody writes this slot any more (that we know of): it holds what its header says."""

@@ -274,13 +274,20 @@ class Custody:
                 self.slots(rank)[number].pins -= 1
 
     def surplus(self) -> list[int]:
-        """Ranks of earlier memberships whose slots nobody needs any more."""
-        if self.committed is None or self.committed.epoch < self.epoch:
-            return []
+        """Ranks of earlier memberships whose slots nobody needs any more.
+
+        Before a version of this epoch is committed that is whoever has nothing of the base: a node
+        that had another seat has room for its new ranks.
+        """
+        over = self.committed is not None and self.committed.epoch == self.epoch
+        needed = None if over else self.base
         return [
             rank
             for rank, mine in self._ranks.items()
-            if rank not in self.local_ranks and not any(slot.pins for slot in mine.slots)
+            if rank not in self.local_ranks
+            and not any(
+                slot.pins or (needed is not None and slot.version == needed) for slot in mine.slots
+            )
         ]
 
     # ------------------------------------------------------------ what nodes tell each other

@@ -506,9 +506,13 @@ class ChunkAnswer:
 
 @dataclass(frozen=True, slots=True)
 class SoundRequest:
-    """What do you have of a round that is as it was? Answered by :class:`SoundAnswer`."""
+    """What do you have of a round that is as it was, if it protects node ``lost``?
+
+    Answered by :class:`SoundAnswer`.
+    """
 
     round: RoundId
+    lost: int
 
 
 @dataclass(frozen=True, slots=True)
