@@ -73,7 +73,7 @@ class Kill:
 def lines_of(folder: Path) -> list[Record]:
     """All complete lines of all ranks; each knows its ``rank``."""
     found = []
-    for path in (folder / "steps").glob("rank*.jsonl"):
+    for path in (folder / "states").glob("rank*.jsonl"):
         rank = int(path.stem.removeprefix("rank"))
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]

@@ -1,6 +1,6 @@
 """Training of ``memory_loss``, whose ranks have nothing in common (FSDP2), and its run by ftrain.
 
-Every rank appends to ``OUT/steps/rank<r>.jsonl`` a line when it starts, with the step that it
+Every rank appends to ``OUT/states/rank<r>.jsonl`` a line when it starts, with the step that it
 loaded and a digest of what it loaded, and a line for every completed step with the digest of the
 state after it.  ``peers/lm_resiliency_job.py`` runs the same training.
 """
@@ -72,7 +72,7 @@ class Records:
     """A rank's lines."""
 
     def __init__(self, out: Path, epoch: int) -> None:
-        path = out / "steps" / f"rank{dist.get_rank()}.jsonl"
+        path = out / "states" / f"rank{dist.get_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
         self._who = {"epoch": epoch, "pid": os.getpid()}
