@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from common import FTRAIN, ROOT, Record, launched, print_table, write_results
+from common import FTRAIN, ROOT, LaunchError, Record, launched, print_table, write_results
 from nodes import grouped
 
 from ftrain.comms.events import read_events
@@ -92,7 +92,7 @@ def wait_for(
         if wanted(lines):
             return lines
         if ended or time.monotonic() > deadline:
-            sys.exit(ended or f"nothing new for {PATIENCE_S:g} s in {folder}")
+            raise LaunchError(ended or f"nothing new for {PATIENCE_S:g} s")
         time.sleep(0.02)
 
 
@@ -136,7 +136,8 @@ def step_s(lines: Sequence[Record], epoch: int) -> float:
     """Median length of a step."""
     mine = [line for line in lines if line["epoch"] == epoch and line["rank"] == 0]
     times = [line["t_ns"] for line in mine]
-    return median((after - at) / 1e9 for at, after in itertools.pairwise(times))
+    gaps = [(after - at) / 1e9 for at, after in itertools.pairwise(times)]
+    return median(gaps or [float("nan")])
 
 
 def training(folder: Path, args: argparse.Namespace) -> list[str | Path]:
@@ -159,17 +160,19 @@ def shoot(pids: Sequence[int]) -> None:
 
 def ours(mode: str, args: argparse.Namespace) -> Record:
     """One launch with all kills of a mode."""
-    kills, epoch, chance = [], 0, random.Random(f"{args.seed}-{mode}")
+    kills: list[Kill] = []
+    epoch, chance = 0, random.Random(f"{args.seed}-{mode}")
+    lines: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="ftrain-loss-", dir=args.dir) as name:
         folder = Path(name)
         place = (f"--local-nodes={NODES}", "--nproc-per-node=1", "--spares=1")
         command = [*FTRAIN, "launch", "--run-dir", folder, *place, "snapshot.parity=1"]
         command += [JOB, *training(folder, args)]
-        with launched(command, folder, {"OMP_NUM_THREADS": "1"}) as launch:
+        with launched(command, folder, {"OMP_NUM_THREADS": "1"}) as launch, telling("ftrain"):
 
             def running() -> str:
                 code = launch.process.poll()
-                return "" if code is None else f"ftrain ended with {code}:\n{launch.tail()}"
+                return "" if code is None else f"ended with {code}:\n{launch.tail()}"
 
             for _ in range(args.kills):
                 lines = reach(folder, epoch, args.steps.draw(chance), chance, running)
@@ -180,7 +183,16 @@ def ours(mode: str, args: argparse.Namespace) -> Record:
                 kills.append(outcome(lines, epoch))
         events = read_events(folder / "events.jsonl")
         notices = {e["data"]["node"]: e["data"]["bytes"] for e in events if e["kind"] == "memory"}
-    return summary(kills, lines, sum(notices.values()))
+    return summary(kills, args.kills, lines, sum(notices.values()))
+
+
+@contextlib.contextmanager
+def telling(arm: str) -> Iterator[None]:
+    """A launch that does not come back is told, counted as such, and ends nothing else."""
+    try:
+        yield
+    except LaunchError as error:
+        print(f"{arm}: {error}", flush=True)
 
 
 def node_of(folder: Path, rank: int) -> list[int]:
@@ -223,7 +235,7 @@ class Ranks:
         for process in self.processes:
             process.wait(PATIENCE_S)
         if said := self.running():
-            sys.exit(said)
+            raise LaunchError(said)
 
     def stop(self) -> None:
         """End the ones left over as torchrun does: it looks every 0.1 s, and gives them time."""
@@ -265,31 +277,43 @@ def hand_over(disks: Path) -> None:
 
 def theirs(mode: str, interval: int, flush: int, args: argparse.Namespace) -> Record:
     """As many launches as kills."""
-    kills, chance = [], random.Random(f"{args.seed}-{mode}")
+    kills: list[Kill] = []
+    chance = random.Random(f"{args.seed}-{mode}")
     options = ["train", "--interval", str(interval), "--flush", str(flush)]
     lines: list[Record] = []
     for _ in range(args.kills):
-        with tempfile.TemporaryDirectory(prefix="ftrain-loss-", dir=args.dir) as name:
-            folder = Path(name)
-            own = [*options, *training(folder, args)]
-            with peers(folder, NODES, *own) as ranks:
-                lines = reach(folder, 0, args.steps.draw(chance), chance, ranks.running)
-                rank, pids = chance.randrange(NODES), pids_of(lines, 0)
-                shoot(list(pids.values()) if mode == "all" else [pids[rank]])
-                ranks.stop()
-            if mode == "node":
-                shutil.rmtree(folder / "disks" / f"node{rank}", ignore_errors=True)
-            hand_over(folder / "disks")
-            with peers(folder, NODES, *own, "--epoch", "1", "--steps", "0") as ranks:
-                ranks.finish()
-            lines = lines_of(folder)
-        kills.append(outcome(lines, 1))
-    return summary(kills, lines, 0)
+        folder = tempfile.TemporaryDirectory(prefix="ftrain-loss-", dir=args.dir)
+        with telling("lm-resiliency"), folder as name:
+            own = [*options, *training(Path(name), args)]
+            kill_peer(Path(name), mode, own, args, chance)
+            lines = lines_of(Path(name))
+            kills.append(outcome(lines, 1))
+    return summary(kills, args.kills, lines, 0)
 
 
-def summary(kills: Sequence[Kill], lines: Sequence[Record], memory: int) -> Record:
+def kill_peer(
+    folder: Path,
+    mode: str,
+    own: Sequence[str | Path],
+    args: argparse.Namespace,
+    chance: random.Random,
+) -> None:
+    """One launch, its kill, and new processes that load."""
+    with peers(folder, NODES, *own) as ranks:
+        lines = reach(folder, 0, args.steps.draw(chance), chance, ranks.running)
+        rank, pids = chance.randrange(NODES), pids_of(lines, 0)
+        shoot(list(pids.values()) if mode == "all" else [pids[rank]])
+        ranks.stop()
+    if mode == "node":
+        shutil.rmtree(folder / "disks" / f"node{rank}", ignore_errors=True)
+    hand_over(folder / "disks")
+    with peers(folder, NODES, *own, "--epoch", "1", "--steps", "0") as ranks:
+        ranks.finish()
+
+
+def summary(kills: Sequence[Kill], wanted: int, lines: Sequence[Record], memory: int) -> Record:
     """Of one arm and mode."""
-    lost = [kill.lost for kill in kills]
+    lost = [kill.lost for kill in kills] or [float("nan")]
     state = sum({line["rank"]: line["bytes"] for line in lines if line["kind"] == "done"}.values())
     return {
         "kills": [asdict(kill) for kill in kills],
@@ -298,9 +322,10 @@ def summary(kills: Sequence[Kill], lines: Sequence[Record], memory: int) -> Reco
         "exact": sum(kill.exact is True for kill in kills),
         "wrong": sum(kill.exact is False for kill in kills),
         "nothing": sum(kill.exact is None for kill in kills),
+        "never_back": wanted - len(kills),
         "step_s": step_s(lines, 0),
         "state_bytes": state,
-        "memory_multiple": memory / state if memory else None,
+        "memory_multiple": memory / state if memory and state else None,
     }
 
 
@@ -407,14 +432,16 @@ def show_losses(found: dict[str, dict[str, Record]]) -> None:
     rows = []
     for mode, arms in found.items():
         for arm, each in arms.items():
-            lost, kills = (each["lost_median"], each["lost_max"]), len(each["kills"])
-            exact = f"{each['exact']} of {kills}"
+            kills = len(each["kills"]) + each["never_back"]
+            ends = [f"{each['exact']} of {kills}"]
+            ends += [each[name] for name in ("wrong", "nothing", "never_back")]
             step = f"{each['step_s'] * 1e3:.0f} ms"
-            rows.append([MODES[mode], arm, *lost, exact, each["nothing"], step])
+            rows.append([MODES[mode], arm, each["lost_median"], each["lost_max"], *ends, step])
     states = {each["state_bytes"] for arms in found.values() for each in arms.values()}
     sizes = ", ".join(f"{size / 1e6:.0f} MB" for size in sorted(states))
     title = f"steps lost; {sizes} of state over {NODES} nodes, {os.cpu_count()} cores"
-    head = ("killed", "", "median", "most", "exact", "nothing left", "step")
+    loads = ("loaded as it was", "otherwise", "nothing left", "never back")
+    head = ("killed", "", "median", "most", *loads, "step")
     print_table(title, head, rows)
 
 

@@ -77,14 +77,14 @@ class Records:
         self._file = path.open("a", buffering=1)
         self._who = {"epoch": epoch, "pid": os.getpid()}
 
-    def write(self, kind: str, step: int, shards: dict[str, torch.Tensor], **more: object) -> None:
+    def write(self, kind: str, step: int, shards: dict[str, torch.Tensor]) -> None:
         """``kind``: ``loaded`` or ``done``; ``step``: how many are in the state."""
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(shards):
             digest.update(shards[name].contiguous().view(-1).view(torch.uint8).numpy())
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in shards.values())
         line = {"kind": kind, "done": step, "t_ns": time.monotonic_ns(), "bytes": nbytes}
-        line |= {"digest": digest.hexdigest(), **self._who, **more}
+        line |= {"digest": digest.hexdigest(), **self._who}
         self._file.write(json.dumps(line) + "\n")
 
 

@@ -50,15 +50,13 @@ def train(args: argparse.Namespace) -> None:
     manager = manager_of(args, join(args.meet))
     training = Training(args.width, args.pace_s)
     records = Records(args.out, args.epoch)
-    found, loaded, step = manager.find_latest(), None, 0
-    if found > 0:
-        loaded = manager.load()
-    if loaded is not None:
+    step = 0
+    if manager.find_latest() > 0 and (loaded := manager.load()) is not None:
         state, step = loaded
         training.fill()
         for name, shard in training.shards().items():
             shard.copy_(state[name])
-    records.write("loaded", step, training.shards(), found=found)
+    records.write("loaded", step, training.shards())
     while step < args.steps:
         training.step(step)
         step += 1
