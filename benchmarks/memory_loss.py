@@ -232,10 +232,15 @@ class Ranks:
 
     def finish(self) -> None:
         """Wait for a good end."""
-        for process in self.processes:
-            process.wait(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while any(process.poll() is None for process in self.processes):
+            if time.monotonic() > deadline or self.running():
+                break
+            time.sleep(0.02)
         if said := self.running():
             raise LaunchError(said)
+        if any(process.poll() is None for process in self.processes):
+            raise LaunchError(f"not done after {PATIENCE_S:g} s")
 
     def stop(self) -> None:
         """End the ones left over as torchrun does: it looks every 0.1 s, and gives them time."""

@@ -55,11 +55,13 @@ def test_what_survives_is_where_its_rank_looks(memory_loss: ModuleType, tmp_path
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(
     importlib.util.find_spec("lm_resiliency") is None, reason="lm-resiliency is not installed"
 )
 def test_both_lose_little_and_load_what_was_there(memory_loss: ModuleType, tmp_path: Path) -> None:
-    size = ["--width", "128", "--kills", "1", "--first", "12", "--span", "4"]
+    size = ["--width", "128", "--kills", "1", "--modes", "all", "node", "--first", "12"]
+    size += ["--span", "4"]
     rates = ["--rate-mib", "1", "--rate-ranks", "2", "--rate-rounds", "2", "--rate-turns", "1"]
     found = memory_loss.main([*size, *rates, "--dir", str(tmp_path), "--no-results"])
     for mode, arms in found["losses"].items():
