@@ -17,6 +17,7 @@ belongs to looks for it, at no cost, and starts new processes.  One launch for e
 
 Replication: from the start of a save until it is with the peer, beside our capture and parity of
 as many nodes (one may be lost) and bytes; sizes are of each rank's state, rates of all of it.
+Ours hashes every byte meanwhile, and its captures are threads of one process; the peer checks none.
 """
 
 from __future__ import annotations
