@@ -103,9 +103,9 @@ class ParitySlots:
     def drop(self, round_: RoundId) -> None:
         """Nothing need be kept of a round any more."""
         self._readers.pop(round_, None)
-        slot = self._slots.pop(round_, None)
-        if slot is not None:
-            self._regions[slot].view[:PAGE_BYTES] = _BLANK
+        region = self._regions.get(self._slots.pop(round_, -1))
+        if region is not None:
+            region.view[:PAGE_BYTES] = _BLANK
 
     def _nbytes(self, slot: int) -> int:
         region = self._regions.get(slot)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.comms.job import JobSpec
-from ftrain.comms.protocol.messages import Held, OpenStore, StoreOpened
+from ftrain.comms.protocol.messages import OpenStore, StoreOpened
 from ftrain.comms.telemetry import TelemetryPage
 from ftrain.configs.schema import DetectionConfig, FtrainConfig
 from ftrain.launch.children import children_of
@@ -21,6 +21,7 @@ from ftrain.launch.manager_link import ManagerLink
 from ftrain.launch.reaper import Reaper
 from ftrain.launch.worker_link import WorkerLink
 from ftrain.launch.worker_messages import Forked, ForkRequest, RankSpec
+from ftrain.snapshot.protocol.messages import ManagerStarted
 
 pytestmark = pytest.mark.slow
 
@@ -231,8 +232,8 @@ def test_a_manager_that_hangs_at_its_start_is_replaced(tmp_path: Path) -> None:
         down: list[str] = []
         mistakes: list[str] = []
 
-        def serves(address: str, held: tuple[Held, ...]) -> None:
-            started.append(address)
+        def serves(message: ManagerStarted) -> None:
+            started.append(message.address)
 
         reaper = Reaper()
         link = ManagerLink(

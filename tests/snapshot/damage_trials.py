@@ -278,7 +278,7 @@ class Trial:
         answers = {}
         for number, node in self.nodes.items():
             node.start()
-            answers[number], _ = node.ask(SoundRequest(ROUND), SoundAnswer)
+            answers[number], _ = node.ask(SoundRequest(ROUND, min(self.lost)), SoundAnswer)
         return Counter(self._rebuild(lost, answers) for lost in self.lost)
 
     def _rebuild(self, lost: int, answers: dict[int, SoundAnswer]) -> str:
