@@ -52,6 +52,7 @@ def test_more_nodes_than_parity_stands_is_said_and_the_durable_version_serves(
     assert {i["restore"]["level"] for i in run.events("incident")} <= {"durable", "parity"}
 
 
+@pytest.mark.soak
 def test_all_trainers_at_once_keep_the_newest_version(
     tmp_path: Path, undisturbed: ShardedRun
 ) -> None:
