@@ -68,8 +68,9 @@ class RawTransport:
         """End the processes."""
         for pipe in self._pipes:
             pipe.close()
-        for process in self._processes:
-            process.join(10)
+        for process in self._processes:  # each holds ends of the others' pipes
+            process.terminate()
+            process.join()
 
 
 def _serve_raw(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+from parity_samples import record_of_rows, write_parity
+
 from ftrain.checkpoint.boxes import Placement
 from ftrain.checkpoint.header import PAGE_BYTES, ImageIdentity, ImageState, Layout
 from ftrain.checkpoint.image import ImageReader, ImageWriter
@@ -35,7 +37,6 @@ from ftrain.snapshot.protocol.messages import (
 from ftrain.snapshot.remains import HopelessError, Remains
 from ftrain.snapshot.store import SlotStore
 from ftrain.snapshot.stripes import RowChunk, Summer
-from tests.snapshot.parity_samples import record_of_rows, write_parity
 
 VERSION = VersionId(3, 40)  # as in parity_samples
 ROUND = RoundId(3, 17)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from manager_process import Manager, Rank
+
 from ftrain.comms.protocol.messages import HeldParity, Rebuild, RoundId, VersionId
-from tests.snapshot.manager_process import Manager, Rank
 
 
 class ParityNodes:

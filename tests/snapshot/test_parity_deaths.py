@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from manager_process import state
+from parity_group import ParityNodes
 
 from ftrain.comms.protocol.messages import RoundId, VersionId
-from tests.snapshot.manager_process import state
-from tests.snapshot.parity_group import ParityNodes
 
 MB = 1_000_000
 

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from manager_process import Manager, Rank, state, until
+from parity_group import ParityNodes
 
 from ftrain.comms.process import available_memory_bytes
 from ftrain.comms.protocol.messages import Notice, VersionId
 from ftrain.snapshot.protocol.messages import PARITY
-from tests.snapshot.manager_process import Manager, Rank, state, until
-from tests.snapshot.parity_group import ParityNodes
 
 
 @pytest.mark.parametrize(("nodes", "parity", "lost"), [(2, 1, 1), (4, 1, 0), (5, 2, 3)])

@@ -13,14 +13,14 @@ from itertools import combinations
 
 import pytest
 import reedsolo
+from damage_trials import Trial
+from parity_samples import Images, encoded, rebuilt
 
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import StateError
 from ftrain.snapshot.erasure.engines import engine
 from ftrain.snapshot.parity import ParityReader, ParityRecord
 from ftrain.snapshot.stripes import Summer
-from tests.snapshot.damage_trials import Trial
-from tests.snapshot.parity_samples import Images, encoded, rebuilt
 
 GROUPS = [(nodes, parity) for parity in (1, 2, 3) for nodes in range(parity + 1, 9)]
 

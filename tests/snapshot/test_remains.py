@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from damage_trials import ROUND, VERSION, Memory, sealed_image, sections
+from parity_samples import bundle_of, record_of_rows, write_parity
 
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.checkpoint.image import ImageReader
@@ -17,8 +19,6 @@ from ftrain.snapshot.parity import ImageRow, NodeRow, ParityReader, ParityRecord
 from ftrain.snapshot.remains import HopelessError, Remains
 from ftrain.snapshot.store import Image, SlotStore
 from ftrain.snapshot.stripes import Chunk, RowChunk, Summer
-from tests.snapshot.damage_trials import ROUND, VERSION, Memory, sealed_image, sections
-from tests.snapshot.parity_samples import bundle_of, record_of_rows, write_parity
 
 Held = dict[int, dict[int, bytearray]]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from parity_samples import Images, drawn, encoded, rebuilt, record_of
 
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError, MemoryShortError, StateError
 from ftrain.snapshot.erasure.engines import engine
 from ftrain.snapshot.parity import BLOCK_BYTES, ParityReader, ParityWriter
 from ftrain.snapshot.stripes import Summer
-from tests.snapshot.parity_samples import Images, drawn, encoded, rebuilt, record_of
 
 
 def test_blocks_that_images_share_and_chunks_of_many_blocks() -> None:
