@@ -151,9 +151,10 @@ def measure(mib: int, nodes: int, parity: int, rounds: int, folder: Path) -> Rec
     group = Group(folder, nodes, parity, each)
     rows = []
     with closing_all(raw, group):
-        group.protect(1)
+        for step in range(1, GROUP_SLOTS + 2):  # until every slot was written and read once
+            group.protect(step)
         raw.run()
-        for step in range(2, rounds + 2):
+        for step in range(GROUP_SLOTS + 2, GROUP_SLOTS + 2 + rounds):
             raw_s, raw_cores_s = raw.run()
             copy_s, encode_s = local_cost(each)
             ours = group.protect(step)
