@@ -108,24 +108,11 @@ class Rebuilder:
         self, order: Rebuild, version: VersionId, peers: list[int], over: threading.Event
     ) -> None:
         began_s = time.monotonic()
-        loop = asyncio.get_running_loop()
         try:
             if self._has_been(version):  # an earlier manager rebuilt it
                 return
             sources = self._sources = _Sources(self, peers, over)
-            heard_s = began_s
-            for tries in range(1, _TRIES_MAX + 1):
-                try:
-                    found = await loop.run_in_executor(self._thread, sources.look, order, version)
-                    heard_s = time.monotonic()
-                    await self._fill(sources, found)
-                    break
-                except (PeerLostError, StateError, CorruptionError) as error:
-                    late = time.monotonic() > heard_s + _PATIENCE_S or tries == _TRIES_MAX
-                    if late or isinstance(error, HopelessError):
-                        raise
-                await asyncio.sleep(_RETRY_S)
-                sources.close()
+            found = await self._rebuild(sources, order, version)
             sources.close()
             nbytes = sum(image.nbytes for image in found.images)
             took_s = time.monotonic() - began_s
@@ -139,6 +126,24 @@ class Rebuilder:
                 self._settled.set()
                 self._task = None
                 self._on_settled()
+
+    async def _rebuild(self, sources: _Sources, order: Rebuild, version: VersionId) -> Remains:
+        """Try until it is done, or nobody was heard for too long."""
+        loop = asyncio.get_running_loop()
+        heard_s, tries = time.monotonic(), 0
+        while True:
+            tries += 1
+            try:
+                found = await loop.run_in_executor(self._thread, sources.look, order, version)
+                heard_s = time.monotonic()
+                await self._fill(sources, found)
+                return found
+            except (PeerLostError, StateError, CorruptionError) as error:
+                late = time.monotonic() > heard_s + _PATIENCE_S or tries == _TRIES_MAX
+                if late or isinstance(error, HopelessError):
+                    raise
+            await asyncio.sleep(_RETRY_S)
+            sources.close()
 
     def _has_been(self, version: VersionId) -> bool:
         """Whether it is here, or was: it is given up only for one that was captured since."""

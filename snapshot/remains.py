@@ -25,9 +25,11 @@ class Holder(Protocol):
 
     def chunk(self, version: VersionId, chunk: int, chunk_bytes: int, nbytes: int) -> Chunk:
         """The first bytes of a chunk of images."""
+        ...
 
     def row(self, round_: RoundId, stripe: int, row: int, nbytes: int) -> Chunk:
         """The first bytes of a chunk of parity."""
+        ...
 
 
 class Remains:
