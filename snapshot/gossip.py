@@ -8,12 +8,11 @@ replaced by something newer, so a slow or dead peer costs a few messages of memo
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 
-from ftrain.checkpoint.protocol.agreement import collectives_agree
+from ftrain.checkpoint.protocol.agreement import collectives_agree, whole_keys
 from ftrain.checkpoint.protocol.commit import Committed, VersionCommit
 from ftrain.comms.channel import Identity, connect
 from ftrain.comms.driver import Driver
@@ -228,16 +227,6 @@ class Gossip:
             version.epoch == custody.epoch and (newest is None or version > newest)
             for version in custody.sealed_versions()
         )
-
-
-def whole_keys(records: Iterable[Held]) -> set[str]:
-    """Share keys of which one node, that has these images, holds all parts of one partition."""
-    parts: dict[tuple[int, str, int], set[int]] = defaultdict(set)
-    for record in records:
-        if record.whole:
-            for share in record.shares:
-                parts[share.node, share.key, share.parts].add(share.part)
-    return {key for (_, key, count), found in parts.items() if len(found) == count}
 
 
 class PeerLink:

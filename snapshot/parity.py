@@ -146,13 +146,13 @@ def encode_record(record: ParityRecord) -> bytes:
     return _encoder.encode(record)
 
 
-def decode_record(data: bytes) -> ParityRecord:
-    """What was sent; CorruptionError unless it is a possible record."""
+def decode_record(data: bytes, where: str = "what was sent") -> ParityRecord:
+    """The record in ``data``; CorruptionError unless it is a possible one."""
     try:
         record = _decoder.decode(data)
         record.check()
     except BAD_INPUT as error:
-        raise CorruptionError(f"an impossible record of parity was sent: {error}") from None
+        raise CorruptionError(f"{where} has an impossible record: {error}") from None
     return record
 
 
@@ -252,9 +252,4 @@ def _read_record(buffer: memoryview, where: str) -> ParityRecord:
     body = bytes(buffer[_PREFIX.size : _PREFIX.size + length])
     if digest_of(body) != digest:
         raise CorruptionError(f"{where} has a damaged record")
-    try:
-        record = _decoder.decode(body)
-        record.check()
-    except BAD_INPUT as error:
-        raise CorruptionError(f"{where} has an impossible record: {error}") from None
-    return record
+    return decode_record(body, where)

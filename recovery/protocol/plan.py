@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ftrain.checkpoint.protocol.agreement import collectives_agree
+from ftrain.checkpoint.protocol.agreement import collectives_agree, whole_keys
 from ftrain.comms.protocol.messages import Held, RestorePlan, VersionId
 
 _REASONS_MAX = 4  # incomplete versions that a reason names
@@ -106,13 +106,11 @@ def _lack(records: Sequence[tuple[int, Held]], world_size: int) -> str:
 
 
 def _whole_keys(records: Iterable[tuple[int, Held]]) -> set[str]:
-    """Share keys of which one node holds all parts of one partition."""
-    parts: dict[tuple[int, int, str, int], set[int]] = defaultdict(set)
+    """Share keys that some node holds as a whole."""
+    by_node: dict[int, list[Held]] = defaultdict(list)
     for node, record in records:
-        if record.whole:
-            for share in record.shares:
-                parts[node, share.node, share.key, share.parts].add(share.part)
-    return {key for (_, _, key, count), found in parts.items() if found >= set(range(count))}
+        by_node[node].append(record)
+    return set().union(*map(whole_keys, by_node.values()))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
