@@ -228,6 +228,25 @@ def read_record(record: bytes, where: str) -> Header | None:
     return header
 
 
+def sealed_header(image: memoryview, where: str) -> Header:
+    """The header of a whole image, by itself: its index and what follows are not looked at.
+
+    Raises:
+        CorruptionError: there is none, or the image is cut off.
+        StateError: the image is not sealed, or in another format.
+    """
+    header = read_record(bytes(image[RECORD_BYTES:PAGE_BYTES]), where)
+    if header is None:
+        raise CorruptionError(f"{where} has no valid seal: it is torn or not finished")
+    if header.state is not ImageState.SEALED:
+        raise StateError(f"{where} is not sealed")
+    if len(image) < header.layout.total_bytes:
+        raise CorruptionError(
+            f"{where} has {len(image)} of {header.layout.total_bytes} bytes: it is cut off"
+        )
+    return header
+
+
 def _other_format(where: str, format_: int) -> StateError:
     return StateError(
         f"{where} is in format {format_}, this ftrain reads format {FORMAT}: use the ftrain that "

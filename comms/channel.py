@@ -311,13 +311,13 @@ class Channel:
     async def _wait_readable(self) -> None:
         self._frames_in_turn = 0
         self._readable = self._loop.create_future()
-        self._loop.add_reader(self._socket, self._on_readable)
+        self._loop.add_reader(self._socket.fileno(), self._on_readable)
         try:
             await self._readable
         finally:
             self._readable = None
             if not self.closed:
-                self._loop.remove_reader(self._socket)
+                self._loop.remove_reader(self._socket.fileno())
 
     def _on_readable(self) -> None:
         if self._readable is not None and not self._readable.done():
@@ -342,7 +342,7 @@ class Channel:
         except BlockingIOError:
             if not self._writing:
                 self._writing = True
-                self._loop.add_writer(self._socket, self._flush)
+                self._loop.add_writer(self._socket.fileno(), self._flush)
         except OSError as error:
             self._end(PeerLostError(f"lost {self.peer}: {error.strerror}"))
         else:
@@ -364,7 +364,7 @@ class Channel:
     def _stop_writing(self) -> None:
         if self._writing:
             self._writing = False
-            self._loop.remove_writer(self._socket)
+            self._loop.remove_writer(self._socket.fileno())
 
     async def _wait_sent(self, position: int) -> None:
         self._raise_if_closed()
@@ -386,7 +386,7 @@ class Channel:
             return
         self._error = error
         self._stop_writing()
-        self._loop.remove_reader(self._socket)
+        self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self._queue.clear()
         for waiter in (self._readable, *(waiter for _, waiter in self._sent)):

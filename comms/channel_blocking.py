@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import struct
 import time
 from collections import deque
 from contextlib import suppress
@@ -14,6 +15,7 @@ import xxhash
 
 from ftrain.comms import wire
 from ftrain.comms.addresses import parse_address, tune
+from ftrain.comms.bulk import limit_window
 from ftrain.comms.errors import FtrainError, PeerLostError, ProtocolError, RemoteProtocolError
 from ftrain.comms.protocol.frames import (
     DATA_BYTES_MAX,
@@ -32,10 +34,15 @@ class BlockingChannel:
     timeout, :class:`RemoteProtocolError` for garbage; the channel is then closed.
     """
 
-    def __init__(self, sock: socket.socket, agreement: Agreement) -> None:
-        """Take over a blocking socket on which the handshake is done."""
+    def __init__(self, sock: socket.socket, agreement: Agreement, timeout_s: float) -> None:
+        """Take over a socket on which the handshake is done."""
         self.peer = agreement.peer
         self._socket = sock
+        # The kernel waits, not Python, which would poll before every call and take what is there:
+        # so a frame is one call, with one release of the interpreter lock.
+        sock.setblocking(True)
+        limit_window(sock, socket.SO_RCVBUF)
+        self.settimeout(timeout_s)
         self._sender = FrameSender(agreement.send_key, xxhash.xxh3_64_intdigest)
         self._receiver = FrameReceiver(agreement.receive_key, xxhash.xxh3_64_intdigest)
         self._backlog: deque[Any] = deque()
@@ -74,7 +81,12 @@ class BlockingChannel:
 
     def settimeout(self, timeout_s: float) -> None:
         """How long a call may wait without anything moving."""
-        self._socket.settimeout(timeout_s)
+        self._timeout_s = timeout_s
+        try:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(timeout_s))
+        except OSError as error:
+            self._lose(error)
 
     def fileno(self) -> int:
         """The descriptor, for select; -1 once closed."""
@@ -116,7 +128,7 @@ class BlockingChannel:
         frame = None
         while frame is None:
             try:
-                count = self._socket.recv_into(self._receiver.next_buffer())
+                count = self._socket.recv_into(self._receiver.next_buffer(), 0, socket.MSG_WAITALL)
                 if count == 0:
                     raise ConnectionResetError(0, "it closed the connection")
                 frame = self._receiver.advance(count)
@@ -135,9 +147,9 @@ class BlockingChannel:
             raise
 
     def _lose(self, error: OSError) -> None:
-        waited = self._socket.gettimeout() if self.fileno() >= 0 else None
         self.close()
-        why = error.strerror or f"nothing moved for {waited} s"
+        silent = isinstance(error, BlockingIOError)
+        why = f"nothing moved for {self._timeout_s:g} s" if silent else error.strerror
         raise PeerLostError(f"lost {self.peer}: {why}") from None
 
 
@@ -157,8 +169,7 @@ def connect_blocking(
         sock = socket.create_connection((host, port), timeout_s)
         tune(sock)
         agreement = _shake_hands(sock, handshake, deadline_s)
-        sock.settimeout(timeout_s)
-        channel, sock = BlockingChannel(sock, agreement), None
+        channel, sock = BlockingChannel(sock, agreement, timeout_s), None
         return channel
     except (OSError, ProtocolError) as error:
         raise unreachable(address, error, timeout_s) from None
@@ -173,6 +184,11 @@ def unreachable(address: str, error: OSError | ProtocolError, timeout_s: float) 
         return type(error)(f"{address}: {error}")
     why = error.strerror or f"no answer within {timeout_s:g} s"
     return PeerLostError(f"{address}: can't connect: {why}")
+
+
+def _timeval(timeout_s: float) -> bytes:
+    microseconds = max(1, round(timeout_s * 1e6))  # 0 would be for ever
+    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def _shake_hands(sock: socket.socket, handshake: ClientHandshake, deadline_s: float) -> Agreement:

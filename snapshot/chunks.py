@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ftrain.checkpoint.header import ImageState
+from ftrain.checkpoint.header import sealed_header
 from ftrain.checkpoint.image import ImageReader
 from ftrain.comms.channel import Channel, Identity, connect_blocking
 from ftrain.comms.channel_blocking import BlockingChannel
@@ -58,7 +58,7 @@ def own_images(store: SlotStore, version: VersionId) -> list[Image]:
     images = _sealed_images(store, version)
     for image in images:
         try:
-            _sealed(image)
+            _digest(image)
         except CorruptionError as error:
             raise StateError(str(error)) from None
     return images
@@ -66,8 +66,8 @@ def own_images(store: SlotStore, version: VersionId) -> list[Image]:
 
 def node_row(store: SlotStore, node: int, version: VersionId) -> NodeRow:
     """What of a version is protected on this node; raises as :func:`own_images` does."""
-    readers = [(image.rank, _sealed(image)) for image in own_images(store, version)]
-    return NodeRow(node, tuple(ImageRow(r, i.total_bytes, i.digest) for r, i in readers))
+    images = own_images(store, version)
+    return NodeRow(node, tuple(ImageRow(i.rank, i.view.nbytes, _digest(i)) for i in images))
 
 
 def _sealed_images(store: SlotStore, version: VersionId) -> list[Image]:
@@ -78,11 +78,9 @@ def _sealed_images(store: SlotStore, version: VersionId) -> list[Image]:
     return [image for image in store.images(version) if image.whole]
 
 
-def _sealed(image: Image) -> ImageReader:
-    """StateError, CorruptionError unless its header says that it is whole."""
-    reader = ImageReader(image.view, where=f"rank {image.rank}'s image")
-    reader.require(state=ImageState.SEALED)  # without its seal it seems to be begun
-    return reader
+def _digest(image: Image) -> str:
+    """That of its header; StateError, CorruptionError unless that says that it is whole."""
+    return sealed_header(image.view, f"rank {image.rank}'s image").digest
 
 
 class ChunkServer:
@@ -158,7 +156,7 @@ class ChunkServer:
                 sizes = {row.rank: row.nbytes for row in rows}
                 return {i.rank: i.view[: sizes.get(i.rank)] for i in images}
         for image in images:
-            _sealed(image)
+            _digest(image)
         return {image.rank: image.view for image in images}
 
     async def _sound(self, request: SoundRequest) -> SoundAnswer:

@@ -20,6 +20,7 @@ import msgspec
 from ftrain.checkpoint.digest import DIGEST_BYTES, digest_of
 from ftrain.checkpoint.header import PAGE_BYTES
 from ftrain.comms.errors import CorruptionError, MemoryShortError, StateError
+from ftrain.comms.protocol.frames import DATA_BYTES_MAX
 from ftrain.comms.protocol.messages import VersionId
 from ftrain.comms.wire import BAD_INPUT
 from ftrain.snapshot.erasure.code import ErasureCode
@@ -28,7 +29,7 @@ from ftrain.snapshot.protocol.placement import ParityGroup
 FORMAT: Final = 1
 MAGIC = b"FTPARTY\x01"
 CODE: Final = "reed-solomon-gf256-0x11d"
-BLOCK_BYTES = 1024 * 1024  # what is encoded, hashed and repaired at once
+BLOCK_BYTES = DATA_BYTES_MAX  # encoded, hashed and repaired at once, and one frame when it is sent
 RECORD_BYTES_MAX = 64 * 1024 * 1024
 _PREFIX = struct.Struct("<8sQ16s")
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ftrain.checkpoint.header import RECORD_BYTES, ImageState, read_record
+from ftrain.checkpoint.header import RECORD_BYTES, ImageState, read_record, sealed_header
 from ftrain.checkpoint.image import ImageReader, held_of, small_image
 from ftrain.comms.errors import CorruptionError, MemoryShortError, RemoteProtocolError, StateError
 from ftrain.comms.protocol.messages import Held, Sealed, Share, VersionId
@@ -290,10 +290,12 @@ class SlotStore:
 
     def _raw(self, rank: int, slot: int) -> memoryview:
         """The image in a slot, or all of the slot when damage hides where the image ends."""
+        view = self._regions[rank, slot].view.toreadonly()
         try:
-            return self.reader(rank, slot).raw
+            header = sealed_header(view, f"slot {slot} of rank {rank}")
         except (CorruptionError, StateError):
-            return self._regions[rank, slot].view.toreadonly()
+            return view
+        return view[: header.layout.total_bytes]
 
     def _small(self, rank: int, slot: int) -> bytes:
         """The small image of a sealed one; b"" when that is damaged."""

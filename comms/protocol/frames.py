@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from ftrain.comms.errors import LocalProtocolError, RemoteProtocolError
 
 CONTROL_BYTES_MAX = 8 * 1024 * 1024
-DATA_BYTES_MAX = 1024 * 1024  # per frame; larger buffers travel as several
+DATA_BYTES_MAX = 2 * 1024 * 1024  # per frame; larger buffers travel as several
 HEADER_BYTES = 40
 
 _HEAD = struct.Struct("<IB3xQQ")
