@@ -8,7 +8,8 @@ Real snapshot managers, one for each node, with one rank each whose state of ran
 other node.  In each repetition the same bytes are moved in turn by plain sockets, between as many
 processes in the same pattern (the ceiling), and by the product: from the moment at which the last
 rank has sealed its image until every node has said that all have their parity.  Core times are
-those that the kernel counts of all processes that take part.
+those that the kernel counts of all processes that take part.  Plain sockets have the system's
+buffers; another set of them has as small ones as the product's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from common import Record, print_table, write_results
 from nodes import GROUP_SLOTS, Group
 
 from ftrain.checkpoint.digest import digest_of
+from ftrain.comms.bulk import WINDOW_BYTES
 from ftrain.snapshot.erasure.engines import engine
 
 MIB = 1 << 20
@@ -39,8 +41,9 @@ _BLOCK = MIB
 class RawTransport:
     """As many processes as nodes; each receives from every other one what its parity is made of."""
 
-    def __init__(self, nodes: int, nbytes: int) -> None:
-        """``nbytes``: that each node receives from each other one."""
+    def __init__(self, nodes: int, nbytes: int, window_bytes: int = 0) -> None:
+        """``nbytes``: that each node receives from each other one; ``window_bytes``: of each
+        socket's buffers, 0 for the system's."""
         context = get_context("fork")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -48,7 +51,7 @@ class RawTransport:
         ports = [listener.getsockname()[1] for listener in listeners]
         for node in range(nodes):
             ours, theirs = context.Pipe()
-            arguments = (node, listeners, ports, nbytes, theirs)
+            arguments = (node, listeners, ports, nbytes, window_bytes, theirs)
             process = context.Process(target=_serve_raw, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
@@ -74,7 +77,12 @@ class RawTransport:
 
 
 def _serve_raw(
-    node: int, listeners: list[socket.socket], ports: list[int], nbytes: int, pipe: Connection
+    node: int,
+    listeners: list[socket.socket],
+    ports: list[int],
+    nbytes: int,
+    window_bytes: int,
+    pipe: Connection,
 ) -> None:
     from threading import Thread
 
@@ -82,6 +90,10 @@ def _serve_raw(
         socket.create_connection(("127.0.0.1", p)) for n, p in enumerate(ports) if n != node
     ]
     incoming = [listeners[node].accept()[0] for _ in outgoing]
+    if window_bytes:
+        for sock in (*outgoing, *incoming):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, window_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window_bytes)
     # A part of its own for each, as chunks are: the same one again would be in the cache.
     data = memoryview(np.random.default_rng(node).bytes(nbytes * len(outgoing)))
     room = memoryview(bytearray(_BLOCK))
@@ -148,20 +160,24 @@ def measure(mib: int, nodes: int, parity: int, rounds: int, folder: Path) -> Rec
     data = nodes - parity
     per_pair = parity * each // (nodes - 1)  # each node sends its bytes `parity` times in all
     raw = RawTransport(nodes, per_pair)  # first: it is forked, and would hold the nodes' sockets
+    small = RawTransport(nodes, per_pair, WINDOW_BYTES)
     group = Group(folder, nodes, parity, each)
     rows = []
-    with closing_all(raw, group):
+    with closing_all(raw, small, group):
         for step in range(1, GROUP_SLOTS + 2):  # until every slot was written and read once
             group.protect(step)
         raw.run()
+        small.run()
         for step in range(GROUP_SLOTS + 2, GROUP_SLOTS + 2 + rounds):
             raw_s, raw_cores_s = raw.run()
+            small_s, _ = small.run()
             copy_s, encode_s = local_cost(each)
             ours = group.protect(step)
             rows.append(
                 {
                     "raw_s": raw_s,
                     "raw_cores_s": raw_cores_s,
+                    "raw_small_s": small_s,
                     "local_cores_s": nodes * (copy_s + parity * encode_s),
                     "protect_s": ours.protect_s,
                     "capture_s": ours.capture_s,
@@ -181,6 +197,7 @@ def measure(mib: int, nodes: int, parity: int, rounds: int, folder: Path) -> Rec
         "parity": parity,
         "gb_per_s": median(mib * MIB / 1e9 / row["protect_s"] for row in rows),
         "raw_gb_per_s": median(mib * MIB / 1e9 / row["raw_s"] for row in rows),
+        "raw_small_gb_per_s": median(mib * MIB / 1e9 / row["raw_small_s"] for row in rows),
         "ratio_to_raw": ratio,
         "core_ms_per_mb": median(row["cores_s"] for row in rows) * 1e9 / (mib * MIB),
         "core_ratio": bound,
@@ -197,6 +214,7 @@ COLUMNS: Sequence[tuple[str, Callable[[Record], str]]] = (
     ("nodes", lambda r: f"{r['nodes']}, {r['parity']} may be lost"),
     ("protected", lambda r: f"{r['gb_per_s']:.2f} GB/s"),
     ("raw sockets", lambda r: f"{r['raw_gb_per_s']:.2f} GB/s"),
+    ("with small buffers", lambda r: f"{r['raw_small_gb_per_s']:.2f} GB/s"),
     ("ratio", lambda r: f"{r['ratio_to_raw']:.2f}"),
     ("core time", lambda r: f"{r['core_ms_per_mb']:.2f} ms/MB"),
     ("over its parts", lambda r: f"{r['core_ratio']:.2f}"),
