@@ -15,6 +15,10 @@ from ftrain.comms.protocol.chunk_frames import Head
 class OutLane(Protocol):
     """To the right neighbour."""
 
+    def fileno(self) -> int:
+        """Hung up when the neighbour is gone."""
+        ...
+
     def say(self, head: Head) -> None:
         """Send a word, ahead of chunks that have not left yet."""
 

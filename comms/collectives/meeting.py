@@ -125,8 +125,10 @@ class Meeting:
                 for lane in range(self._lanes(left, settings))
             )
         except FtrainError:
-            for open_lane in (*lanes_out, *lanes_in):
-                open_lane.close()
+            for lane_out in lanes_out:
+                lane_out.close()
+            for lane_in in lanes_in:
+                lane_in.close()
             raise
         return Ring(rank, ranks, lanes_in, lanes_out, **options)
 

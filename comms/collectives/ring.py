@@ -163,6 +163,8 @@ class Ring:
         poll.register(lane.fileno(), select.POLLIN)
         if not number:
             poll.register(self._wake, select.POLLIN)
+            for out in self._out:
+                poll.register(out.fileno(), select.POLLRDHUP)
         try:
             while self._error is None:
                 for fd, _ in poll.poll():
@@ -171,8 +173,10 @@ class Ring:
                             os.eventfd_read(self._wake)
                         self._speak()
                         self._start()
-                    else:
+                    elif fd == lane.fileno():
                         self._take(lane, lane.next())
+                    else:
+                        raise PeerLostError("the right neighbour closed the connection")
         except FtrainError as error:
             self._fail(error)
         except (OSError, ValueError) as error:
@@ -300,8 +304,10 @@ class Ring:
                 return
             self._error = error
             running, self._running = list(self._running.values()), {}
-        for lane in (*self._out, *self._in):
-            lane.close()
+        for lane_out in self._out:
+            lane_out.close()
+        for lane_in in self._in:
+            lane_in.close()
         for one in running:
             one.handle.end(error)
         os.eventfd_write(self._wake, 1)

@@ -50,6 +50,10 @@ class SharedOut:
         self._next = 0
         self._freed = bytearray(slots)
 
+    def fileno(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        return self._socket.fileno()
+
     def say(self, head: Head) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         self._send(head)

@@ -37,6 +37,10 @@ class StreamOut:
         self._thread = threading.Thread(target=self._run, name="ftrain-ring-out", daemon=True)
         self._thread.start()
 
+    def fileno(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        return self._socket.fileno()
+
     def say(self, head: Head) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         self._put(_WORD_FIRST, head, None, None)
