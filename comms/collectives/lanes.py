@@ -30,7 +30,10 @@ class OutLane(Protocol):
         """Send what :meth:`room` gave, which is the lane's again."""
 
     def send(self, head: Head, chunk: memoryview) -> None:
-        """Send bytes of somebody else's, who keeps them as they are until the operation is over."""
+        """Send bytes of somebody else's, who keeps them as they are until the operation is over.
+
+        ``head.value`` is their checksum, or 0: then the lane makes it, if it needs one.
+        """
 
     def close(self) -> None:
         """End the link; whoever waits for it raises."""

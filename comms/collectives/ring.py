@@ -223,7 +223,7 @@ class Ring:
             target = self._target(running, chunk)
             lane.take(target)
             if do is Do.KEEP_AND_SEND:
-                out.send(_head(head.operation, Phase.GATHER, chunk, target), target)
+                out.send(head, target)  # the same chunk has the same checksum
             elif do is Do.KEEP_AND_TELL:
                 out.say(_head(head.operation, Phase.SPENT, chunk, target[:0]))
             return

@@ -6,6 +6,7 @@ import heapq
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 
 import xxhash
@@ -98,8 +99,9 @@ class StreamOut:
     def _send(self, head: Head, chunk: memoryview | None) -> None:
         parts = []
         if chunk is not None and chunk.nbytes:
-            head = _checked(head, xxhash.xxh3_64_intdigest(chunk))
-            parts = [memoryview(chunk)]
+            if not head.value:
+                head = replace(head, value=xxhash.xxh3_64_intdigest(chunk))
+            parts = [chunk]
         parts.insert(0, memoryview(self._sender.seal(head)))
         while parts:
             sent = self._socket.sendmsg(parts)
@@ -183,9 +185,3 @@ class StreamIn:
             if not count:
                 raise PeerLostError(f"lost {self._peer}: it closed the connection")
             target = target[count:]
-
-
-def _checked(head: Head, checksum: int) -> Head:
-    return Head(
-        head.word, head.operation, head.number, head.phase, head.segment, checksum, head.nbytes
-    )
