@@ -24,7 +24,13 @@ from ftrain.comms.protocol.frames import (
     FrameReceiver,
     FrameSender,
 )
-from ftrain.comms.protocol.handshake import NONCE_BYTES, Agreement, ClientHandshake, Identity
+from ftrain.comms.protocol.handshake import (
+    NONCE_BYTES,
+    Agreement,
+    ClientHandshake,
+    Handshake,
+    Identity,
+)
 
 
 class BlockingChannel:
@@ -168,7 +174,7 @@ def connect_blocking(
     try:
         sock = socket.create_connection((host, port), timeout_s)
         tune(sock)
-        agreement = _shake_hands(sock, handshake, deadline_s)
+        agreement = shake_hands(sock, handshake, deadline_s)
         channel, sock = BlockingChannel(sock, agreement, timeout_s), None
         return channel
     except (OSError, ProtocolError) as error:
@@ -191,7 +197,8 @@ def _timeval(timeout_s: float) -> bytes:
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
-def _shake_hands(sock: socket.socket, handshake: ClientHandshake, deadline_s: float) -> Agreement:
+def shake_hands(sock: socket.socket, handshake: Handshake, deadline_s: float) -> Agreement:
+    """Either side of the challenge that begins a connection; raises as it does, and OSError."""
     sock.sendall(handshake.start())
     while True:
         sock.settimeout(max(0.001, deadline_s - time.monotonic()))

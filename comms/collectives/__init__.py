@@ -1,0 +1,1 @@
+"""Collectives among ranks that may come and go."""
