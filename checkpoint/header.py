@@ -235,7 +235,8 @@ def sealed_header(image: memoryview, where: str) -> Header:
         CorruptionError: there is none, or the image is cut off.
         StateError: the image is not sealed, or in another format.
     """
-    header = read_record(bytes(image[RECORD_BYTES:PAGE_BYTES]), where)
+    cut = len(image) < PAGE_BYTES
+    header = None if cut else read_record(bytes(image[RECORD_BYTES:PAGE_BYTES]), where)
     if header is None:
         raise CorruptionError(f"{where} has no valid seal: it is torn or not finished")
     if header.state is not ImageState.SEALED:

@@ -37,7 +37,8 @@ class BlockingChannel:
     """One authenticated connection, for one thread. Closes itself as a context manager.
 
     Every call raises :class:`PeerLostError` when the peer is gone or nothing moved for the
-    timeout, :class:`RemoteProtocolError` for garbage; the channel is then closed.
+    timeout (in the middle of a frame for up to twice as long), :class:`RemoteProtocolError` for
+    garbage; the channel is then closed.
     """
 
     def __init__(self, sock: socket.socket, agreement: Agreement, timeout_s: float) -> None:

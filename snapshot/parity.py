@@ -26,7 +26,7 @@ from ftrain.comms.wire import BAD_INPUT
 from ftrain.snapshot.erasure.code import ErasureCode
 from ftrain.snapshot.protocol.placement import ParityGroup
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAGIC = b"FTPARTY\x01"
 CODE: Final = "reed-solomon-gf256-0x11d"
 BLOCK_BYTES = DATA_BYTES_MAX  # encoded, hashed and repaired at once, and one frame when it is sent
@@ -68,7 +68,7 @@ class ParityRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 class ParityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a slot of parity says about itself."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     code: Literal["reed-solomon-gf256-0x11d"] = CODE
     run_id: str
     epoch: _Natural  # of the group that protected it

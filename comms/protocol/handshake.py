@@ -33,7 +33,7 @@ from ftrain.comms.errors import (
     RemoteProtocolError,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 NONCE_BYTES = 32
 
 _MAGIC = b"ftrain"

@@ -112,7 +112,7 @@ def test_another_protocol_version_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
     greeting = guest.start()
     monkeypatch.undo()
     refusal = give(host, greeting)
-    assert "speaks protocol version 9, not 1" in str(host.error)
+    assert "speaks protocol version 9, not 2" in str(host.error)
     give(guest, refusal)
     assert "install the same ftrain" in str(guest.error)
 
