@@ -79,7 +79,8 @@ class Arithmetic:
         if self.dtype in _NUMPY:
             kind = _NUMPY[self.dtype]
             views = [np.frombuffer(view, kind) for view in (left, right, target)]
-            _UFUNCS[self.reduction](views[0], views[1], out=views[2])
+            with np.errstate(all="ignore"):  # inf and nan are values like others
+                _UFUNCS[self.reduction](views[0], views[1], out=views[2])
             return
         tensors = [torch.frombuffer(view, dtype=self.dtype) for view in (left, right, target)]
         for start in range(0, tensors[0].numel(), _PIECE):

@@ -1,13 +1,16 @@
 """What a ring needs of the link to each neighbour.
 
 A ring's chunks come in through one lane and leave through another.  A lane raises PeerLostError
-when its other end is gone or it was closed here, and RemoteProtocolError for garbage; it is of no
-use after that.
+when its other end is gone or it was shut here, and RemoteProtocolError for garbage; it is of no
+use after that.  One thread uses a lane; any may shut it.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Protocol
+from weakref import WeakSet
 
 from ftrain.comms.protocol.chunk_frames import Head
 
@@ -15,14 +18,22 @@ from ftrain.comms.protocol.chunk_frames import Head
 class OutLane(Protocol):
     """To the right neighbour."""
 
+    @property
+    def behind(self) -> bool:
+        """There is something to :meth:`catch_up` with once :meth:`fileno` is writable."""
+        ...
+
     def fileno(self) -> int:
         """Hung up when the neighbour is gone."""
         ...
 
-    def say(self, head: Head) -> None:
-        """Send a word, ahead of chunks that have not left yet."""
+    def catch_up(self) -> None:
+        """Send what could not be sent before; does not wait."""
 
-    def room(self, nbytes: int) -> memoryview:
+    def say(self, head: Head) -> None:
+        """Send a word; does not wait."""
+
+    def room(self) -> memoryview:
         """A buffer to put the next chunk into; waits until there is one."""
         ...
 
@@ -35,12 +46,15 @@ class OutLane(Protocol):
         ``head.value`` is their checksum, or 0: then the lane makes it, if it needs one.
         """
 
-    def close(self) -> None:
-        """End the link; whoever waits for it raises."""
+    def shut(self) -> None:
+        """Whoever waits for it raises."""
+
+    def close(self, in_order: bool) -> None:
+        """End the link; ``in_order`` once all that was said has left, within a second."""
 
 
 class InLane(Protocol):
-    """From the left neighbour; for one thread."""
+    """From the left neighbour."""
 
     def fileno(self) -> int:
         """Readable when there is a next frame, or the end."""
@@ -51,7 +65,7 @@ class InLane(Protocol):
         ...
 
     def take(self, target: memoryview) -> None:
-        """Put the announced chunk there, which is as long."""
+        """Put the announced chunk there; RemoteProtocolError unless it is as long."""
 
     def borrow(self) -> memoryview:
         """The announced chunk, until :meth:`give_back`."""
@@ -60,5 +74,25 @@ class InLane(Protocol):
     def give_back(self) -> None:
         """What was borrowed is needed no more."""
 
+    def shut(self) -> None:
+        """Whoever waits for it raises."""
+
     def close(self) -> None:
-        """End the link; whoever waits for it raises."""
+        """End the link."""
+
+
+_open: WeakSet[socket.socket] = WeakSet()
+
+
+def not_in_children(sock: socket.socket) -> None:
+    """A process that is forked from this one (such as a data loader's) must not keep the link open:
+    the neighbour would not see it end when this process is killed."""
+    _open.add(sock)
+
+
+def _close_in_child() -> None:
+    for sock in list(_open):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -13,20 +13,32 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftrain.comms.addresses import bound_address, listen_tcp, parse_address, tune
+from ftrain.comms.addresses import format_address, listen_tcp, parse_address, tune
 from ftrain.comms.bulk import limit_window
 from ftrain.comms.channel_blocking import shake_hands
 from ftrain.comms.collectives.lanes import InLane, OutLane
 from ftrain.comms.collectives.ring import Ring
 from ftrain.comms.collectives.shared_lane import SharedIn, SharedOut
 from ftrain.comms.collectives.stream_lane import StreamIn, StreamOut
-from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
-from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, Word
+from ftrain.comms.errors import (
+    FtrainError,
+    MemoryShortError,
+    PeerLostError,
+    RemoteProtocolError,
+    UsageError,
+)
+from ftrain.comms.protocol.chunk_frames import (
+    CHUNK_BYTES_MAX,
+    HEADER_BYTES,
+    Head,
+    HeadReceiver,
+    Word,
+)
 from ftrain.comms.protocol.handshake import (
     NONCE_BYTES,
     Agreement,
@@ -36,7 +48,10 @@ from ftrain.comms.protocol.handshake import (
 )
 
 _GREETING_S = 2.0  # for a stranger
-_STRANGERS_MAX = 64
+_STRANGERS_MAX = 64  # of each listener; the oldest is dropped for a newer one
+_ARRIVED_MAX = 256  # lanes that nobody has asked for yet; the same for them
+_BACKLOG = 256
+_PAUSE_S = 0.02
 _SHARED = 1  # phase of a JOIN whose lane is memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -57,12 +72,33 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class RingSettings:
-    """Equal on all ranks of a ring."""
+    """Equal on all ranks of a ring. Raises UsageError for what can't work."""
 
     chunk_bytes: int = 1024 * 1024
     starts: int = 3  # chunks of its own that a rank has in the ring
     connections: int = 1  # to a neighbour on another host
     share_memory: bool = True
+
+    def __post_init__(self) -> None:
+        if not 64 <= self.chunk_bytes <= CHUNK_BYTES_MAX:
+            raise UsageError(f"a chunk has 64 to {CHUNK_BYTES_MAX} bytes, not {self.chunk_bytes}")
+        if not (1 <= self.starts <= 64 and 1 <= self.connections <= 64):
+            raise UsageError("starts and connections are numbers from 1 to 64")
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A lane that a left neighbour opened."""
+
+    head: Head
+    agreement: Agreement
+    sock: socket.socket
+    fd: int  # of its memory, or -1
+
+    def close(self) -> None:
+        self.sock.close()
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class Meeting:
@@ -71,24 +107,27 @@ class Meeting:
     Args:
         identity: this rank's.
         bind: host to listen on; any free port.
+        host: under which others reach it; "": as ``bind`` says.
     """
 
-    def __init__(self, identity: Identity, secret: bytes, bind: str = "127.0.0.1") -> None:
+    def __init__(
+        self, identity: Identity, secret: bytes, bind: str = "127.0.0.1", host: str = ""
+    ) -> None:
+        if bind in ("0.0.0.0", "::") and not host:
+            raise UsageError(f"listening on {bind} needs a host name for others to connect to")
         self._identity = identity
         self._secret = secret
-        self._listener = listen_tcp(f"{bind}:0")
+        self._listener = listen_tcp(format_address(bind, 0))
         name = f"ftrain-{os.getpid()}-{secrets.token_hex(8)}"
         self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._unix.bind("\0" + name)
-        self._unix.listen(16)
-        self.place = Place(
-            identity.node, identity.incarnation, bound_address(self._listener), _host(), name
-        )
+        self._unix.listen(_BACKLOG)
+        address = format_address(host or bind, self._listener.getsockname()[1])
+        self.place = Place(identity.node, identity.incarnation, address, _host(), name)
         self._changed = threading.Condition()
-        self._arrived: dict[tuple[int, int], tuple[Head, Agreement, socket.socket, int]] = {}
+        self._arrived: dict[tuple[int, int, int, int], _Arrival] = {}  # oldest first
         self._epoch = 0  # newest ring: what comes for older ones is closed
         self._closed = False
-        self._strangers = threading.Semaphore(_STRANGERS_MAX)
         self._threads = [
             threading.Thread(target=self._accept, args=(one,), name="ftrain-meet", daemon=True)
             for one in (self._listener, self._unix)
@@ -101,50 +140,53 @@ class Meeting:
     ) -> Ring:
         """The ring of ``places``, in this order; this rank's own is among them.
 
-        Raises PeerLostError for a neighbour that is not there in time.
+        After a failure all ranks try again under a higher ``epoch``, so that nobody takes a lane
+        of the attempt before.
+
+        Raises PeerLostError for a neighbour that is not there in time, MemoryShortError.
         """
         rank, ranks = places.index(self.place), len(places)
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             self._epoch = max(self._epoch, epoch)
             for old in [key for key in self._arrived if key[0] < epoch]:
-                _discard(*self._arrived.pop(old)[2:])
-        options = {"chunk_bytes": settings.chunk_bytes, "starts": settings.starts}
-        if ranks == 1:
-            return Ring(rank, ranks, [], [], **options)
+                self._arrived.pop(old).close()
         right, left = places[(rank + 1) % ranks], places[(rank - 1) % ranks]
-        lanes_out: list[OutLane] = []
-        lanes_in: list[InLane] = []
-        try:
-            lanes_out.extend(
-                self._reach(right, epoch, lane, settings, deadline_s)
-                for lane in range(self._lanes(right, settings))
+        with ExitStack() as undo:
+            lanes_out: list[OutLane] = []
+            lanes_in: list[InLane] = []
+            for lane in range(self._lanes(right, settings) if ranks > 1 else 0):
+                lanes_out.append(self._reach(right, epoch, lane, settings, deadline_s))
+                undo.callback(lanes_out[-1].close, False)
+            for lane in range(self._lanes(left, settings) if ranks > 1 else 0):
+                lanes_in.append(self._found(left, epoch, lane, settings, deadline_s))
+                undo.callback(lanes_in[-1].close)
+            ring = Ring(
+                rank,
+                ranks,
+                lanes_in,
+                lanes_out,
+                chunk_bytes=settings.chunk_bytes,
+                starts=settings.starts,
             )
-            lanes_in.extend(
-                self._found(left, epoch, lane, settings, deadline_s)
-                for lane in range(self._lanes(left, settings))
-            )
-        except FtrainError:
-            for lane_out in lanes_out:
-                lane_out.close()
-            for lane_in in lanes_in:
-                lane_in.close()
-            raise
-        return Ring(rank, ranks, lanes_in, lanes_out, **options)
+            undo.pop_all()
+            return ring
 
     def close(self) -> None:
         """Be found no more; rings go on."""
         with self._changed:
             self._closed = True
-            for entry in self._arrived.values():
-                _discard(*entry[2:])
+            for arrival in self._arrived.values():
+                arrival.close()
             self._arrived.clear()
+            self._changed.notify_all()
         for listener in (self._listener, self._unix):
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
         for thread in self._threads:
             thread.join()
+        self._listener.close()
+        self._unix.close()
 
     # ------------------------------------------------------------ the right neighbour
 
@@ -158,90 +200,95 @@ class Meeting:
         self, right: Place, epoch: int, lane: int, settings: RingSettings, deadline_s: float
     ) -> OutLane:
         shares = self._shares(right, settings)
-        sock = _connect(right, shares, deadline_s)
-        try:
-            handshake = ClientHandshake(
-                self._identity, self._secret, secrets.token_bytes(NONCE_BYTES)
-            )
-            agreement = shake_hands(sock, handshake, deadline_s)
-            _expect(agreement.peer, right)
-            sock.setblocking(True)
-            slots = settings.starts + 1
-            join = Head(Word.JOIN, epoch, lane, phase=_SHARED if shares else 0)
-            if not shares:
-                limit_window(sock, socket.SO_SNDBUF)
-                out = StreamOut(
-                    sock, agreement.send_key, str(agreement.peer), slots, settings.chunk_bytes
-                )
-                out.say(join)
-                return out
-            fd = _memory(slots * settings.chunk_bytes)
-            return SharedOut(
-                sock,
-                agreement.send_key,
-                str(agreement.peer),
-                fd,
-                slots,
-                settings.chunk_bytes,
-                join,
-            )
-        except OSError as error:
-            sock.close()
-            raise PeerLostError(f"{right.address}: can't connect: {error.strerror}") from None
-        except FtrainError:
-            sock.close()
-            raise
+        slots, nbytes = settings.starts + 1, settings.chunk_bytes
+        join = Head(Word.JOIN, epoch, lane, phase=_SHARED if shares else 0)
+        with ExitStack() as undo:
+            sock = undo.enter_context(_connect(right, shares, deadline_s))
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            handshake = ClientHandshake(self._identity, self._secret, nonce)
+            out: OutLane
+            try:
+                agreement = shake_hands(sock, handshake, deadline_s)
+                _expect(agreement.peer, right)
+                key, peer = agreement.send_key, str(agreement.peer)
+                sock.setblocking(True)
+                if shares:
+                    with _memory(slots * nbytes) as fd:
+                        out = SharedOut(sock, key, peer, fd, slots, nbytes, join)
+                else:
+                    limit_window(sock, socket.SO_SNDBUF)
+                    out = StreamOut(sock, key, peer, slots, nbytes)
+                    out.say(join)
+            except FtrainError:  # some of which are OSErrors as well
+                raise
+            except OSError as error:
+                why = error.strerror or "no answer in time"
+                raise PeerLostError(f"node {right.node}: can't connect: {why}") from None
+            undo.pop_all()
+            return out
 
     # ------------------------------------------------------------ the left neighbour
 
     def _found(
         self, left: Place, epoch: int, lane: int, settings: RingSettings, deadline_s: float
     ) -> InLane:
+        key = (epoch, lane, left.node, left.incarnation)
         with self._changed:
-            while (epoch, lane) not in self._arrived and not self._closed:
+            while key not in self._arrived:
                 left_s = deadline_s - time.monotonic()
+                if self._closed:
+                    raise PeerLostError("the meeting was closed here")
                 if left_s <= 0:
                     raise PeerLostError(f"node {left.node} did not come in time")
                 self._changed.wait(left_s)
-            if self._closed:
-                raise PeerLostError("the meeting was closed here")
-            head, agreement, sock, fd = self._arrived.pop((epoch, lane))
-        peer, key = str(agreement.peer), agreement.receive_key
-        try:
-            _expect(agreement.peer, left)
-            if head.phase != _SHARED:
+            arrival = self._arrived.pop(key)
+        peer, sock, fd = str(arrival.agreement.peer), arrival.sock, arrival.fd
+        slots, nbytes = settings.starts + 1, settings.chunk_bytes
+        with ExitStack() as undo:
+            undo.callback(arrival.close)
+            if (fd >= 0) != self._shares(left, settings):
+                raise RemoteProtocolError(f"{peer} opened another kind of lane")
+            received = arrival.agreement.receive_key
+            if fd < 0:
                 limit_window(sock, socket.SO_RCVBUF)
-                return StreamIn(sock, key, peer, settings.chunk_bytes, frames=1)
-            slots = settings.starts + 1
-            if fd < 0 or os.fstat(fd).st_size != slots * settings.chunk_bytes:
+                undo.pop_all()
+                return StreamIn(sock, received, peer, nbytes, frames=1)
+            if os.fstat(fd).st_size != slots * nbytes:
                 raise RemoteProtocolError(f"{peer} shares other memory than was agreed on")
-            return SharedIn(sock, key, peer, fd, slots, settings.chunk_bytes, frames=1)
-        except FtrainError:
-            _discard(sock, fd)
-            raise
+            lane_in = SharedIn(sock, received, peer, fd, slots, nbytes, frames=1)
+            undo.pop_all()
+            os.close(fd)
+            return lane_in
 
     def _accept(self, listener: socket.socket) -> None:
+        strangers: dict[socket.socket, None] = {}
         while not self._closed:
             try:
                 sock, _ = listener.accept()
-            except ConnectionAbortedError:
-                continue
             except OSError:
-                if self._closed or listener.fileno() < 0:
-                    return
-                time.sleep(0.05)  # no descriptors left: the kernel keeps the connection meanwhile
+                if not self._closed:  # no descriptors left: the kernel keeps it meanwhile
+                    time.sleep(_PAUSE_S)
                 continue
-            self._strangers.acquire()
-            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+            with self._changed:
+                if len(strangers) >= _STRANGERS_MAX:
+                    oldest = next(iter(strangers))
+                    del strangers[oldest]
+                    with suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)
+                strangers[sock] = None
+            try:
+                threading.Thread(target=self._greet, args=(sock, strangers), daemon=True).start()
+            except RuntimeError:  # no thread to be had
+                sock.close()
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _greet(self, sock: socket.socket, strangers: dict[socket.socket, None]) -> None:
         fds: list[int] = []
         try:
             nonce = secrets.token_bytes(NONCE_BYTES)
+            deadline_s = time.monotonic() + _GREETING_S
             handshake = ServerHandshake(self._identity, self._secret, nonce)
-            agreement = shake_hands(sock, handshake, time.monotonic() + _GREETING_S)
-            sock.settimeout(_GREETING_S)
-            header, fds = _receive_header(sock)
+            agreement = shake_hands(sock, handshake, deadline_s)
+            header = _receive_header(sock, fds, deadline_s)
             sock.setblocking(True)
             if sock.family != socket.AF_UNIX:
                 tune(sock)
@@ -249,23 +296,33 @@ class Meeting:
             shared = head.phase == _SHARED
             if head.word is not Word.JOIN or len(fds) != shared or not _sealed(fds):
                 raise RemoteProtocolError("a lane begins with JOIN")
+            peer = agreement.peer
             with self._changed:
-                key = (head.operation, head.number)
-                if self._closed or head.operation < self._epoch or key in self._arrived:
+                strangers.pop(sock, None)
+                if self._closed or head.operation < self._epoch:
                     raise RemoteProtocolError("it is of no ring here")
-                self._arrived[key] = (head, agreement, sock, fds.pop() if shared else -1)
+                key = (head.operation, head.number, peer.node, peer.incarnation)
+                before = self._arrived.pop(key, None)
+                if before is None and len(self._arrived) >= _ARRIVED_MAX:
+                    before = self._arrived.pop(next(iter(self._arrived)))
+                if before is not None:
+                    before.close()
+                fd = fds.pop() if shared else -1
+                self._arrived[key] = _Arrival(head, agreement, sock, fd)
                 self._changed.notify_all()
         except (FtrainError, OSError):
             sock.close()
         finally:
+            with self._changed:
+                strangers.pop(sock, None)
             for fd in fds:
                 os.close(fd)
-            self._strangers.release()
 
 
 def _connect(right: Place, shares: bool, deadline_s: float) -> socket.socket:
-    left_s = max(0.001, deadline_s - time.monotonic())
+    where = f"node {right.node} ({right.local if shares else right.address})"
     try:
+        left_s = max(0.001, deadline_s - time.monotonic())
         if not shares:
             sock = socket.create_connection(parse_address(right.address), left_s)
             tune(sock)
@@ -273,13 +330,18 @@ def _connect(right: Place, shares: bool, deadline_s: float) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(left_s)
-            sock.connect("\0" + right.local)
-        except OSError:
+            while True:
+                try:
+                    sock.connect("\0" + right.local)
+                    return sock
+                except BlockingIOError:  # a unix socket does not wait while many others connect
+                    if time.monotonic() >= deadline_s:
+                        raise
+                    time.sleep(_PAUSE_S)
+        except BaseException:  # whatever it is, the socket is nobody's
             sock.close()
             raise
-        return sock
     except OSError as error:
-        where = f"node {right.node} ({right.local if shares else right.address})"
         why = error.strerror or "no answer in time"
         raise PeerLostError(f"{where}: can't connect: {why}") from None
 
@@ -292,15 +354,21 @@ def _expect(peer: Identity, place: Place) -> None:
         )
 
 
-def _memory(nbytes: int) -> int:
-    fd = os.memfd_create("ftrain-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+@contextmanager
+def _memory(nbytes: int) -> Iterator[int]:
     try:
-        os.posix_fallocate(fd, 0, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError:
+        fd = os.memfd_create("ftrain-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise MemoryShortError(f"there is no memory to share: {error.strerror}") from None
+    try:
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            raise MemoryShortError(f"{nbytes} bytes to share: {error.strerror}") from None
+        yield fd
+    finally:
         os.close(fd)
-        raise
-    return fd
 
 
 def _sealed(fds: Sequence[int]) -> bool:
@@ -311,29 +379,22 @@ def _sealed(fds: Sequence[int]) -> bool:
         return False
 
 
-def _receive_header(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """A header and the descriptors that came with it."""
-    fds = array.array("i")
-    data, notes, _, _ = sock.recvmsg(HEADER_BYTES, socket.CMSG_SPACE(2 * fds.itemsize))
-    for level, kind, value in notes:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
+def _receive_header(sock: socket.socket, fds: list[int], deadline_s: float) -> bytes:
+    """A header; the descriptors that came with it are put into ``fds``."""
+    data = b""
     while len(data) < HEADER_BYTES:
-        more = sock.recv(HEADER_BYTES - len(data))
-        if not more:
-            break
-        data += more
-    if len(data) < HEADER_BYTES:
-        for fd in fds:
-            os.close(fd)
-        raise PeerLostError("it closed the connection")
-    return data, list(fds)
-
-
-def _discard(sock: socket.socket, fd: int) -> None:
-    sock.close()
-    if fd >= 0:
-        os.close(fd)
+        sock.settimeout(max(0.001, deadline_s - time.monotonic()))
+        found = array.array("i")
+        room = socket.CMSG_SPACE(2 * found.itemsize)
+        part, notes, _, _ = sock.recvmsg(HEADER_BYTES - len(data), room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, value in notes:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found.frombytes(value[: len(value) - len(value) % found.itemsize])
+        fds.extend(found)
+        if not part:
+            raise PeerLostError("it closed the connection")
+        data += part
+    return data
 
 
 def _host() -> str:

@@ -8,22 +8,25 @@ and what is added up is read where the neighbour wrote it.
 from __future__ import annotations
 
 import mmap
-import os
+import select
 import socket
+from collections import deque
 from contextlib import suppress
 
+from ftrain.comms.collectives.lanes import not_in_children
 from ftrain.comms.errors import PeerLostError, RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
 
 _FREED = b"\0"
+_LEAVE_S = 1.0
 
 
 class SharedOut:
-    """Writes into the neighbour's slots; for one thread at a time.
+    """Writes into the neighbour's slots; see :class:`~ftrain.comms.collectives.lanes.OutLane`.
 
     Args:
-        sock: unix stream socket to it, blocking.
-        fd: the memory, ``slots`` times ``nbytes``; taken over.
+        sock: unix stream socket to it.
+        fd: the memory, ``slots`` times ``nbytes``; stays the caller's.
         first: the first frame, which takes the memory along.
     """
 
@@ -40,68 +43,107 @@ class SharedOut:
         self._socket = sock
         self._sender = HeadSender(key)
         self._peer = peer
-        try:
-            self._memory = memoryview(mmap.mmap(fd, slots * nbytes))
-            socket.send_fds(sock, [self._sender.seal(first)], [fd])
-        finally:
-            os.close(fd)
-        self._slots = [self._memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
+        self._map = mmap.mmap(fd, slots * nbytes)
+        memory = memoryview(self._map)
+        self._slots = [memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
         self._free = slots
         self._next = 0
         self._freed = bytearray(slots)
+        self._unsent: deque[memoryview] = deque()  # headers, as many as the socket had no room for
+        not_in_children(sock)
+        socket.send_fds(sock, [self._sender.seal(first)], [fd])
+        sock.setblocking(False)
+
+    @property
+    def behind(self) -> bool:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        return bool(self._unsent)
 
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         return self._socket.fileno()
 
+    def catch_up(self) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent[0])
+                if sent < self._unsent[0].nbytes:
+                    self._unsent[0] = self._unsent[0][sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+
     def say(self, head: Head) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        self._send(head)
+        self._unsent.append(memoryview(self._sender.seal(head)))
+        self.catch_up()
 
-    def room(self, nbytes: int) -> memoryview:
+    def room(self) -> memoryview:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        if not self._free:
-            try:
-                self._free = self._socket.recv_into(self._freed)
-            except OSError as error:
-                raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
-            if not self._free:
-                raise PeerLostError(f"lost {self._peer}: it closed the connection")
+        poll = select.poll()
+        while not self._free:
+            self.catch_up()  # the neighbour empties only slots that it has heard of
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            poll.poll()
+            with suppress(BlockingIOError):
+                self._count_freed()
         return self._slots[self._next]
 
     def send_room(self, head: Head, room: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         self._free -= 1
         self._next = (self._next + 1) % len(self._slots)
-        self._send(head)
+        self.say(head)
 
     def send(self, head: Head, chunk: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         if not chunk.nbytes:
-            self._send(head)
+            self.say(head)
             return
-        room = self.room(chunk.nbytes)
+        room = self.room()
         room[: chunk.nbytes] = chunk
         self.send_room(head, room)
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
-    def _send(self, head: Head) -> None:
+    def close(self, in_order: bool) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        if in_order and self._unsent:
+            with suppress(OSError):
+                self._socket.settimeout(_LEAVE_S)
+                for part in self._unsent:
+                    self._socket.sendall(part)
+        self._socket.close()
+        for slot in self._slots:
+            slot.release()
+        self._slots.clear()
+        with suppress(BufferError):
+            self._map.close()
+
+    def _count_freed(self) -> None:
         try:
-            self._socket.sendall(self._sender.seal(head))
+            count = self._socket.recv_into(self._freed)
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+        if not count:
+            raise PeerLostError(f"lost {self._peer}: it closed the connection")
+        self._free += count
 
 
 class SharedIn:
-    """Reads the slots; for one thread.
+    """Reads the slots; see :class:`~ftrain.comms.collectives.lanes.InLane`.
 
     Args:
-        fd: the memory, which can't become smaller; taken over.
+        fd: the memory, which can't become smaller; stays the caller's.
         frames: so many have come already.
     """
 
@@ -118,12 +160,13 @@ class SharedIn:
         self._socket = sock
         self._receiver = HeadReceiver(key, frames)
         self._peer = peer
-        self._memory = memoryview(mmap.mmap(fd, slots * nbytes))
-        os.close(fd)
-        self._slots = [self._memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
+        self._map = mmap.mmap(fd, slots * nbytes)
+        memory = memoryview(self._map)
+        self._slots = [memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
         self._next = 0
         self._header = memoryview(bytearray(HEADER_BYTES))
-        self._head = Head(Word.HALT, 0)
+        self._head = Head(Word.LEAVE, 0)
+        not_in_children(sock)
 
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
@@ -163,8 +206,15 @@ class SharedIn:
             with suppress(OSError):  # the next read says so
                 self._socket.send(_FREED)
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         self._socket.close()
+        for slot in self._slots:
+            slot.release()
+        with suppress(BufferError):
+            self._map.close()

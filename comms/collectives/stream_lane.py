@@ -11,20 +11,25 @@ from itertools import count
 
 import xxhash
 
+from ftrain.comms.collectives.lanes import not_in_children
 from ftrain.comms.errors import PeerLostError, RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
 
-_WORD_FIRST = -1
+_WORD_FIRST, _CHUNK, _WORD_LAST = range(3)
+_LEAVE_S = 1.0
 
 
 class StreamOut:
-    """Sends by a thread of its own, words first.
+    """Sends by a thread of its own, words first; see
+    :class:`~ftrain.comms.collectives.lanes.OutLane`.
 
     Args:
-        sock: blocking, with the kernel's own time limits.
+        sock: blocking.
         key: of this direction.
-        rooms: buffers for chunks.
+        rooms: buffers of ``nbytes`` for chunks.
     """
+
+    behind = False
 
     def __init__(self, sock: socket.socket, key: bytes, peer: str, rooms: int, nbytes: int) -> None:
         self._socket = sock
@@ -35,6 +40,8 @@ class StreamOut:
         self._order = count()
         self._queue: list[tuple[int, int, Head, memoryview | None, memoryview | None]] = []
         self._why: str | None = None
+        self._leaving = False
+        not_in_children(sock)
         self._thread = threading.Thread(target=self._run, name="ftrain-ring-out", daemon=True)
         self._thread.start()
 
@@ -42,11 +49,15 @@ class StreamOut:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         return self._socket.fileno()
 
+    def catch_up(self) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+
     def say(self, head: Head) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        self._put(_WORD_FIRST, head, None, None)
+        urgency = _WORD_LAST if head.word is Word.LEAVE else _WORD_FIRST
+        self._put(urgency, head, None, None)
 
-    def room(self, nbytes: int) -> memoryview:
+    def room(self) -> memoryview:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         with self._changed:
             while not self._rooms and self._why is None:
@@ -56,17 +67,24 @@ class StreamOut:
 
     def send_room(self, head: Head, room: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        self._put(0, head, room[: head.nbytes], room)
+        self._put(_CHUNK, head, room[: head.nbytes], room)
 
     def send(self, head: Head, chunk: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        self._put(0, head, chunk, None)
+        self._put(_CHUNK, head, chunk, None)
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         self._lose("it was closed here")
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self, in_order: bool) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        with self._changed:
+            self._leaving = True
+            self._changed.notify_all()
+        if in_order:
+            self._thread.join(_LEAVE_S)
+        self.shut()
         self._thread.join()
         self._socket.close()
 
@@ -79,25 +97,30 @@ class StreamOut:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._send_next():
+                pass
+        except OSError as error:
+            self._lose(error.strerror or str(error))
+        except BaseException as error:  # whatever it is, the ring must hear of it
+            self._lose(repr(error))
+
+    def _send_next(self) -> bool:
+        with self._changed:
+            while not self._queue and self._why is None and not self._leaving:
+                self._changed.wait()
+            if self._why is not None or not self._queue:
+                return False
+            _, _, head, chunk, room = heapq.heappop(self._queue)
+        self._send(head, chunk)
+        if room is not None:
             with self._changed:
-                while not self._queue and self._why is None:
-                    self._changed.wait()
-                if self._why is not None:
-                    return
-                _, _, head, chunk, room = heapq.heappop(self._queue)
-            try:
-                self._send(head, chunk)
-            except OSError as error:
-                self._lose(error.strerror or str(error))
-                return
-            if room is not None:
-                with self._changed:
-                    self._rooms.append(room)
-                    self._changed.notify_all()
+                self._rooms.append(room)
+                self._changed.notify_all()
+        return True
 
     def _send(self, head: Head, chunk: memoryview | None) -> None:
-        parts = []
+        parts: list[memoryview] = []
         if chunk is not None and chunk.nbytes:
             if not head.value:
                 head = replace(head, value=xxhash.xxh3_64_intdigest(chunk))
@@ -111,10 +134,13 @@ class StreamOut:
                 parts[0] = parts[0][sent:]
 
     def _lose(self, why: str) -> None:
+        """The link is over, which the ring sees in the socket."""
         with self._changed:
             self._why = self._why or why
             self._queue.clear()
             self._changed.notify_all()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _raise_if_lost(self) -> None:
         if self._why is not None:
@@ -132,7 +158,8 @@ class StreamIn:
         self._peer = peer
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._scratch = memoryview(bytearray(nbytes))
-        self._head = Head(Word.HALT, 0)
+        self._head = Head(Word.LEAVE, 0)
+        not_in_children(sock)
 
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
@@ -170,10 +197,13 @@ class StreamIn:
     def give_back(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         self._socket.close()
 
     def _fill(self, target: memoryview) -> None:

@@ -39,8 +39,9 @@ class Word(IntEnum):
     CHUNK = 1
     BEGUN = 2  # so many ranks to the left have begun the operation
     DONE = 3  # so many ranks to the left have its whole result
-    HALT = 4  # the ring is broken: nothing follows
+    HALT = 4  # the ranks do not mean the same: nothing follows
     JOIN = 5  # the first on a lane: whose it is, and of which ring
+    LEAVE = 6  # the last one of a rank that leaves in order
 
 
 @dataclass(frozen=True, slots=True)

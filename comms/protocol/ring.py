@@ -11,7 +11,7 @@ the same number of *chunks* (some of which may be empty).  Chunks travel to the 
 ``all_reduce`` is both, ``reduce_scatter`` the first, ``all_gather`` the second, ``broadcast`` a
 gather of segments that all belong to one rank.
 
-What a rank puts into the ring is limited by what it takes out (:meth:`RingOperation.may_start`), so
+What a rank puts into the ring is limited by what it takes out (:meth:`RingOperation.takes_out`), so
 that the ring's buffers can't fill up and wait for each other: with one buffer more on each link
 than chunks that a rank may have started, one is always free (bubble flow control, Puente et al.,
 ICPP 1999).  Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
@@ -159,12 +159,6 @@ class RingOperation:
         if phase is Phase.SPENT:
             return True
         return chunk.segment == self.rank and self.kind is Kind.REDUCE_SCATTER
-
-    def has_result(self, chunk: ChunkId) -> bool:
-        """Whether the result of a chunk is here (as far as this rank gets it at all)."""
-        if self.kind is Kind.REDUCE_SCATTER or self._owner(chunk.segment) == self.rank:
-            return (Phase.REDUCE, chunk) not in self._awaited
-        return (Phase.GATHER, chunk) not in self._awaited
 
     @property
     def _is_root(self) -> bool:
