@@ -152,9 +152,12 @@ class World:
                 raise Violation(
                     f"node {node.number} says {round_} is over, {other.number} has none"
                 )
+        absent = {seat for seat, there in enumerate(self.seats) if there is None}
+        if len(absent) > self.stands:  # it was over a moment before they were lost
+            return
         if round_.epoch == self.epoch and (self.goal is None or version >= self.goal):
             self.goal = version
-            self.weak = {seat for seat, there in enumerate(self.seats) if there is None}
+            self.weak = absent
 
     # ------------------------------------------------------------ one unit of time
 
