@@ -6,7 +6,8 @@
 
 Float32 sums in place among processes of one host with one thread each, over TCP (every chunk
 checked against corruption at both ends; gloo checks none) and over shared memory; the arms take
-turns, in every round.  Time is from the first rank's call to the last one's return.
+turns, in every round.  Time is from the first rank's call to the last one's return; memory is what
+comes on top in an operation, so without buffers that a ring has from its beginning.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from common import Record, print_table, write_results
+from common import Columns, Record, print_records, write_results
 
 MIB = 1 << 20
 ARMS = ("gloo", "ftrain, TCP", "ftrain, shared memory")
@@ -65,8 +65,9 @@ def serve(rank: int, ranks: int, pipe: Connection, folder: str) -> None:
             (tcp if arm == "ftrain, TCP" else shared).begin(work).wait(60)
         ended_s = time.monotonic()
         cores_s = time.process_time() - cores_s
+        more_bytes = peak() - before_bytes
         right = bool((tensor == sum(range(ranks))).all())
-        pipe.send((began_s, ended_s, cores_s, peak() - before_bytes, right))
+        pipe.send((began_s, ended_s, cores_s, more_bytes, right))
     for one in (tcp, shared, *meetings):
         one.close()
     dist.destroy_process_group()
@@ -156,7 +157,7 @@ def measure(ranks: int, sizes: Sequence[int], rounds: int) -> list[Record]:
     return records
 
 
-COLUMNS: Sequence[tuple[str, Callable[[Record], str]]] = (
+COLUMNS: Columns = (
     ("ranks", lambda r: str(r["ranks"])),
     ("size", lambda r: f"{r['mib']} MiB"),
     ("", lambda r: r["arm"]),
@@ -179,9 +180,7 @@ def main() -> None:
     records: list[Record] = []
     for ranks in options.ranks:
         records += measure(ranks, options.mib, options.rounds)
-        table = [[cell(record) for _, cell in COLUMNS] for record in records]
-        print_table(f"all-reduce, {os.cpu_count()} cores", [name for name, _ in COLUMNS], table)
-        sys.stdout.flush()
+        print_records(f"all-reduce, {os.cpu_count()} cores", COLUMNS, records)
     if not options.no_results:
         write_results("allreduce", {"records": records})
 

@@ -171,6 +171,15 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]
     sys.stdout.flush()
 
 
+Columns = Sequence[tuple[str, Callable[[Record], str]]]  # heads, and what stands below them
+
+
+def print_records(title: str, columns: Columns, records: Sequence[Record]) -> None:
+    """A table with a line for each record."""
+    rows = [[cell(record) for _, cell in columns] for record in records]
+    print_table(title, [name for name, _ in columns], rows)
+
+
 def write_results(name: str, results: Record) -> Path:
     """Keep the figures of a run as ``benchmarks/results/<name>-<cores>cores.json``."""
     RESULTS.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from common import Record, print_table, write_results
+from common import Columns, Record, print_records, write_results
 from nodes import GROUP_SLOTS, Group
 
 from ftrain.checkpoint.digest import digest_of
@@ -209,7 +209,7 @@ def measure(mib: int, nodes: int, parity: int, rounds: int, folder: Path) -> Rec
     }
 
 
-COLUMNS: Sequence[tuple[str, Callable[[Record], str]]] = (
+COLUMNS: Columns = (
     ("state", lambda r: f"{r['mib']} MiB"),
     ("nodes", lambda r: f"{r['nodes']}, {r['parity']} may be lost"),
     ("protected", lambda r: f"{r['gb_per_s']:.2f} GB/s"),
@@ -238,8 +238,7 @@ def main() -> None:
         for parity in options.parity:
             with tempfile.TemporaryDirectory() as folder:
                 records.append(measure(mib, options.nodes, parity, options.rounds, Path(folder)))
-            table = [[cell(record) for _, cell in COLUMNS] for record in records]
-            print_table("capture to parity", [name for name, _ in COLUMNS], table)
+            print_records("capture to parity", COLUMNS, records)
     if not options.no_results:
         write_results("protect", {"records": records})
 

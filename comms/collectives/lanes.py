@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet
 
@@ -65,7 +66,7 @@ class InLane(Protocol):
         ...
 
     def take(self, target: memoryview) -> None:
-        """Put the announced chunk there; RemoteProtocolError unless it is as long."""
+        """Put the announced chunk there; the target is as long."""
 
     def borrow(self) -> memoryview:
         """The announced chunk, until :meth:`give_back`."""
@@ -79,6 +80,12 @@ class InLane(Protocol):
 
     def close(self) -> None:
         """End the link."""
+
+
+def shut(sock: socket.socket) -> None:
+    """End a connection under whoever waits for it, who still has the descriptor."""
+    with suppress(OSError):  # it has ended
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 _open: WeakSet[socket.socket] = WeakSet()

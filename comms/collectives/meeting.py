@@ -6,7 +6,6 @@ challenge of :mod:`ftrain.comms.protocol.handshake`; what does not pass it is cl
 
 from __future__ import annotations
 
-import array
 import fcntl
 import os
 import secrets
@@ -90,7 +89,6 @@ class RingSettings:
 class _Arrival:
     """A lane that a left neighbour opened."""
 
-    head: Head
     agreement: Agreement
     sock: socket.socket
     fd: int  # of its memory, or -1
@@ -308,7 +306,7 @@ class Meeting:
                 if before is not None:
                     before.close()
                 fd = fds.pop() if shared else -1
-                self._arrived[key] = _Arrival(head, agreement, sock, fd)
+                self._arrived[key] = _Arrival(agreement, sock, fd)
                 self._changed.notify_all()
         except (FtrainError, OSError):
             sock.close()
@@ -384,12 +382,8 @@ def _receive_header(sock: socket.socket, fds: list[int], deadline_s: float) -> b
     data = b""
     while len(data) < HEADER_BYTES:
         sock.settimeout(max(0.001, deadline_s - time.monotonic()))
-        found = array.array("i")
-        room = socket.CMSG_SPACE(2 * found.itemsize)
-        part, notes, _, _ = sock.recvmsg(HEADER_BYTES - len(data), room, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, value in notes:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                found.frombytes(value[: len(value) - len(value) % found.itemsize])
+        flags = socket.MSG_CMSG_CLOEXEC
+        part, found, _, _ = socket.recv_fds(sock, HEADER_BYTES - len(data), 2, flags)
         fds.extend(found)
         if not part:
             raise PeerLostError("it closed the connection")

@@ -128,7 +128,7 @@ class Ring:
         self._out = list(lanes_out)
         self._chunk_bytes = chunk_bytes
         self._startable = starts
-        self._left_over = self._right_over = False  # ... of the neighbours that left in order
+        self._right_over = False  # it has hung up, which it may once it needs nothing more
         self._lock = threading.Lock()  # of what follows, which :meth:`begin` changes as well
         self._running: dict[int, _Running] = {}
         self._barriers: dict[int, _Barriers] = {}
@@ -239,20 +239,18 @@ class Ring:
         """False when nothing follows on this lane."""
         if head.word is Word.CHUNK:
             self._take_chunk(lane, head)
-        elif head.word is Word.LEAVE:
-            with self._lock:
-                if any(not running.plan.done for running in self._running.values()):
-                    raise PeerLostError("the left neighbour left in the middle of a collective")
-            self._left_over = True
+            return True
+        if head.word is Word.LEAVE:
+            self._raise_if_undone("the left neighbour left in the middle of a collective")
             lane.close()
             return False
-        elif head.word is Word.HALT:
+        if head.word is Word.HALT:
             raise UsageError(_UNEQUAL)
-        elif head.word in (Word.BEGUN, Word.DONE):
-            self._hear(head)
-        else:
+        if head.word not in (Word.BEGUN, Word.DONE):
             raise RemoteProtocolError(f"{head.word.name} came in the middle of a ring's life")
-        self._go_on(head.operation)
+        self._hear(head)
+        self._start()
+        self._speak(head.operation)
         return True
 
     def _hear(self, head: Head) -> None:
@@ -277,13 +275,20 @@ class Ring:
         do = running.plan.arrived(phase, chunk)
         self._do(lane, head, running, do, chunk)
         self._startable += running.plan.takes_out(phase, chunk)
+        self._start()
+        if running.plan.done:
+            self._speak(head.operation)
 
     def _do(self, lane: InLane, head: Head, running: _Running, do: Do, chunk: ChunkId) -> None:
         work, out = running.work, self._lane(chunk)
+        target, own = self._target(running, chunk), self._source(running, chunk)
+        keeps = do in (Do.KEEP, Do.KEEP_AND_SEND, Do.KEEP_AND_TELL)
+        expected = 0 if do is Do.NOTHING else (target if keeps else own).nbytes
+        if head.nbytes != expected:
+            raise RemoteProtocolError(f"a chunk of {head.nbytes} bytes came instead of {expected}")
         if do is Do.NOTHING:
             return
-        if do in (Do.KEEP, Do.KEEP_AND_SEND, Do.KEEP_AND_TELL):
-            target = self._target(running, chunk)
+        if keeps:
             lane.take(target)
             if do is Do.KEEP_AND_SEND:
                 out.send(head, target)  # the same chunk has the same checksum
@@ -291,9 +296,6 @@ class Ring:
                 out.say(_head(head.operation, Phase.SPENT, chunk, target[:0]))
             return
         assert work.arithmetic is not None
-        own = self._source(running, chunk)
-        if head.nbytes != own.nbytes:
-            raise RemoteProtocolError(f"{head.nbytes} bytes came to be added to {own.nbytes}")
         if do is Do.ADD_AND_SEND and not own.nbytes:
             out.send(_head(head.operation, Phase.REDUCE, chunk, own), own)
             return
@@ -304,23 +306,21 @@ class Ring:
             lane.give_back()
             out.send_room(_head(head.operation, Phase.REDUCE, chunk, own), room)
             return
-        target = self._target(running, chunk)
         work.arithmetic.combine(came, own, target)
         lane.give_back()
         work.arithmetic.finish(target, self._ranks)
         if do is Do.ADD_KEEP_AND_SEND:
             out.send(_head(head.operation, Phase.GATHER, chunk, target), target)
 
-    def _go_on(self, number: int = -1) -> None:
-        """After news, of operation ``number`` or of any: start, say and end what can be."""
+    def _go_on(self) -> None:
+        """Operations were begun: start and say what can be."""
+        if not self._in or self._right_over:
+            self._raise_if_undone("a neighbour has left the ring")
         self._start()
         with self._lock:
-            known = self._running if number < 0 else [number]
-            running = [(n, self._running[n]) for n in known if n in self._running]
-            if (self._left_over or self._right_over) and not all(r.plan.done for _, r in running):
-                raise PeerLostError("a neighbour has left the ring")
-        for one, each in running:
-            self._speak(one, each)
+            numbers = list(self._running)
+        for number in numbers:
+            self._speak(number)
 
     def _start(self) -> None:
         """Put as much of one's own into the ring as may be."""
@@ -335,17 +335,20 @@ class Ring:
             own = self._source(running, chunk)
             self._lane(chunk).send(_head(number, phase, chunk, own), own)
             if running.plan.done:
-                self._speak(number, running)
+                self._speak(number)
 
     def _may_start(self, number: int) -> bool:
         return bool(
             self._running[number].plan.left_to_start and self._barriers[number].begun.passed
         )
 
-    def _speak(self, number: int, running: _Running) -> None:
+    def _speak(self, number: int) -> None:
         """Say to the right what there is to say about an operation, and end it when it is over."""
         words: list[Head] = []
         with self._lock:
+            running = self._running.get(number)
+            if running is None:  # not begun here, or over since
+                return
             barriers = self._barriers[number]
             if barriers.digest not in (0, running.digest):
                 raise UsageError(_UNEQUAL)
@@ -366,10 +369,13 @@ class Ring:
 
     def _right_is_over(self) -> None:
         """It hung up: it may, once this rank has nothing more for it."""
+        self._raise_if_undone("the right neighbour closed the connection")
+        self._right_over = True
+
+    def _raise_if_undone(self, why: str) -> None:
         with self._lock:
             if any(not running.plan.done for running in self._running.values()):
-                raise PeerLostError("the right neighbour closed the connection")
-        self._right_over = True
+                raise PeerLostError(why)
 
     # ------------------------------------------------------------ inside
 

@@ -13,12 +13,35 @@ import socket
 from collections import deque
 from contextlib import suppress
 
-from ftrain.comms.collectives.lanes import not_in_children
+from ftrain.comms.collectives.lanes import not_in_children, shut
 from ftrain.comms.errors import PeerLostError, RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
 
 _FREED = b"\0"
 _LEAVE_S = 1.0
+
+
+class _Slots:
+    """Memory that both ends have, used in turn."""
+
+    def __init__(self, fd: int, slots: int, nbytes: int) -> None:
+        self._map = mmap.mmap(fd, slots * nbytes)
+        memory = memoryview(self._map)
+        self._views = [memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
+        self._next = 0
+
+    @property
+    def current(self) -> memoryview:
+        return self._views[self._next]
+
+    def advance(self) -> None:
+        self._next = (self._next + 1) % len(self._views)
+
+    def close(self) -> None:
+        for view in self._views:
+            view.release()
+        with suppress(BufferError):  # a chunk is still being looked at
+            self._map.close()
 
 
 class SharedOut:
@@ -43,11 +66,8 @@ class SharedOut:
         self._socket = sock
         self._sender = HeadSender(key)
         self._peer = peer
-        self._map = mmap.mmap(fd, slots * nbytes)
-        memory = memoryview(self._map)
-        self._slots = [memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
+        self._slots = _Slots(fd, slots, nbytes)
         self._free = slots
-        self._next = 0
         self._freed = bytearray(slots)
         self._unsent: deque[memoryview] = deque()  # headers, as many as the socket had no room for
         not_in_children(sock)
@@ -91,12 +111,12 @@ class SharedOut:
             poll.poll()
             with suppress(BlockingIOError):
                 self._count_freed()
-        return self._slots[self._next]
+        return self._slots.current
 
     def send_room(self, head: Head, room: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         self._free -= 1
-        self._next = (self._next + 1) % len(self._slots)
+        self._slots.advance()
         self.say(head)
 
     def send(self, head: Head, chunk: memoryview) -> None:
@@ -110,8 +130,7 @@ class SharedOut:
 
     def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        shut(self._socket)
 
     def close(self, in_order: bool) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
@@ -121,11 +140,7 @@ class SharedOut:
                 for part in self._unsent:
                     self._socket.sendall(part)
         self._socket.close()
-        for slot in self._slots:
-            slot.release()
-        self._slots.clear()
-        with suppress(BufferError):
-            self._map.close()
+        self._slots.close()
 
     def _count_freed(self) -> None:
         try:
@@ -160,10 +175,8 @@ class SharedIn:
         self._socket = sock
         self._receiver = HeadReceiver(key, frames)
         self._peer = peer
-        self._map = mmap.mmap(fd, slots * nbytes)
-        memory = memoryview(self._map)
-        self._slots = [memory[n * nbytes : (n + 1) * nbytes] for n in range(slots)]
-        self._next = 0
+        self._slots = _Slots(fd, slots, nbytes)
+        self._nbytes = nbytes
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._head = Head(Word.LEAVE, 0)
         not_in_children(sock)
@@ -181,40 +194,32 @@ class SharedIn:
         if count != HEADER_BYTES:
             raise PeerLostError(f"lost {self._peer}: it closed the connection")
         self._head = self._receiver.open(self._header)
-        if self._head.nbytes > self._slots[0].nbytes:
+        if self._head.nbytes > self._nbytes:
             raise RemoteProtocolError(f"{self._peer} announces more than a slot holds")
         return self._head
 
     def take(self, target: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
-        if target.nbytes != self._head.nbytes:
-            raise RemoteProtocolError(
-                f"{self._peer} sends {self._head.nbytes} bytes where {target.nbytes} are expected"
-            )
         if target.nbytes:
             target[:] = self.borrow()
             self.give_back()
 
     def borrow(self) -> memoryview:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
-        return self._slots[self._next][: self._head.nbytes]
+        return self._slots.current[: self._head.nbytes]
 
     def give_back(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         if self._head.nbytes:
-            self._next = (self._next + 1) % len(self._slots)
+            self._slots.advance()
             with suppress(OSError):  # the next read says so
                 self._socket.send(_FREED)
 
     def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        shut(self._socket)
 
     def close(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         self._socket.close()
-        for slot in self._slots:
-            slot.release()
-        with suppress(BufferError):
-            self._map.close()
+        self._slots.close()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import heapq
 import socket
 import threading
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
 import xxhash
 
-from ftrain.comms.collectives.lanes import not_in_children
+from ftrain.comms.collectives.lanes import not_in_children, shut
 from ftrain.comms.errors import PeerLostError, RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
 
@@ -139,8 +138,7 @@ class StreamOut:
             self._why = self._why or why
             self._queue.clear()
             self._changed.notify_all()
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        shut(self._socket)
 
     def _raise_if_lost(self) -> None:
         if self._why is not None:
@@ -178,10 +176,6 @@ class StreamIn:
 
     def take(self, target: memoryview) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
-        if target.nbytes != self._head.nbytes:
-            raise RemoteProtocolError(
-                f"{self._peer} sends {self._head.nbytes} bytes where {target.nbytes} are expected"
-            )
         if not target.nbytes:
             return
         self._fill(target)
@@ -199,8 +193,7 @@ class StreamIn:
 
     def shut(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        shut(self._socket)
 
     def close(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""

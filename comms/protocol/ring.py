@@ -20,6 +20,7 @@ workstations", JPDC 2009.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -83,16 +84,15 @@ class Layout:
 
 
 class Do(IntEnum):
-    """What a rank does with a chunk."""
+    """What a rank does with a chunk that came."""
 
-    START = 1  # send its own elements
-    ADD_AND_SEND = 2  # add its own elements to what came, send that
-    ADD_AND_KEEP = 3  # the same, and that is the result: keep it
-    ADD_KEEP_AND_SEND = 4  # the same, and send the result
-    KEEP = 5  # the result has arrived
-    KEEP_AND_SEND = 6  # the same, and it has further to go
-    KEEP_AND_TELL = 7  # the same, and send the root what says that it is spent
-    NOTHING = 8
+    ADD_AND_SEND = 1  # add its own elements to what came, send that
+    ADD_AND_KEEP = 2  # the same, and that is the result: keep it
+    ADD_KEEP_AND_SEND = 3  # the same, and send the result
+    KEEP = 4  # the result has arrived
+    KEEP_AND_SEND = 5  # the same, and it has further to go
+    KEEP_AND_TELL = 6  # the same, and send the root what says that it is spent
+    NOTHING = 7
 
 
 @dataclass(slots=True)
@@ -106,15 +106,15 @@ class RingOperation:
     rank: int
     layout: Layout
     root: int = 0  # of a broadcast
-    _to_start: list[ChunkId] = field(init=False)
+    _to_start: deque[ChunkId] = field(init=False)
     _awaited: set[tuple[Phase, ChunkId]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._to_start = [
+        self._to_start = deque(
             ChunkId(segment, index)
             for index in range(self.layout.chunks)
             for segment in self._starts()
-        ]
+        )
         self._awaited = {
             (phase, ChunkId(segment, index))
             for phase in Phase
@@ -134,7 +134,7 @@ class RingOperation:
 
     def start(self) -> tuple[Phase, ChunkId]:
         """Put the next chunk of one's own into the ring."""
-        return self._first_phase(), self._to_start.pop(0)
+        return self._first_phase(), self._to_start.popleft()
 
     def arrived(self, phase: Phase, chunk: ChunkId) -> Do:
         """A chunk came from the left."""
