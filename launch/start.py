@@ -30,6 +30,7 @@ from ftrain.comms.environment import (
 from ftrain.comms.errors import UsageError
 from ftrain.comms.events import EventLog
 from ftrain.comms.job import JobSpec, write_job
+from ftrain.comms.process import available_memory_bytes
 from ftrain.comms.protocol.records import EXIT_FORCED
 from ftrain.configs.schema import EventsConfig, FtrainConfig, LaunchConfig
 from ftrain.launch.console import Console
@@ -45,7 +46,9 @@ from ftrain.launch.run_directory import (
 )
 from ftrain.launch.script import Script, check_script
 from ftrain.recovery.faults import check_schedule
+from ftrain.snapshot.memory import in_words
 
+_NODE_BYTES = 256 * 1024 * 1024  # agent, snapshot manager and a worker server with torch in it
 _LOOPBACK = LaunchConfig().bind
 
 
@@ -70,6 +73,7 @@ def launch(tokens: Sequence[str]) -> int:
     world_size = nodes * settings.nproc_per_node
     check_schedule(config.faults, nodes=nodes + settings.spares, world_size=world_size)
     _check_spares(settings)
+    _check_room(settings)
     secret = _secret(settings)
     notes = (*request.notes, *_check_reachable(settings))
     listener = _listen(settings, secret is not None)
@@ -180,6 +184,18 @@ def _check_spares(settings: LaunchConfig) -> None:
         raise UsageError(
             f"--spares {settings.spares} on one node has nothing to spare: say with --local-nodes"
             " or --nnodes on how many nodes the ranks run"
+        )
+
+
+def _check_room(settings: LaunchConfig) -> None:
+    """Refuse more nodes than this machine has memory for: it would be lost to its user as well."""
+    nodes = settings.local_nodes + settings.spares if settings.local_nodes else 1
+    free_bytes = available_memory_bytes()
+    if nodes > 1 and nodes * _NODE_BYTES > free_bytes:
+        raise UsageError(
+            f"{nodes} nodes on this machine (--local-nodes and --spares) take"
+            f" {in_words(nodes * _NODE_BYTES)} before training begins, and {in_words(free_bytes)}"
+            " are free: ask for fewer"
         )
 
 

@@ -106,6 +106,13 @@ def test_port_in_use(refused: Refused) -> None:
     assert "in use" in sentence
 
 
+def test_more_nodes_than_there_is_memory_for(refused: Refused) -> None:
+    for options in (["--local-nodes", "4", "--spares", "100000"], ["--local-nodes", "100000"]):
+        text = refused("launch", *options, "train.py")
+        assert "nodes on this machine" in text
+        assert "are free: ask for fewer" in text
+
+
 def test_endpoint_that_is_no_address(refused: Refused) -> None:
     sentence = refused("launch", "--rdzv-endpoint", "no.such.invalid", "train.py")
     assert "there is no host 'no.such.invalid'" in sentence
