@@ -36,7 +36,7 @@ def serve(rank: int, ranks: int, pipe: Connection, folder: str) -> None:
 
     from ftrain.comms.collectives.arithmetic import Arithmetic, Reduction
     from ftrain.comms.collectives.meeting import Meeting, RingSettings
-    from ftrain.comms.collectives.ring import Work
+    from ftrain.comms.collectives.work import Work
     from ftrain.comms.protocol.handshake import Identity
     from ftrain.comms.protocol.ring import Kind
 

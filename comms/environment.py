@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def running_script() -> str:
     if path.name == "__main__.py":
         return path.parent.name
     return path.stem if path.suffix == ".py" else path.name
+
+
+@contextmanager
+def quiet_grpc() -> Iterator[None]:
+    """While grpc is imported: it then writes nothing to the terminal, unless the user has set
+    GRPC_VERBOSITY."""
+    if "GRPC_VERBOSITY" in os.environ:
+        yield
+        return
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+    try:
+        yield
+    finally:
+        del os.environ["GRPC_VERBOSITY"]  # children may be the user's, who may want its words
 
 
 def _context(variables: Mapping[str, str]) -> RankContext | None:

@@ -13,11 +13,14 @@
      │   └─ RemoteProtocolError        the peer's fault: garbage, too large, stale
      ├─ AuthenticationError (PermissionError)  2  the job secret does not match
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
+     │   ├─ FleetChangedError         an operation was undone because members came or went
+     │   └─ FleetLeftError            this process belongs to the fleet no more
      ├─ StateError (ValueError)    2   training state can't be captured or does not fit
      │   └─ RestoreError           1   one version can't be put back, another one may be
      ├─ SuspectError (ArithmeticError) 1 the loss went bad soon after a restore
      ├─ CorruptionError (ValueError) 1 bytes do not match their digest
-     └─ ObjectStoreError (OSError) 1   the object store did not do what it was asked
+     ├─ LeadershipLostError        1   another coordinator leads, or may by now
+     └─ ObjectStoreError (OSError) 1   the object store, or the coordinator's, did not do its part
          ├─ StoreUnreachableError  1   nobody answers there, or only that it can't now
          ├─ StoreRefusedError      2   wrong credentials, or not allowed
          ├─ StoreMissingError      2   there is no such bucket
@@ -80,7 +83,25 @@ class AuthenticationError(FtrainError, PermissionError):
 
 
 class PeerLostError(FtrainError, ConnectionError):
-    """A peer closed the connection, or never answered."""
+    """A peer closed the connection, or never answered.
+
+    ``node``: its number, if it has one. ``reached``: there was a connection.
+    """
+
+    def __init__(self, *args: object, node: int = -1, reached: bool = True) -> None:
+        super().__init__(*args)
+        self.node = node
+        self.reached = reached
+
+
+class FleetChangedError(PeerLostError):
+    """An operation among replica groups was undone on all of them, because members went, and it
+    can't be tried again as it is: its sizes depend on how many there are, or the caller wants to
+    know."""
+
+
+class FleetLeftError(PeerLostError):
+    """This process is not in the fleet any more: it left, or the others went on without it."""
 
 
 class StateError(FtrainError, ValueError):
@@ -110,8 +131,13 @@ class CorruptionError(FtrainError, ValueError):
     """Bytes do not match their digest."""
 
 
+class LeadershipLostError(FtrainError):
+    """This coordinator leads no more: what it says or stores counts for nothing."""
+
+
 class ObjectStoreError(FtrainError, OSError):
-    """An object store, or whatever else checkpoints are uploaded to, did not do what it was asked.
+    """An object store, whatever else checkpoints are uploaded to, or the store that coordinators
+    keep their state in, did not do what it was asked.
 
     ``transient``: whether trying again may help.
     """

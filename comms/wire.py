@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ftrain.comms.errors import LocalProtocolError, RemoteProtocolError
+from ftrain.comms.fleet.protocol import messages as fleet_messages
 from ftrain.comms.protocol import messages
 
 _types: dict[str, type] = {}
@@ -109,7 +110,7 @@ def _same_shape(raw: Any, value: Any) -> bool:
 register(
     *(
         cls
-        for cls in vars(messages).values()
+        for cls in (*vars(messages).values(), *vars(fleet_messages).values())
         if dataclasses.is_dataclass(cls) and isinstance(cls, type)
     )
 )

@@ -99,12 +99,15 @@ def test_wheel_command_and_entry_point(clean_python: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_the_data_files(dist: Path) -> None:
-    """YAML, py.typed and the licence are inside; nothing is installed beside ``ftrain``."""
+    """YAML, etcd's messages, py.typed and the licence are inside; nothing is installed beside
+    ``ftrain``."""
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {f"ftrain/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert wanted, "no YAML in configs/"
+    wanted |= {f"ftrain/comms/store/etcd/{name}" for name in ("rpc.proto", "kv.proto")}
+    wanted.add("ftrain/comms/store/etcd/etcd.protoset")
     assert wanted | {"ftrain/py.typed"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ftrain"}
     assert any(name.endswith("LICENSE") for name in names)

@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet
 
+from ftrain.comms.errors import PeerLostError
 from ftrain.comms.protocol.chunk_frames import Head
+from ftrain.comms.protocol.handshake import Identity
+
+_TCP_INFO_BYTES = 232  # of Linux 4.1 and newer: tcpi_bytes_acked at 120, tcpi_bytes_received at 128
 
 
 class OutLane(Protocol):
     """To the right neighbour."""
+
+    @property
+    def peer(self) -> Identity:
+        """Whose the other end is."""
+        ...
+
+    def traffic(self) -> int:
+        """Bytes that the neighbour's kernel has taken; 0 where there is no telling."""
+        ...
 
     @property
     def behind(self) -> bool:
@@ -57,6 +71,15 @@ class OutLane(Protocol):
 class InLane(Protocol):
     """From the left neighbour."""
 
+    @property
+    def peer(self) -> Identity:
+        """Whose the other end is."""
+        ...
+
+    def traffic(self) -> int:
+        """Bytes that have come; 0 where there is no telling."""
+        ...
+
     def fileno(self) -> int:
         """Readable when there is a next frame, or the end."""
         ...
@@ -80,6 +103,20 @@ class InLane(Protocol):
 
     def close(self) -> None:
         """End the link."""
+
+
+def lost(peer: Identity, why: str | None) -> PeerLostError:
+    """The error that says so."""
+    return PeerLostError(f"lost {peer}: {why}", node=peer.node)
+
+
+def tcp_bytes(sock: socket.socket, *, received: bool) -> int:
+    """Bytes that a TCP connection received, or that its peer has acknowledged."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:
+        return 0  # it is over
+    return int.from_bytes(info[128:136] if received else info[120:128], sys.byteorder)
 
 
 def shut(sock: socket.socket) -> None:

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,8 @@ from ftrain.comms.protocol.handshake import (
     Identity,
     ServerHandshake,
 )
+from ftrain.comms.protocol.place import Place
+from ftrain.comms.protocol.ring import OpId
 
 _GREETING_S = 2.0  # for a stranger
 _STRANGERS_MAX = 64  # of each listener; the oldest is dropped for a newer one
@@ -53,20 +55,6 @@ _BACKLOG = 256
 _PAUSE_S = 0.02
 _SHARED = 1  # phase of a JOIN whose lane is memory
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank is found.
-
-    ``host`` is equal for ranks that can share memory; ``local`` is an abstract unix socket there.
-    """
-
-    node: int
-    incarnation: int
-    address: str  # host:port
-    host: str
-    local: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +122,18 @@ class Meeting:
             thread.start()
 
     def join(
-        self, epoch: int, places: Sequence[Place], settings: RingSettings, *, timeout_s: float
+        self,
+        epoch: int,
+        places: Sequence[Place],
+        settings: RingSettings,
+        *,
+        timeout_s: float,
+        failed: Callable[[FtrainError], None] | None = None,
     ) -> Ring:
         """The ring of ``places``, in this order; this rank's own is among them.
 
         After a failure all ranks try again under a higher ``epoch``, so that nobody takes a lane
-        of the attempt before.
+        of the attempt before.  ``failed`` is the ring's.
 
         Raises PeerLostError for a neighbour that is not there in time, MemoryShortError.
         """
@@ -166,6 +160,7 @@ class Meeting:
                 lanes_out,
                 chunk_bytes=settings.chunk_bytes,
                 starts=settings.starts,
+                failed=failed,
             )
             undo.pop_all()
             return ring
@@ -199,7 +194,7 @@ class Meeting:
     ) -> OutLane:
         shares = self._shares(right, settings)
         slots, nbytes = settings.starts + 1, settings.chunk_bytes
-        join = Head(Word.JOIN, epoch, lane, phase=_SHARED if shares else 0)
+        join = Head(Word.JOIN, OpId(0, epoch), 0, lane, phase=_SHARED if shares else 0)
         with ExitStack() as undo:
             sock = undo.enter_context(_connect(right, shares, deadline_s))
             nonce = secrets.token_bytes(NONCE_BYTES)
@@ -208,7 +203,7 @@ class Meeting:
             try:
                 agreement = shake_hands(sock, handshake, deadline_s)
                 _expect(agreement.peer, right)
-                key, peer = agreement.send_key, str(agreement.peer)
+                key, peer = agreement.send_key, agreement.peer
                 sock.setblocking(True)
                 if shares:
                     with _memory(slots * nbytes) as fd:
@@ -221,7 +216,7 @@ class Meeting:
                 raise
             except OSError as error:
                 why = error.strerror or "no answer in time"
-                raise PeerLostError(f"node {right.node}: can't connect: {why}") from None
+                raise _unreached(right, f"can't connect: {why}") from None
             undo.pop_all()
             return out
 
@@ -237,10 +232,10 @@ class Meeting:
                 if self._closed:
                     raise PeerLostError("the meeting was closed here")
                 if left_s <= 0:
-                    raise PeerLostError(f"node {left.node} did not come in time")
+                    raise _unreached(left, "it did not come in time")
                 self._changed.wait(left_s)
             arrival = self._arrived.pop(key)
-        peer, sock, fd = str(arrival.agreement.peer), arrival.sock, arrival.fd
+        peer, sock, fd = arrival.agreement.peer, arrival.sock, arrival.fd
         slots, nbytes = settings.starts + 1, settings.chunk_bytes
         with ExitStack() as undo:
             undo.callback(arrival.close)
@@ -297,9 +292,9 @@ class Meeting:
             peer = agreement.peer
             with self._changed:
                 strangers.pop(sock, None)
-                if self._closed or head.operation < self._epoch:
+                if self._closed or head.op.number < self._epoch:
                     raise RemoteProtocolError("it is of no ring here")
-                key = (head.operation, head.number, peer.node, peer.incarnation)
+                key = (head.op.number, head.number, peer.node, peer.incarnation)
                 before = self._arrived.pop(key, None)
                 if before is None and len(self._arrived) >= _ARRIVED_MAX:
                     before = self._arrived.pop(next(iter(self._arrived)))
@@ -318,7 +313,7 @@ class Meeting:
 
 
 def _connect(right: Place, shares: bool, deadline_s: float) -> socket.socket:
-    where = f"node {right.node} ({right.local if shares else right.address})"
+    where = right.local if shares else right.address
     try:
         left_s = max(0.001, deadline_s - time.monotonic())
         if not shares:
@@ -341,15 +336,17 @@ def _connect(right: Place, shares: bool, deadline_s: float) -> socket.socket:
             raise
     except OSError as error:
         why = error.strerror or "no answer in time"
-        raise PeerLostError(f"{where}: can't connect: {why}") from None
+        raise _unreached(right, f"can't connect to {where}: {why}") from None
 
 
 def _expect(peer: Identity, place: Place) -> None:
     if (peer.node, peer.incarnation) != (place.node, place.incarnation):
-        raise PeerLostError(
-            f"{peer} (incarnation {peer.incarnation}) answered for node {place.node} "
-            f"(incarnation {place.incarnation}), which is gone"
-        )
+        raise _unreached(place, f"{peer} (incarnation {peer.incarnation}) answered in its place")
+
+
+def _unreached(place: Place, why: str) -> PeerLostError:
+    text = f"node {place.node} (incarnation {place.incarnation}): {why}"
+    return PeerLostError(text, node=place.node, reached=False)
 
 
 @contextmanager

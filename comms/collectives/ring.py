@@ -3,8 +3,11 @@
 One thread serves what comes from the left neighbour, chunk by chunk: it is added to or kept, and
 sent on.  Chunks of several operations share the ring; none waits for another one's end.
 
-Not built yet: a limit on how long a neighbour that is silent but there is waited for, and the vote
-that settles what becomes of an operation when a rank dies in it.
+An operation has one or more *parts* (tensors, say the buckets of a step's gradients): each begins
+on its own, and the operation is over when all ranks have the whole result of all parts.
+
+A ring that breaks stays broken: whoever made it is told, has it :meth:`Ring.halt`, and learns what
+was under way and how much of it is here.  What becomes of that is not the ring's business.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import xxhash
 
-from ftrain.comms.collectives.arithmetic import Arithmetic
-from ftrain.comms.collectives.lanes import InLane, OutLane
+from ftrain.comms.collectives.codec import Codec, Plain, codec_for
+from ftrain.comms.collectives.lanes import InLane, OutLane, lost
+from ftrain.comms.collectives.quantise import Scratch
+from ftrain.comms.collectives.work import Handle, Work
 from ftrain.comms.errors import (
     FtrainError,
     PeerLostError,
@@ -28,89 +33,83 @@ from ftrain.comms.errors import (
     UsageError,
 )
 from ftrain.comms.protocol.chunk_frames import Head, Word
-from ftrain.comms.protocol.ring import ChunkId, Do, Kind, Layout, Phase, RingOperation
+from ftrain.comms.protocol.ring import (
+    ChunkId,
+    Do,
+    Layout,
+    MendOperation,
+    OpId,
+    Phase,
+    RingOperation,
+)
 from ftrain.comms.protocol.ring_barrier import RingBarrier
 
-_AHEAD_MAX = 65536  # operations that a neighbour may have begun before this rank
+_AHEAD_MAX = 65536  # parts that a neighbour may have begun before this rank
 _UNEQUAL = (
     "the ranks do not mean the same by a collective: kind, number of elements, dtype, reduction, "
-    "root and size of chunks have to be equal on all of them"
+    "quantisation, root and size of chunks have to be equal on all of them"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a rank brings into a collective.
+@dataclass(slots=True)
+class Part:
+    """One tensor of an operation that is under way."""
 
-    ``source`` and ``target`` are bytes: of all elements, or of the rank's own segment where a
-    collective takes or leaves only that.  They may be the same memory.  The root of a broadcast
-    gives a source only, the others a target.
-    """
+    work: Work
+    rank: int  # in the ring in which it began
+    layout: Layout
+    plan: RingOperation | MendOperation
+    digest: int
+    codec: Codec
+    saved: list[tuple[int, int]] = field(default_factory=list)  # bytes of the target, in the backup
 
-    kind: Kind
-    count: int  # elements of the whole
-    itemsize: int
-    source: memoryview
-    target: memoryview
-    arithmetic: Arithmetic | None = None
-    root: int = 0
+    def held(self) -> list[bool]:
+        """For each chunk, whether its result is here."""
+        return [self.plan.holds(chunk) for chunk in self.layout.ids()]
+
+    def restore(self) -> None:
+        """Put the inputs back that the result took the place of."""
+        backup = self.work.backup
+        if backup is not None:
+            for start, stop in self.saved:
+                self.work.target[start:stop] = backup[start:stop]
+        self.saved.clear()
 
 
-class Handle:
-    """A collective that is under way."""
+@dataclass(slots=True)
+class Operation:
+    """What is under way."""
 
-    def __init__(self) -> None:
-        self._over = threading.Event()
-        self.error: FtrainError | None = None  # that :meth:`wait` raises
+    over: Callable[[], None]
+    parts: dict[int, Part] = field(default_factory=dict)
+    complete: bool = False  # its last part has begun
 
     @property
-    def over(self) -> bool:
-        """Whether :meth:`wait` would return or raise at once."""
-        return self._over.is_set()
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Return once every rank has the result.
-
-        Raises what ended the collective, or TimeoutError, after which one may wait again.
-        """
-        if not self._over.wait(timeout_s):
-            raise TimeoutError(f"the collective is not over after {timeout_s} s")
-        if self.error is not None:
-            raise type(self.error)(*self.error.args)
-
-    def end(self, error: FtrainError | None = None) -> None:
-        """The collective is over."""
-        self.error = error
-        self._over.set()
+    def whole(self) -> bool:
+        """Whether all of its result is here, and nothing has to be passed on."""
+        return self.complete and all(part.plan.done for part in self.parts.values())
 
 
 @dataclass(slots=True)
-class _Running:
-    work: Work
-    plan: RingOperation
-    digest: int
-    handle: Handle = field(default_factory=Handle)
+class _Begun:
+    """Of one part; words may come before it is begun here."""
 
-
-@dataclass(slots=True)
-class _Barriers:
-    """Of one operation; words may come before it is begun here."""
-
-    begun: RingBarrier
-    done: RingBarrier
+    barrier: RingBarrier
     digest: int = 0  # that the left neighbour says
 
 
 class Ring:
     """One rank's place in a ring.
 
-    Every rank begins the same operations in the same order.
+    Every rank brings in the same operations; those without an :class:`OpId` in the same order.
 
     Args:
         rank: in the ring.
         lanes_in: from the left neighbour; empty with ``lanes_out`` when the ring has one rank.
         chunk_bytes: at most; the same on all ranks.
         starts: chunks that this rank may have put in and not yet seen taken out.
+        failed: called once, by the ring's thread, when it breaks.  By default whatever is under way
+            then ends with the error.
     """
 
     def __init__(
@@ -122,47 +121,116 @@ class Ring:
         *,
         chunk_bytes: int,
         starts: int,
+        failed: Callable[[FtrainError], None] | None = None,
     ) -> None:
-        self._rank, self._ranks = rank, ranks
+        self.rank, self.ranks = rank, ranks
+        self.moved = 0  # chunks and words that came so far
         self._in = {lane.fileno(): lane for lane in lanes_in}
+        self._lanes: tuple[InLane | OutLane, ...] = (*lanes_in, *lanes_out)
         self._out = list(lanes_out)
         self._chunk_bytes = chunk_bytes
         self._startable = starts
+        self._failed = failed
+        self._scratch = Scratch()  # of the ring's thread
         self._right_over = False  # it has hung up, which it may once it needs nothing more
-        self._lock = threading.Lock()  # of what follows, which :meth:`begin` changes as well
-        self._running: dict[int, _Running] = {}
-        self._barriers: dict[int, _Barriers] = {}
-        self._begun = 0
+        self._lock = threading.Lock()  # of what follows, which :meth:`put` changes as well
+        self._running: dict[OpId, Operation] = {}
+        self._begun: dict[tuple[OpId, int], _Begun] = {}
+        self._done: dict[OpId, RingBarrier] = {}
+        self._numbered = 0  # operations that :meth:`begin` gave a number
+        self._handles: dict[OpId, Handle] = {}
         self._error: FtrainError | None = None
         self._closed = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._serve, name="ftrain-ring", daemon=True)
         self._thread.start()
 
+    # ------------------------------------------------------------ from any thread
+
     def begin(self, work: Work) -> Handle:
-        """Begin a collective; the memory is the ring's until the handle is over.
+        """Begin an operation of one part, numbered in the order of these calls; the memory is the
+        ring's until the handle is over.
 
         Raises UsageError for what can't be one.
         """
-        layout = Layout(work.count, self._ranks, max(1, self._chunk_bytes // work.itemsize))
-        self._check(work, layout)
-        plan = RingOperation(work.kind, self._rank, layout, work.root)
-        words = (work.kind, work.count, work.itemsize, work.root, work.arithmetic)
-        digest = xxhash.xxh3_64_intdigest(repr((words, self._chunk_bytes)).encode())
-        running = _Running(work, plan, digest)
+        handle = Handle()
         with self._lock:
-            if self._error is not None:
-                running.handle.end(self._error)
-                return running.handle
-            number, self._begun = self._begun, self._begun + 1
-            self._keep_own(running)
-            if self._ranks == 1:
-                running.handle.end()
-                return running.handle
-            self._running[number] = running
-            self._barrier(number).begun.reach()
-            os.eventfd_write(self._wake, 1)
-        return running.handle
+            op, self._numbered = OpId(0, self._numbered), self._numbered + 1
+            self._handles[op] = handle
+        try:
+            self.put(op, 0, work, last=True, over=lambda: self._end(op))
+        except UsageError:
+            del self._handles[op]
+            raise
+        with self._lock:
+            error = self._error
+        if error is not None:
+            self._end(op, error)
+        return handle
+
+    def put(self, op: OpId, part: int, work: Work, *, last: bool, over: Callable[[], None]) -> None:
+        """Begin a part of an operation.  On a ring that is broken it waits to be told of.
+
+        ``over`` is called, by the ring's thread, when all ranks have all of the operation.
+
+        Raises UsageError for what can't be one.
+        """
+        layout = Layout(work.count, self.ranks, max(1, self._chunk_bytes // work.itemsize))
+        work.check(self.rank, layout, self._chunk_bytes)
+        plan = RingOperation(work.kind, self.rank, layout, work.root)
+        codec = codec_for(work.kind, work.arithmetic, work.quantise, self._scratch)
+        digest = xxhash.xxh3_64_intdigest(repr((work.meaning(), self._chunk_bytes)).encode())
+        made = Part(work, self.rank, layout, plan, digest, codec)
+        if self.ranks == 1 and work.in_place:
+            self._save(made, 0, work.target.nbytes)
+        work.keep_own(self.rank, layout)
+        self._put(op, part, made, last, over)
+
+    def mend(
+        self,
+        op: OpId,
+        number: int,
+        part: Part,
+        sources: Mapping[ChunkId, int],
+        *,
+        last: bool,
+        over: Callable[[], None],
+    ) -> None:
+        """Go on with a part that another ring left undone: its ranks hold all of its result."""
+        lacks = {chunk for chunk in sources if not part.plan.holds(chunk)}
+        plan = MendOperation(self.rank, self.ranks, sources, lacks)
+        made = Part(part.work, part.rank, part.layout, plan, 0, Plain(None), part.saved)
+        self._put(op, number, made, last, over)
+
+    def withdraw(self, op: OpId) -> bool:
+        """Take back what not all ranks have begun; False when all have, as far as is known here."""
+        with self._lock:
+            parts = self._running[op].parts
+            if any(self._begun[op, number].barrier.passed for number in parts):
+                return False
+            del self._running[op]
+            return True
+
+    def waits(self) -> tuple[bool, bool]:
+        """Whether parts wait for other ranks to begin them, and whether some are under way."""
+        with self._lock:
+            passed = [
+                self._begun[op, number].barrier.passed
+                for op, operation in self._running.items()
+                for number in operation.parts
+            ]
+        return not all(passed), any(passed)
+
+    def traffic(self) -> int:
+        """Bytes that the kernel has moved for this ring, both ways: grows while anything moves."""
+        return sum(lane.traffic() for lane in self._lanes)
+
+    def halt(self) -> dict[OpId, Operation]:
+        """Stop at once, and say what was under way; the memory is the ring's no more."""
+        with self._lock:
+            self._error = self._error or PeerLostError("the ring was halted")
+        self.close()
+        return self._running
 
     def close(self) -> None:
         """Leave the ring; what is under way here ends with PeerLostError."""
@@ -182,6 +250,20 @@ class Ring:
             lane_in.close()
         os.close(self._wake)
 
+    def _put(self, op: OpId, number: int, part: Part, last: bool, over: Callable[[], None]) -> None:
+        with self._lock:
+            operation = self._running.setdefault(op, Operation(over))
+            operation.parts[number] = part
+            operation.complete = last
+            self._barriers(op, number).barrier.reach()
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
+
+    def _end(self, op: OpId, error: FtrainError | None = None) -> None:
+        handle = self._handles.pop(op, None)
+        if handle is not None:
+            handle.end(error)
+
     # ------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
@@ -196,18 +278,21 @@ class Ring:
             error = StateError(f"the ring's thread failed: {raised!r}")
         with self._lock:
             self._error = self._error or error
-            running, self._running = list(self._running.values()), {}
-            in_order = self._closed and not running
+            in_order = self._closed and not self._running
+            closed = self._closed
         with suppress(FtrainError):
             if isinstance(error, UsageError):
-                self._out[0].say(Head(Word.HALT, 0))
+                self._out[0].say(Head(Word.HALT))
             elif in_order:
                 for lane in self._out:
-                    lane.say(Head(Word.LEAVE, 0))
+                    lane.say(Head(Word.LEAVE))
         if not in_order:
             self._shut()
-        for one in running:
-            one.handle.end(error)
+        if self._failed is None:
+            for op in list(self._handles):
+                self._end(op, error)
+        elif not closed:
+            self._failed(error)
 
     def _serve_all(self) -> None:
         poll = select.poll()
@@ -229,7 +314,8 @@ class Ring:
                         poll.unregister(fd)
                         del self._in[fd]
                 elif event & ~select.POLLOUT:
-                    self._right_is_over()
+                    self._right_over = True  # it may, once this rank has nothing more for it
+                    self._raise_if_undone(outs[fd], "it closed the connection")
                     poll.unregister(fd)
                     del outs[fd]
                 else:
@@ -237,11 +323,12 @@ class Ring:
 
     def _take(self, lane: InLane, head: Head) -> bool:
         """False when nothing follows on this lane."""
+        self.moved += 1
         if head.word is Word.CHUNK:
             self._take_chunk(lane, head)
             return True
         if head.word is Word.LEAVE:
-            self._raise_if_undone("the left neighbour left in the middle of a collective")
+            self._raise_if_undone(lane, "it left in the middle of a collective")
             lane.close()
             return False
         if head.word is Word.HALT:
@@ -250,199 +337,164 @@ class Ring:
             raise RemoteProtocolError(f"{head.word.name} came in the middle of a ring's life")
         self._hear(head)
         self._start()
-        self._speak(head.operation)
+        self._speak(head.op)
         return True
 
     def _hear(self, head: Head) -> None:
-        number = head.operation
         with self._lock:
-            over = number < self._begun and number not in self._running
-            if over or number >= self._begun + _AHEAD_MAX:
-                raise RemoteProtocolError(f"a word about operation {number} came at {self._begun}")
-            barriers = self._barrier(number)
+            if len(self._begun) > _AHEAD_MAX:
+                raise RemoteProtocolError(f"words came about more than {_AHEAD_MAX} parts ahead")
             if head.word is Word.BEGUN:
-                barriers.digest = head.value
-                barriers.begun.heard(head.number)
+                begun = self._barriers(head.op, head.part)
+                begun.digest = head.value
+                begun.barrier.heard(head.number)
             else:
-                barriers.done.heard(head.number)
+                self._done_of(head.op).heard(head.number)
 
     def _take_chunk(self, lane: InLane, head: Head) -> None:
         with self._lock:
-            running = self._running.get(head.operation)
-        if running is None:
-            raise RemoteProtocolError(f"a chunk came of operation {head.operation}, which is over")
+            operation = self._running.get(head.op)
+            part = operation.parts.get(head.part) if operation is not None else None
+        if part is None:
+            raise RemoteProtocolError(f"a chunk came of {head.op}, which is not under way")
         phase, chunk = Phase(head.phase), ChunkId(head.segment, head.number)
-        do = running.plan.arrived(phase, chunk)
-        self._do(lane, head, running, do, chunk)
-        self._startable += running.plan.takes_out(phase, chunk)
+        do = part.plan.arrived(phase, chunk)
+        self._do(lane, head, part, do, chunk)
+        self._startable += part.plan.takes_out(phase, chunk)
         self._start()
-        if running.plan.done:
-            self._speak(head.operation)
+        if part.plan.done:
+            self._speak(head.op)
 
-    def _do(self, lane: InLane, head: Head, running: _Running, do: Do, chunk: ChunkId) -> None:
-        work, out = running.work, self._lane(chunk)
-        target, own = self._target(running, chunk), self._source(running, chunk)
+    def _do(self, lane: InLane, head: Head, part: Part, do: Do, chunk: ChunkId) -> None:
+        work, codec, out = part.work, part.codec, self._lane(chunk)
         keeps = do in (Do.KEEP, Do.KEEP_AND_SEND, Do.KEEP_AND_TELL)
-        expected = 0 if do is Do.NOTHING else (target if keeps else own).nbytes
+        own = work.target[:0] if keeps else work.source_of(part.rank, part.layout, chunk)
+        held = work.held_of(part.rank, part.layout, chunk) if keeps else own
+        expected = 0 if do is Do.NOTHING else codec.wire_bytes(held.nbytes)
         if head.nbytes != expected:
             raise RemoteProtocolError(f"a chunk of {head.nbytes} bytes came instead of {expected}")
         if do is Do.NOTHING:
             return
-        if keeps:
-            lane.take(target)
-            if do is Do.KEEP_AND_SEND:
-                out.send(head, target)  # the same chunk has the same checksum
-            elif do is Do.KEEP_AND_TELL:
-                out.say(_head(head.operation, Phase.SPENT, chunk, target[:0]))
-            return
-        assert work.arithmetic is not None
-        if do is Do.ADD_AND_SEND and not own.nbytes:
-            out.send(_head(head.operation, Phase.REDUCE, chunk, own), own)
-            return
-        came = lane.borrow()
         if do is Do.ADD_AND_SEND:
-            room = out.room()
-            work.arithmetic.combine(came, own, room[: own.nbytes])
-            lane.give_back()
-            out.send_room(_head(head.operation, Phase.REDUCE, chunk, own), room)
+            codec.add_and_send(lane, own, out, replace(head, value=0))
             return
-        work.arithmetic.combine(came, own, target)
-        lane.give_back()
-        work.arithmetic.finish(target, self._ranks)
-        if do is Do.ADD_KEEP_AND_SEND:
-            out.send(_head(head.operation, Phase.GATHER, chunk, target), target)
+        if work.in_place:
+            self._save(part, *work.target_range(part.rank, part.layout, chunk))
+        if keeps:  # the same chunk has the same checksum
+            codec.keep(lane, held, out if do is Do.KEEP_AND_SEND else None, head)
+            if do is Do.KEEP_AND_TELL:
+                out.say(_head(head.op, head.part, Phase.SPENT, chunk, 0))
+        else:
+            target = work.target_of(part.rank, part.layout, chunk)
+            onward = out if do is Do.ADD_KEEP_AND_SEND else None
+            sent = replace(head, phase=Phase.GATHER, value=0)
+            codec.add_and_keep(lane, own, target, self.ranks, onward, sent)
+
+    def _save(self, part: Part, start: int, stop: int) -> None:
+        """Before these bytes of the target are overwritten for the first time."""
+        backup = part.work.backup
+        if backup is not None and stop > start and (start, stop) not in part.saved:
+            backup[start:stop] = part.work.target[start:stop]
+            part.saved.append((start, stop))
 
     def _go_on(self) -> None:
-        """Operations were begun: start and say what can be."""
+        """Parts were begun: start and say what can be."""
         if not self._in or self._right_over:
-            self._raise_if_undone("a neighbour has left the ring")
+            for lane in self._lanes[-1:] if self._in else self._lanes[:1]:
+                self._raise_if_undone(lane, "it has left the ring")
         self._start()
         with self._lock:
-            numbers = list(self._running)
-        for number in numbers:
-            self._speak(number)
+            ops = list(self._running)
+        for op in ops:
+            self._speak(op)
 
     def _start(self) -> None:
         """Put as much of one's own into the ring as may be."""
         while self._startable > 0:
             with self._lock:
-                number = next((n for n in self._running if self._may_start(n)), None)
-                if number is None:
-                    return
-                running = self._running[number]
+                found = self._startable_part()
+            if found is None:
+                return
+            op, number, part = found
+            self._speak(op)  # ranks that do not mean the same hear of it before a chunk comes
             self._startable -= 1
-            phase, chunk = running.plan.start()
-            own = self._source(running, chunk)
-            self._lane(chunk).send(_head(number, phase, chunk, own), own)
-            if running.plan.done:
-                self._speak(number)
+            phase, chunk = part.plan.start()
+            mends = isinstance(part.plan, MendOperation)
+            read = part.work.held_of if mends else part.work.source_of
+            own = read(part.rank, part.layout, chunk)
+            head = _head(op, number, phase, chunk, part.codec.wire_bytes(own.nbytes))
+            part.codec.send(own, self._lane(chunk), head)
+            if part.plan.done:
+                self._speak(op)
 
-    def _may_start(self, number: int) -> bool:
-        return bool(
-            self._running[number].plan.left_to_start and self._barriers[number].begun.passed
-        )
+    def _startable_part(self) -> tuple[OpId, int, Part] | None:
+        """Of what may put a chunk into the ring that with the highest priority, or the oldest."""
+        best: tuple[OpId, int, Part] | None = None
+        for op, operation in self._running.items():
+            for number, part in operation.parts.items():
+                if not part.plan.left_to_start or not self._begun[op, number].barrier.passed:
+                    continue
+                if best is None or part.work.priority > best[2].work.priority:
+                    best = op, number, part
+        return best
 
-    def _speak(self, number: int) -> None:
+    def _speak(self, op: OpId) -> None:
         """Say to the right what there is to say about an operation, and end it when it is over."""
         words: list[Head] = []
         with self._lock:
-            running = self._running.get(number)
-            if running is None:  # not begun here, or over since
+            operation = self._running.get(op)
+            if operation is None:  # not begun here, or over since
                 return
-            barriers = self._barriers[number]
-            if barriers.digest not in (0, running.digest):
-                raise UsageError(_UNEQUAL)
-            if running.plan.done:
-                barriers.done.reach()
-            if ranks := barriers.begun.to_say():
-                words.append(Head(Word.BEGUN, number, ranks, value=running.digest))
-            if ranks := barriers.done.to_say():
-                words.append(Head(Word.DONE, number, ranks))
-            over = barriers.done.passed
-            if over:
-                del self._barriers[number], self._running[number]
-        if not self._right_over:
+            for number, part in operation.parts.items():
+                begun = self._begun[op, number]
+                if begun.digest not in (0, part.digest):
+                    raise UsageError(_UNEQUAL)
+                if ranks := begun.barrier.to_say():
+                    words.append(Head(Word.BEGUN, op, number, ranks, value=part.digest))
+            done = self._done_of(op)
+            if operation.whole and all(
+                self._begun[op, number].barrier.passed for number in operation.parts
+            ):
+                done.reach()
+            if ranks := done.to_say():
+                words.append(Head(Word.DONE, op, 0, ranks))
+            if over := done.passed:
+                del self._running[op], self._done[op]
+                for number in operation.parts:
+                    del self._begun[op, number]
+        if not self._right_over and self._out:
             for word in words:
                 self._out[0].say(word)
         if over:
-            running.handle.end()
+            operation.over()
 
-    def _right_is_over(self) -> None:
-        """It hung up: it may, once this rank has nothing more for it."""
-        self._raise_if_undone("the right neighbour closed the connection")
-        self._right_over = True
-
-    def _raise_if_undone(self, why: str) -> None:
+    def _raise_if_undone(self, lane: InLane | OutLane, why: str) -> None:
         with self._lock:
-            if any(not running.plan.done for running in self._running.values()):
-                raise PeerLostError(why)
+            if any(not operation.whole for operation in self._running.values()):
+                raise lost(lane.peer, why)
 
     # ------------------------------------------------------------ inside
 
-    def _barrier(self, number: int) -> _Barriers:
-        found = self._barriers.get(number)
+    def _barriers(self, op: OpId, part: int) -> _Begun:
+        found = self._begun.get((op, part))
         if found is None:
-            found = _Barriers(RingBarrier(self._ranks), RingBarrier(self._ranks))
-            self._barriers[number] = found
+            found = self._begun[op, part] = _Begun(RingBarrier(self.ranks))
+        return found
+
+    def _done_of(self, op: OpId) -> RingBarrier:
+        found = self._done.get(op)
+        if found is None:
+            found = self._done[op] = RingBarrier(self.ranks)
         return found
 
     def _shut(self) -> None:
         """Wake whoever waits in a lane; descriptors stay until the thread is gone."""
-        for lane_out in self._out:
-            lane_out.shut()
-        for lane_in in list(self._in.values()):
-            lane_in.shut()
+        for lane in self._lanes:
+            lane.shut()
 
     def _lane(self, chunk: ChunkId) -> OutLane:
         return self._out[chunk.index % len(self._out)]
 
-    def _check(self, work: Work, layout: Layout) -> None:
-        reduces = work.kind in (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER)
-        if reduces and work.arithmetic is None:
-            raise UsageError("a reduction needs to know how chunks are combined")
-        if not 0 <= work.root < self._ranks:
-            raise UsageError(f"there is no rank {work.root} in a ring of {self._ranks}")
-        if work.itemsize > self._chunk_bytes:
-            raise UsageError(f"an element of {work.itemsize} bytes is larger than a chunk")
-        start, stop = layout.segment(self._rank)
-        takes = stop - start if work.kind is Kind.ALL_GATHER else work.count
-        leaves = stop - start if work.kind is Kind.REDUCE_SCATTER else work.count
-        gives_only = work.kind is Kind.BROADCAST and self._rank == work.root
-        takes_only = work.kind is Kind.BROADCAST and self._rank != work.root
-        if not takes_only and work.source.nbytes != takes * work.itemsize:
-            raise UsageError(f"the source has {work.source.nbytes} bytes, not {takes} elements")
-        if not gives_only and (
-            work.target.nbytes != leaves * work.itemsize or work.target.readonly
-        ):
-            raise UsageError(
-                f"the target has to be writable and to have {leaves} elements: it has "
-                f"{work.target.nbytes} bytes"
-            )
 
-    def _keep_own(self, running: _Running) -> None:
-        """Put into the target what no chunk brings."""
-        work = running.work
-        if work.kind is Kind.ALL_GATHER:
-            start, stop = running.plan.layout.segment(self._rank)
-            work.target[start * work.itemsize : stop * work.itemsize] = work.source
-        elif self._ranks == 1 and work.kind is not Kind.BROADCAST:
-            work.target[:] = work.source
-
-    def _source(self, running: _Running, chunk: ChunkId) -> memoryview:
-        return self._part(running, chunk, running.work.source, running.work.kind is Kind.ALL_GATHER)
-
-    def _target(self, running: _Running, chunk: ChunkId) -> memoryview:
-        only = running.work.kind is Kind.REDUCE_SCATTER
-        return self._part(running, chunk, running.work.target, only)
-
-    def _part(
-        self, running: _Running, chunk: ChunkId, memory: memoryview, only_own: bool
-    ) -> memoryview:
-        layout, size = running.plan.layout, running.work.itemsize
-        start, stop = layout.chunk(chunk)
-        first = layout.segment(self._rank)[0] if only_own else 0
-        return memory[(start - first) * size : (stop - first) * size]
-
-
-def _head(operation: int, phase: Phase, chunk: ChunkId, data: memoryview) -> Head:
-    return Head(Word.CHUNK, operation, chunk.index, phase, chunk.segment, nbytes=data.nbytes)
+def _head(op: OpId, part: int, phase: Phase, chunk: ChunkId, nbytes: int) -> Head:
+    return Head(Word.CHUNK, op, part, chunk.index, phase, chunk.segment, nbytes=nbytes)

@@ -13,9 +13,10 @@ import socket
 from collections import deque
 from contextlib import suppress
 
-from ftrain.comms.collectives.lanes import not_in_children, shut
-from ftrain.comms.errors import PeerLostError, RemoteProtocolError
+from ftrain.comms.collectives.lanes import lost, not_in_children, shut
+from ftrain.comms.errors import RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
+from ftrain.comms.protocol.handshake import Identity
 
 _FREED = b"\0"
 _LEAVE_S = 1.0
@@ -57,7 +58,7 @@ class SharedOut:
         self,
         sock: socket.socket,
         key: bytes,
-        peer: str,
+        peer: Identity,
         fd: int,
         slots: int,
         nbytes: int,
@@ -65,7 +66,7 @@ class SharedOut:
     ) -> None:
         self._socket = sock
         self._sender = HeadSender(key)
-        self._peer = peer
+        self.peer = peer
         self._slots = _Slots(fd, slots, nbytes)
         self._free = slots
         self._freed = bytearray(slots)
@@ -83,6 +84,10 @@ class SharedOut:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         return self._socket.fileno()
 
+    def traffic(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        return 0
+
     def catch_up(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         try:
@@ -95,7 +100,7 @@ class SharedOut:
         except BlockingIOError:
             return
         except OSError as error:
-            raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+            raise lost(self.peer, error.strerror) from None
 
     def say(self, head: Head) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
@@ -148,9 +153,9 @@ class SharedOut:
         except BlockingIOError:
             raise
         except OSError as error:
-            raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+            raise lost(self.peer, error.strerror) from None
         if not count:
-            raise PeerLostError(f"lost {self._peer}: it closed the connection")
+            raise lost(self.peer, "it closed the connection")
         self._free += count
 
 
@@ -166,7 +171,7 @@ class SharedIn:
         self,
         sock: socket.socket,
         key: bytes,
-        peer: str,
+        peer: Identity,
         fd: int,
         slots: int,
         nbytes: int,
@@ -174,28 +179,32 @@ class SharedIn:
     ) -> None:
         self._socket = sock
         self._receiver = HeadReceiver(key, frames)
-        self._peer = peer
+        self.peer = peer
         self._slots = _Slots(fd, slots, nbytes)
         self._nbytes = nbytes
         self._header = memoryview(bytearray(HEADER_BYTES))
-        self._head = Head(Word.LEAVE, 0)
+        self._head = Head(Word.LEAVE)
         not_in_children(sock)
 
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         return self._socket.fileno()
 
+    def traffic(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
+        return 0
+
     def next(self) -> Head:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         try:
             count = self._socket.recv_into(self._header, HEADER_BYTES, socket.MSG_WAITALL)
         except OSError as error:
-            raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+            raise lost(self.peer, error.strerror) from None
         if count != HEADER_BYTES:
-            raise PeerLostError(f"lost {self._peer}: it closed the connection")
+            raise lost(self.peer, "it closed the connection")
         self._head = self._receiver.open(self._header)
         if self._head.nbytes > self._nbytes:
-            raise RemoteProtocolError(f"{self._peer} announces more than a slot holds")
+            raise RemoteProtocolError(f"{self.peer} announces more than a slot holds")
         return self._head
 
     def take(self, target: memoryview) -> None:

@@ -10,9 +10,10 @@ from itertools import count
 
 import xxhash
 
-from ftrain.comms.collectives.lanes import not_in_children, shut
-from ftrain.comms.errors import PeerLostError, RemoteProtocolError
+from ftrain.comms.collectives.lanes import lost, not_in_children, shut, tcp_bytes
+from ftrain.comms.errors import RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
+from ftrain.comms.protocol.handshake import Identity
 
 _WORD_FIRST, _CHUNK, _WORD_LAST = range(3)
 _LEAVE_S = 1.0
@@ -30,10 +31,12 @@ class StreamOut:
 
     behind = False
 
-    def __init__(self, sock: socket.socket, key: bytes, peer: str, rooms: int, nbytes: int) -> None:
+    def __init__(
+        self, sock: socket.socket, key: bytes, peer: Identity, rooms: int, nbytes: int
+    ) -> None:
         self._socket = sock
         self._sender = HeadSender(key)
-        self._peer = peer
+        self.peer = peer
         self._changed = threading.Condition()
         self._rooms = [memoryview(bytearray(nbytes)) for _ in range(rooms)]
         self._order = count()
@@ -47,6 +50,10 @@ class StreamOut:
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
         return self._socket.fileno()
+
+    def traffic(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
+        return tcp_bytes(self._socket, received=False)
 
     def catch_up(self) -> None:
         """See :class:`~ftrain.comms.collectives.lanes.OutLane`."""
@@ -142,26 +149,30 @@ class StreamOut:
 
     def _raise_if_lost(self) -> None:
         if self._why is not None:
-            raise PeerLostError(f"lost {self._peer}: {self._why}")
+            raise lost(self.peer, self._why)
 
 
 class StreamIn:
     """Receives whole frames by single calls; ``frames`` have come already."""
 
     def __init__(
-        self, sock: socket.socket, key: bytes, peer: str, nbytes: int, frames: int = 0
+        self, sock: socket.socket, key: bytes, peer: Identity, nbytes: int, frames: int = 0
     ) -> None:
         self._socket = sock
         self._receiver = HeadReceiver(key, frames)
-        self._peer = peer
+        self.peer = peer
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._scratch = memoryview(bytearray(nbytes))
-        self._head = Head(Word.LEAVE, 0)
+        self._head = Head(Word.LEAVE)
         not_in_children(sock)
 
     def fileno(self) -> int:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
         return self._socket.fileno()
+
+    def traffic(self) -> int:
+        """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
+        return tcp_bytes(self._socket, received=True)
 
     def next(self) -> Head:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
@@ -169,7 +180,7 @@ class StreamIn:
         self._head = self._receiver.open(self._header)
         if self._head.nbytes > self._scratch.nbytes:
             raise RemoteProtocolError(
-                f"{self._peer} announces a chunk of {self._head.nbytes} bytes, at most "
+                f"{self.peer} announces a chunk of {self._head.nbytes} bytes, at most "
                 f"{self._scratch.nbytes} are agreed on"
             )
         return self._head
@@ -180,7 +191,7 @@ class StreamIn:
             return
         self._fill(target)
         if xxhash.xxh3_64_intdigest(target) != self._head.value:
-            raise RemoteProtocolError(f"a chunk from {self._peer} does not match its checksum")
+            raise RemoteProtocolError(f"a chunk from {self.peer} does not match its checksum")
 
     def borrow(self) -> memoryview:
         """See :class:`~ftrain.comms.collectives.lanes.InLane`."""
@@ -204,7 +215,7 @@ class StreamIn:
             try:
                 count = self._socket.recv_into(target, 0, socket.MSG_WAITALL)
             except OSError as error:
-                raise PeerLostError(f"lost {self._peer}: {error.strerror}") from None
+                raise lost(self.peer, error.strerror) from None
             if not count:
-                raise PeerLostError(f"lost {self._peer}: it closed the connection")
+                raise lost(self.peer, "it closed the connection")
             target = target[count:]

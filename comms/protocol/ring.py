@@ -21,6 +21,7 @@ workstations", JPDC 2009.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -43,8 +44,16 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class OpId:
+    """An operation: its tag, and how many with that tag were before it."""
+
+    tag: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class ChunkId:
-    """One chunk of an operation."""
+    """One chunk of a part of an operation."""
 
     segment: int
     index: int
@@ -75,6 +84,12 @@ class Layout:
         size, longer = divmod(self.count, self.ranks)
         start = number * size + min(number, longer)
         return start, start + size + (number < longer)
+
+    def ids(self) -> list[ChunkId]:
+        """All chunks, in order."""
+        return [
+            ChunkId(segment, index) for segment in range(self.ranks) for index in range(self.chunks)
+        ]
 
     def chunk(self, chunk: ChunkId) -> tuple[int, int]:
         """First element of a chunk, and the one behind its last."""
@@ -126,6 +141,14 @@ class RingOperation:
     def done(self) -> bool:
         """Whether everything was started and has arrived."""
         return not self._to_start and not self._awaited
+
+    def holds(self, chunk: ChunkId) -> bool:
+        """Whether a chunk of the whole result is here; never of a result that is only parts."""
+        if self.kind is Kind.REDUCE_SCATTER:
+            return False
+        own = self.rank == self._owner(chunk.segment)
+        phase = Phase.REDUCE if own and self.kind is Kind.ALL_REDUCE else Phase.GATHER
+        return (phase, chunk) not in self._awaited
 
     @property
     def left_to_start(self) -> int:
@@ -202,3 +225,63 @@ class RingOperation:
         if self.kind is Kind.REDUCE_SCATTER:
             return ()
         return tuple(s for s in range(ranks) if self._owner(s) != self.rank)
+
+
+@dataclass(slots=True)
+class MendOperation:
+    """One rank's part in passing on a result that the ranks hold between them.
+
+    Args:
+        ranks: of the present ring; the result may be one of another.
+        sources: the rank that passes a chunk on, for each chunk that somebody lacks, in order.
+        lacks: the chunks of those that this rank lacks.
+    """
+
+    rank: int
+    ranks: int
+    sources: Mapping[ChunkId, int]
+    lacks: set[ChunkId]
+    _to_start: deque[ChunkId] = field(init=False)
+    _awaited: set[tuple[Phase, ChunkId]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = [chunk for chunk, source in self.sources.items() if source == self.rank]
+        self._to_start = deque(own)
+        self._awaited = {
+            (Phase.SPENT if source == self.rank else Phase.GATHER, chunk)
+            for chunk, source in self.sources.items()
+        }
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was started and has arrived."""
+        return not self._to_start and not self._awaited
+
+    def holds(self, chunk: ChunkId) -> bool:
+        """Whether the chunk is here."""
+        return chunk not in self.lacks
+
+    @property
+    def left_to_start(self) -> int:
+        """Chunks that this rank has yet to put into the ring."""
+        return len(self._to_start)
+
+    def start(self) -> tuple[Phase, ChunkId]:
+        """Put the next chunk into the ring."""
+        return Phase.GATHER, self._to_start.popleft()
+
+    def arrived(self, phase: Phase, chunk: ChunkId) -> Do:
+        """A chunk came from the left; ValueError for one that can't come now."""
+        try:
+            self._awaited.remove((phase, chunk))
+        except KeyError:
+            raise ValueError(f"chunk {chunk} of phase {phase} is not awaited") from None
+        if phase is Phase.SPENT:
+            return Do.NOTHING
+        self.lacks.discard(chunk)
+        last = (self.rank + 1) % self.ranks == self.sources[chunk]
+        return Do.KEEP_AND_TELL if last else Do.KEEP_AND_SEND
+
+    def takes_out(self, phase: Phase, chunk: ChunkId) -> bool:
+        """Whether a chunk that arrived goes no further: then another one may be started."""
+        return phase is Phase.SPENT

@@ -13,10 +13,11 @@ import sys
 import torch
 
 from ftrain.comms.collectives.arithmetic import Arithmetic, Reduction
-from ftrain.comms.collectives.meeting import Meeting, Place, RingSettings
-from ftrain.comms.collectives.ring import Work
+from ftrain.comms.collectives.meeting import Meeting, RingSettings
+from ftrain.comms.collectives.work import Work
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.protocol.handshake import Identity
+from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import Kind
 
 

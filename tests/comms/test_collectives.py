@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from ftrain.comms.collectives.arithmetic import Arithmetic, Reduction
-from ftrain.comms.collectives.meeting import Meeting, Place, RingSettings
-from ftrain.comms.collectives.ring import Handle, Ring, Work
+from ftrain.comms.collectives.meeting import Meeting, RingSettings
+from ftrain.comms.collectives.ring import Ring
+from ftrain.comms.collectives.work import Handle, Work
 from ftrain.comms.errors import PeerLostError, UsageError
 from ftrain.comms.protocol.handshake import Identity
+from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import Kind
 
 SECRET = bytes(32)
@@ -279,7 +281,7 @@ def test_a_neighbour_that_is_another_one_or_does_not_come() -> None:
     meetings = [Meeting(Identity("run", "rank", n, 7), SECRET) for n in range(2)]
     with ThreadPoolExecutor(2) as pool:
         gone = replace(meetings[1].place, incarnation=8)
-        with pytest.raises(PeerLostError, match="which is gone"):
+        with pytest.raises(PeerLostError, match="answered in its place"):
             meetings[0].join(1, [meetings[0].place, gone], LINKS["tcp"], timeout_s=1)
         places = [meeting.place for meeting in meetings]
         with pytest.raises(PeerLostError, match="did not come in time"):

@@ -1,0 +1,31 @@
+"""Memory for inputs that results overwrite, used again and again."""
+
+from __future__ import annotations
+
+import threading
+
+_SPARE_MAX = 8
+
+
+class Backups:
+    """Buffers that are not in use; may be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: list[memoryview] = []  # largest last
+
+    def take(self, nbytes: int) -> memoryview:
+        """A buffer of so many bytes, whatever is in it."""
+        with self._lock:
+            for index, spare in enumerate(self._spare):
+                if nbytes <= spare.nbytes <= 2 * nbytes:
+                    return self._spare.pop(index)[:nbytes]
+        return memoryview(bytearray(nbytes))
+
+    def give(self, buffer: memoryview | None) -> None:
+        """It is needed no more."""
+        if buffer is None:
+            return
+        whole = memoryview(buffer.obj)
+        with self._lock:
+            self._spare = sorted([*self._spare, whole], key=lambda one: one.nbytes)[-_SPARE_MAX:]

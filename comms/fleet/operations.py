@@ -1,0 +1,169 @@
+"""What a peer has under way with the others of its fleet, whichever ring it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ftrain.comms.collectives.ring import Operation, Part
+from ftrain.comms.collectives.work import Handle, Work
+from ftrain.comms.errors import FtrainError
+from ftrain.comms.fleet.backups import Backups
+from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState
+from ftrain.comms.fleet.protocol.verdicts import bitmap_of, bits_of
+from ftrain.comms.protocol.place import Place
+from ftrain.comms.protocol.ring import ChunkId, Kind, OpId
+
+
+class FleetHandle(Handle):
+    """An operation among the members of a fleet.
+
+    ``view`` and ``members`` are known once it is over: those whose elements are in the result.
+    """
+
+    def __init__(self, op: OpId) -> None:
+        super().__init__()
+        self.op = op
+        self.view = 0
+        self.members: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class FleetOp:
+    """An operation that was begun here and is not over.
+
+    Args:
+        make: its parts' works, as of a ring: given rank and ranks, raises UsageError or
+            FleetChangedError.
+        retry: whether it is tried again among the rest when a change undoes it.
+    """
+
+    handle: FleetHandle
+    retry: bool
+    works: list[Callable[[int, int], Work]] = field(default_factory=list)
+    complete: bool = False
+    attempt: int = 0  # view in which it began; 0: it is on no ring
+    members: tuple[int, ...] = ()
+    put: int = 0  # parts that are on the ring
+    parts: dict[int, Part] = field(default_factory=dict)  # once its ring was halted
+
+    @property
+    def op(self) -> OpId:
+        """Its name."""
+        return self.handle.op
+
+    def halted(self, found: Operation) -> None:
+        """Its ring was stopped: remember how far it had come."""
+        self.parts = dict(found.parts)
+
+    def state(self) -> OpState:
+        """For the coordinator, after a halt."""
+        parts = [self.parts[number] for number in sorted(self.parts)]
+        if not self.attempt or not self.complete or len(parts) < len(self.works):
+            return OpState(self.op, self.attempt, False)
+        whole = all(part.plan.done for part in parts)
+        can_mend = all(part.work.kind is not Kind.REDUCE_SCATTER for part in parts)
+        held = [here for part in parts for here in part.held()]
+        return OpState(self.op, self.attempt, whole, bitmap_of(held) if can_mend else b"")
+
+    def undo(self, backups: Backups) -> None:
+        """It never was: put the inputs back."""
+        for part in self.parts.values():
+            part.restore()
+            backups.give(part.work.backup)
+        self.parts, self.attempt, self.put = {}, 0, 0
+
+    def finish(self, backups: Backups) -> None:
+        """Everybody has the result."""
+        for part in self.parts.values():
+            backups.give(part.work.backup)
+        self.handle.view, self.handle.members = self.attempt, self.members
+        self.handle.end()
+
+    def sources(
+        self, decision: Decision, places: tuple[Place, ...]
+    ) -> dict[int, dict[ChunkId, int]]:
+        """For each part, which rank of the new ring passes on each chunk that somebody lacks."""
+        ranks = {place.node: rank for rank, place in enumerate(places)}
+        ids = [(n, chunk) for n in sorted(self.parts) for chunk in self.parts[n].layout.ids()]
+        held = {ranks[peer]: bits_of(bits, len(ids)) for peer, bits in decision.held}
+        found: dict[int, dict[ChunkId, int]] = {number: {} for number in self.parts}
+        for index, (number, chunk) in enumerate(ids):
+            if not all(bits[index] for bits in held.values()):
+                found[number][chunk] = min(rank for rank, bits in held.items() if bits[index])
+        return found
+
+
+class Operations:
+    """All of a peer's; not thread-safe: whoever has it has a lock."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}  # for each tag, the number of the next one
+        self.running: dict[OpId, FleetOp] = {}
+        self.newest: dict[int, int] = {}  # for each tag, the highest number that is over
+
+    def begin_at(self, first: Counts) -> None:
+        """Where this peer comes in."""
+        self.counts = {tag: max(number, self.counts.get(tag, 0)) for tag, number in first}
+
+    def open(self, tag: int, *, retry: bool) -> FleetOp:
+        """The next one with a tag."""
+        number = self.counts.get(tag, 0)
+        self.counts[tag] = number + 1
+        op = FleetOp(FleetHandle(OpId(tag, number)), retry)
+        self.running[op.op] = op
+        return op
+
+    def close(self, op: FleetOp) -> None:
+        """It is over."""
+        self.running.pop(op.op, None)
+        self.newest[op.op.tag] = max(op.op.number, self.newest.get(op.op.tag, -1))
+
+    def waiting(self) -> list[FleetOp]:
+        """What is on no ring, in order."""
+        return [op for _, op in sorted(self.running.items()) if not op.attempt]
+
+    def begun(self) -> Counts:
+        """For each tag the number of the next one."""
+        return tuple(sorted(self.counts.items()))
+
+    def started(self) -> Counts:
+        """For each tag the number of the next one that was on no ring yet."""
+        counts = dict(self.counts)
+        for op in self.waiting():
+            counts[op.op.tag] = min(counts[op.op.tag], op.op.number)
+        return tuple(sorted(counts.items()))
+
+    def drained(self, first: Counts) -> bool:
+        """Whether everything before these was begun here, and is over."""
+        under_way = any(is_before(op, first) for op in self.running)
+        return not under_way and all(self.counts.get(tag, 0) >= number for tag, number in first)
+
+    def beyond(self, first: Counts) -> list[FleetOp]:
+        """What is under way and not before these."""
+        return [op for op in self.running.values() if not is_before(op.op, first)]
+
+    def over_beyond(self, first: Counts) -> bool:
+        """Whether something that is not before these is over."""
+        limits = dict(first)
+        return any(number >= limits.get(tag, 0) for tag, number in self.newest.items())
+
+    def states(self) -> tuple[OpState, ...]:
+        """Everything that is under way, after a halt."""
+        return tuple(op.state() for _, op in sorted(self.running.items()))
+
+    def fail(self, error: FtrainError) -> None:
+        """All of it ends badly."""
+        running, self.running = list(self.running.values()), {}
+        for op in running:
+            op.handle.end(error)
+
+
+def is_before(op: OpId, first: Counts) -> bool:
+    """Whether an operation comes before the first ones of a view."""
+    return op.number < dict(first).get(op.tag, 0)
+
+
+def with_backup(work: Work, backups: Backups) -> Work:
+    """The same with room for what an all-reduce in place overwrites."""
+    return replace(work, backup=backups.take(work.target.nbytes))

@@ -1,0 +1,1 @@
+"""Where a coordinator keeps what must survive it, and who of several coordinators may act."""

@@ -1,0 +1,1 @@
+"""Pure parts of it: ring order, probing, shares of paths."""
