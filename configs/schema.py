@@ -131,6 +131,24 @@ class EventsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """``fleet``: replica groups that train together, and come and go."""
+
+    groups: int = 0  # that are started on this machine (--replica-groups); 0: none
+    groups_min: int = 1  # with fewer of them training waits
+    coordinator: str = ""  # "host:port" of a fleet that runs already (--join)
+    group: int = -1  # number of this replica group in it
+    run_id: str = ""  # of the fleet; default: the script's name
+    bind: str = "127.0.0.1"  # where its coordinator and ranks listen
+    host: str = ""  # address under which others reach these; "": as bind
+    port: int = 0  # of the coordinator; 0: any
+    gather_s: float = 20.0  # for all groups to be there at the beginning
+    silence_s: float = 0.5  # of a rank that stands still in the middle of an average
+    patience_s: float = 10.0  # ... while the others wait for it to begin one
+    join_timeout_s: float = 600.0  # for a group to be let in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FtrainConfig:
     """Everything, as ranks and processes receive it."""
 
@@ -140,4 +158,5 @@ class FtrainConfig:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     events: EventsConfig = field(default_factory=EventsConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     seed: int = 0

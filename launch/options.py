@@ -36,6 +36,7 @@ The command line has three parts:
   ftrain launch --nproc-per-node 2 faults=kill_rank faults.at_step=50 train.py
   ftrain launch checkpoint.durable_every_steps=500 checkpoint.keep_last=3 train.py
   ftrain launch checkpoint.remote=s3://bucket/prefix train.py
+  ftrain launch --replica-groups 3 train.py       (Session(replicas="sync"))
   ftrain launch --local-nodes 2 --nproc-per-node 2 launch.max_restarts=5 -m my.package.train
   ftrain launch -- odd=name.py            (-- when the script's name contains '=')
   ftrain launch --cfg job snapshot=off    (print the resolved configuration)
@@ -178,6 +179,17 @@ class _LaunchParser:
             help="N nodes more wait, each with an agent; one takes the place of a node that is lost"
             " at once, and that node waits as a spare when it is back (0)",
         )
+        option(
+            "--replica-groups",
+            metavar="N",
+            help="train with N replica groups on this machine, each a job of its own, that average"
+            " gradients in every step; one that is lost costs the others nothing, and comes back",
+        )
+        option(
+            "--join",
+            metavar="HOST:PORT",
+            help="join a fleet of replica groups that runs already, as fleet.group=K",
+        )
         option("--node-rank", metavar="K", help="this machine's node, from 0")
         option("--run-dir", metavar="DIR", help="state of the run (./ftrain-runs/<script name>)")
         option("--run-id", "--rdzv-id", dest="run_id", metavar="ID", help="name of the run")
@@ -241,6 +253,11 @@ def _option_overrides(found: argparse.Namespace, notes: list[str]) -> dict[str, 
         value = getattr(found, name)
         if value is not None:
             given[f"launch.{name}"] = (f"--{name.replace('_', '-')}", value)
+    if found.replica_groups is not None:
+        count = _whole("--replica-groups", found.replica_groups, least=1)
+        given["fleet.groups"] = ("--replica-groups", str(count))
+    if found.join is not None:
+        given["fleet.coordinator"] = ("--join", found.join)
     if found.local_addr is not None:
         given["launch.host"] = ("--local-addr", found.local_addr)
     if found.nnodes is not None:

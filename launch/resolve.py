@@ -292,6 +292,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "detection.user_stall_s": (lambda v: v > 0, "more than 0"),
     "detection.user_warn_s": (lambda v: v > 0, "more than 0"),
     "detection.suspect_steps": _at_least(0),
+    "fleet.groups": (lambda v: 0 <= v <= 256, "0 to 256"),
+    "fleet.groups_min": _at_least(1),
+    "fleet.group": _at_least(-1),
+    "fleet.port": (lambda v: 0 <= v < 65536, "0 to 65535"),
+    "fleet.gather_s": _at_least(0),
+    "fleet.silence_s": (lambda v: v > 0, "more than 0"),
+    "fleet.patience_s": (lambda v: v > 0, "more than 0"),
+    "fleet.join_timeout_s": (lambda v: v > 0, "more than 0"),
     "events.bytes_max": _at_least(4096),
     "events.progress_every_s": (lambda v: v > 0, "more than 0"),
     "events.progress_piped_every_s": (lambda v: v > 0, "more than 0"),
@@ -299,7 +307,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_ranges(config: FtrainConfig) -> None:
-    for group in ("launch", "snapshot", "checkpoint", "detection", "events"):
+    for group in ("launch", "snapshot", "checkpoint", "detection", "events", "fleet"):
         for name, value in dataclasses.asdict(getattr(config, group)).items():
             key = f"{group}.{name}"
             if isinstance(value, float) and not math.isfinite(value):
@@ -314,6 +322,21 @@ def _check_ranges(config: FtrainConfig) -> None:
             place_name(config.checkpoint.remote)
         except ConfigError as error:
             raise ConfigError(f"checkpoint.remote: {error}") from None
+    fleet = config.fleet
+    if fleet.groups and fleet.coordinator:
+        raise ConfigError(
+            "--replica-groups starts a fleet and --join goes to one that runs: leave one out"
+        )
+    if fleet.coordinator and fleet.group < 0:
+        raise ConfigError(
+            f"--join {fleet.coordinator} needs fleet.group=K, a number that no other replica group"
+            " of the fleet has"
+        )
+    if fleet.groups and fleet.groups_min > fleet.groups:
+        raise ConfigError(
+            f"fleet.groups_min={fleet.groups_min} is more than the fleet.groups={fleet.groups} that"
+            " are started: training would never begin"
+        )
     snapshot, launch = config.snapshot, config.launch
     if snapshot.parity >= snapshot.group:
         raise ConfigError(

@@ -68,6 +68,10 @@ def launch(tokens: Sequence[str]) -> int:
             " ftrain launch --help"
         )
     script = check_script(request.argv[0], module=request.module)
+    if config.fleet.groups:
+        from ftrain.launch.fleet_front import launch_fleet
+
+        return launch_fleet(request, config, script)
     settings = config.launch
     nodes = settings.local_nodes or settings.nnodes
     world_size = nodes * settings.nproc_per_node

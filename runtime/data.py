@@ -117,6 +117,19 @@ class DataPosition:
         else:
             self._stretch = self._resume(Stretch.of(dealt), dealt["consumed"])
 
+    def deal(self, world: int, rank: int) -> None:
+        """Have what is left of the epoch dealt out to ``world`` ranks, of which this is ``rank``:
+        the samples of an epoch are those of all replica groups together."""
+        if (world, rank) == (self._world_size, self._rank) or self.data is None:
+            return
+        state = self.state()
+        self._world_size, self._rank = world, rank
+        self._reseat()
+        self.load(state)
+
+    def _reseat(self) -> None:
+        """Nothing more is known of what an iterable yields."""
+
     def next(self) -> Any:
         """The next batch, across epochs.
 
@@ -226,6 +239,9 @@ class LoaderPosition(DataPosition):
         found = super().ledger()
         found["digest"] = self._sampler.digests.pop(self.index - 1, "")
         return found
+
+    def _reseat(self) -> None:
+        self._sampler.reseat(self._world_size, self._rank)
 
     def _start(self) -> Iterator[Any]:
         self._enter()

@@ -148,11 +148,20 @@ class ResumableSampler:
         self._splittable = self._batcher is not None or not batched
         self._seat = _seat(self._source) if self._splittable else None
         self._layout = Stretch(_world(self.chain, world_size), _batch_size(inner))
+        self._reseated = False  # dealt out to others than the user's samplers know of
         self._epoch = 0
         self._begins: tuple[Stretch, int] | None = None  # where an iteration does; None: anew
 
     def __len__(self) -> int:
         return len(self.inner)
+
+    def reseat(self, world: int, rank: int) -> None:
+        """Deal out to ``world`` ranks from now on, of which this is ``rank``, whatever the user's
+        sampler says; what has no known order is not dealt out at all."""
+        if self._seat is not None:
+            self._seat = replace(self._seat, world=world, rank=rank)
+            self._layout = replace(self._layout, world=world)
+            self._reseated = True
 
     def fresh(self) -> Stretch:
         """A whole epoch as the user's loader has it; its samplers were told the epoch before."""
@@ -219,7 +228,8 @@ class ResumableSampler:
     def _remaining(self, stretch: Stretch, index: int) -> Iterator[Any]:
         skip = index - stretch.since
         samples: Iterable[Any]
-        if self._seat and stretch.order and (stretch.start or stretch.order != self.fresh().order):
+        changed = stretch.start or self._reseated or stretch.order != self.fresh().order
+        if self._seat and stretch.order and changed:
             seat = self._seat
             samples = stretch.order.deal(stretch.start, seat.world, seat.rank, seat.drop_last)
         elif stretch.start and self._splittable:

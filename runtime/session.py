@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ftrain.checkpoint.capture import CaptureStatistics
-from ftrain.checkpoint.codec import encode_tree
+from ftrain.checkpoint.codec import decode_tree, encode_tree
 from ftrain.checkpoint.gpu_streams import in_cuda_graph
 from ftrain.checkpoint.tensors import Changes, StateTensor
 from ftrain.comms.environment import RankEnvironment, rank_environment
@@ -33,6 +33,8 @@ from ftrain.runtime.random_state import (
     set_random_state,
 )
 from ftrain.runtime.records import StepRecords, plain
+from ftrain.runtime.replicas.member import FleetMember, parameters_of
+from ftrain.runtime.replicas.place import fleet_place
 from ftrain.runtime.state import TrainingState
 
 _current: weakref.ref[Session] | None = None
@@ -66,6 +68,10 @@ class Session:
             iterable, or None.
         total_steps: where ``steps()`` ends, across epochs; None: when the data's first epoch ends.
         seed: for the order of the data and its workers; default: torch's initial seed.
+        replicas: "sync": under ``ftrain launch --replica-groups`` gradients are averaged over all
+            replica groups in every step, at the end of backward; groups may be lost and come back.
+            The samples of an epoch are dealt out to the groups.
+        accumulate: backward passes in one step of the optimizer, for ``replicas``.
         objects: anything else with state, by name; modules (an EMA copy) are treated as models.
 
     Raises:
@@ -85,6 +91,8 @@ class Session:
         data: Any = None,
         total_steps: int | None = None,
         seed: int | None = None,
+        replicas: str | None = None,
+        accumulate: int = 1,
         **objects: Any,
     ) -> None:
         _claim(self)
@@ -131,6 +139,7 @@ class Session:
         self._bucket_orders: list[list[int] | None] = []  # of each DDP module; empty: not known
         self._unsettled: dict[int, Any] | None = None  # DDP modules that have none yet
         self._watch = LossWatch.of(self._environment)
+        self._boundary_state: tuple[tuple[StateTensor, ...], bytes] | None = None
         self._keeper: Keeper = open_keeper(self._environment, self._note)
         self._records = StepRecords(
             self._keeper.run_dir,
@@ -139,6 +148,7 @@ class Session:
             self._keeper.events_bytes_max,
         )
         self._restore()
+        self._member = self._join(replicas, accumulate)
         self._hook(scaler)
         if self._page is not None:
             self._heartbeat = Heartbeat(self._page)
@@ -162,6 +172,7 @@ class Session:
             else:
                 self._capture()
                 self._keeper.expect(self._state.expected())
+            self._begin_average()
             while self._total_steps is None or self._step < self._total_steps:
                 self._phase(Phase.BOUNDARY)
                 self._end_if_asked()
@@ -174,6 +185,8 @@ class Session:
                 began = self._begin_step()
                 yield self._step, batch
                 self._boundary(began)
+                if not self._finished:
+                    self._begin_average()
             if self._steps_done == self._step < _UNSTEPPED_WARNING:
                 self._doubt()
             self._keep_last()
@@ -302,6 +315,9 @@ class Session:
 
     def _finish(self) -> None:
         global _unsaved
+        if self._member is not None:
+            self._member.close()
+            self._member = None
         self._keeper.finish()
         _unsaved = self._keeper.unsaved
 
@@ -315,6 +331,14 @@ class Session:
             )
 
     def _capture(self, collectives: int = -1) -> None:
+        tensors, small = self._describe()
+        self._pending = (self._step, tensors, small, collectives)
+        if self._keeper.capture(*self._pending, last=self._finished):
+            self._set(Word.KEPT_STEP, self._step)
+            self._pending = None
+
+    def _describe(self) -> tuple[tuple[StateTensor, ...], bytes]:
+        """The state at this boundary: the tensors, and everything else."""
         layout = self._state.layout()
         small = {
             "state": self._state.small(layout),
@@ -325,10 +349,43 @@ class Session:
             "odd_loss": self._watch.odd(self._step),
             "world": [self._environment.rank, self._environment.world_size],
         }
-        self._pending = (self._step, layout.tensors, encode_tree(small), collectives)
-        if self._keeper.capture(*self._pending, last=self._finished):
-            self._set(Word.KEPT_STEP, self._step)
-            self._pending = None
+        self._boundary_state = layout.tensors, encode_tree(small)
+        return self._boundary_state
+
+    def _join(self, replicas: str | None, accumulate: int) -> FleetMember | None:
+        """Join the fleet, and take its state, if there is one."""
+        place = fleet_place(self._environment, replicas, accumulate)
+        if place is None:
+            return None
+        member = FleetMember(place, parameters_of(self._state.optimizers), accumulate)
+        came_at = self._step
+        if member.join(self._step, self._take_from_fleet):
+            self._note(
+                f"joined the fleet at step {self._step} (came with step {came_at}; "
+                f"{member.bytes_healed / 1e6:.1f} MB from the others)"
+            )
+        self._set(Word.STEP, self._step)
+        return member
+
+    def _take_from_fleet(self, encoded: bytes) -> tuple[StateTensor, ...]:
+        small = decode_tree(encoded)
+        self._state.load_small(small["state"])
+        self._step = small["step"]
+        self._data.load(small["data"])
+        group = self._environment.context.config.fleet.group if self._environment.context else 0
+        self._random = newcomer_random_state(small["random"], group)
+        self._watch.restored(self._step, odd=small.get("odd_loss", False))
+        return self._state.layout().tensors
+
+    def _begin_average(self) -> None:
+        """A boundary: the samples of the next step are dealt out among who is in the fleet now."""
+        if self._member is None:
+            return
+        tensors, small = self._boundary_state or self._describe()
+        position = self._member.begin(self._step, tensors, small)
+        if position is not None:
+            rank, world = position
+            self._data.deal(world, rank)
 
     def _keep_last(self) -> None:
         """The run ends: have the newest version kept, if it was not and still can be.
@@ -421,7 +478,9 @@ class Session:
             scaler.step = step
 
     def _before_optimizer(self, *_: Any) -> None:
-        self._pending = None
+        self._pending = self._boundary_state = None
+        if self._member is not None:
+            self._member.moving()
         self._replays = self._replays or in_cuda_graph()
         self._keeper.barrier()
         self._phase(Phase.OPTIMIZER)

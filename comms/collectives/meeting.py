@@ -94,10 +94,16 @@ class Meeting:
         identity: this rank's.
         bind: host to listen on; any free port.
         host: under which others reach it; "": as ``bind`` says.
+        state: see :class:`Place`.
     """
 
     def __init__(
-        self, identity: Identity, secret: bytes, bind: str = "127.0.0.1", host: str = ""
+        self,
+        identity: Identity,
+        secret: bytes,
+        bind: str = "127.0.0.1",
+        host: str = "",
+        state: str = "",
     ) -> None:
         if bind in ("0.0.0.0", "::") and not host:
             raise UsageError(f"listening on {bind} needs a host name for others to connect to")
@@ -109,7 +115,7 @@ class Meeting:
         self._unix.bind("\0" + name)
         self._unix.listen(_BACKLOG)
         address = format_address(host or bind, self._listener.getsockname()[1])
-        self.place = Place(identity.node, identity.incarnation, address, _host(), name)
+        self.place = Place(identity.node, identity.incarnation, address, _host(), name, state)
         self._changed = threading.Condition()
         self._arrived: dict[tuple[int, int, int, int], _Arrival] = {}  # oldest first
         self._epoch = 0  # newest ring: what comes for older ones is closed

@@ -40,6 +40,8 @@ from ftrain.comms.fleet.protocol.peer import (
 )
 from ftrain.comms.fleet.settings import FleetSettings
 from ftrain.comms.protocol.handshake import Identity
+from ftrain.comms.protocol.place import Place
+from ftrain.comms.protocol.ring import OpId
 
 Make = Callable[[int, int], Work]
 """A part of an operation, given this peer's rank and the number of ranks."""
@@ -54,6 +56,7 @@ class Fleet:
         incarnation: of the member; higher than in every life before, equal for all its ranks.
         bind: host to listen on for the other peers.
         host: under which others reach it; "": as ``bind`` says.
+        state: where this peer gives its state to newcomers.
     """
 
     def __init__(
@@ -66,13 +69,15 @@ class Fleet:
         *,
         bind: str = "127.0.0.1",
         host: str = "",
+        state: str = "",
         settings: FleetSettings | None = None,
     ) -> None:
         self.peer = peer
         self.backups = Backups()
         self._settings = settings or FleetSettings()
         identity = Identity(run_id, "rank", peer, incarnation)
-        self._meeting = Meeting(identity, secret, bind, host)
+        self._meeting = Meeting(identity, secret, bind, host, state)
+        self.place = self._meeting.place
         self._one_halt = threading.Lock()
         self._lock = threading.RLock()  # of everything below
         self._changed = threading.Condition(self._lock)
@@ -80,7 +85,8 @@ class Fleet:
         self._view = 0
         self._members: tuple[int, ...] = ()
         self._ring: Ring | None = None
-        self._beside: tuple[int, Ring] | None = None
+        self._beside: tuple[Build, Ring] | None = None
+        self._places: tuple[Place, ...] = ()
         self._building = 0  # view that a ring is being made for
         self._switching: Switch | None = None
         self._holding = True  # until there is a view
@@ -118,6 +124,17 @@ class Fleet:
         return self._members
 
     @property
+    def ring(self) -> tuple[int, tuple[Place, ...]]:
+        """The number of the present membership, and its peers of this lane in order."""
+        with self._lock:
+            return self._view, self._places
+
+    def next_number(self, tag: int) -> int:
+        """Number of the next operation with a tag."""
+        with self._lock:
+            return self._ops.counts.get(tag, 0)
+
+    @property
     def waiting(self) -> bool:
         """Whether operations wait for more members."""
         return self._waiting
@@ -129,7 +146,7 @@ class Fleet:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._view or self._error, timeout_s)
-            self._raise_if_over()
+            self.raise_if_over()
             if not self._view:
                 raise TimeoutError(f"the fleet has not let this peer in within {timeout_s} s")
             return self._view
@@ -146,17 +163,24 @@ class Fleet:
         return op.handle
 
     def open(self, *, tag: int = 0, retry: bool = True) -> FleetOp:
-        """Begin an operation of several parts."""
+        """Begin an operation of several parts: from here on it belongs to the present membership,
+        so this waits while that is about to change, and while there are too few members."""
         if not 0 <= tag < 65536:
             raise UsageError(f"a tag is a number from 0 to 65535, not {tag}")
         with self._lock:
             if not (self._view or self._error):
                 raise UsageError("the fleet has not let this peer in yet: wait_for_view first")
+            self._changed.wait_for(lambda: self._error or self._may_open(tag))
             op = self._ops.open(tag, retry=retry)
             if self._error is not None:
                 self._ops.close(op)
                 op.handle.end(self._error)
             return op
+
+    def _may_open(self, tag: int) -> bool:
+        number = OpId(tag, self._ops.counts.get(tag, 0))
+        later = self._switching is not None and not is_before(number, self._switching.first)
+        return not (self._holding or self._waiting or later)
 
     def add(self, op: FleetOp, make: Make, *, last: bool) -> None:
         """Give an operation its next part; raises UsageError for what can't be one."""
@@ -190,7 +214,7 @@ class Fleet:
         elif isinstance(effect, Hold):
             with self._lock:
                 self._holding = True
-                started = self._ops.started()
+                started = self._ops.started(waiting=self._waiting)
             self._machine.held(effect.number, started)
         elif isinstance(effect, Release):
             self._release(effect)
@@ -222,7 +246,7 @@ class Fleet:
         with self._lock:
             wanted = self._building == effect.view and self._error is None
             if wanted and isinstance(effect, Build):
-                self._beside = effect.view, ring
+                self._beside = effect, ring
         if not wanted:
             ring.close()
             return None
@@ -248,6 +272,7 @@ class Fleet:
             if effect.drop:
                 self._building = 0
             self._holding = not self._view
+            self._changed.notify_all()
             self._put_all()
         if beside is not None:
             self._spawn(beside[1].close)
@@ -289,7 +314,7 @@ class Fleet:
             if self._building != effect.view:  # another change has begun meanwhile
                 self._spawn(ring.close)
                 return
-            self._enter(effect.view, effect.members, effect.first, effect.waiting, ring)
+            self._enter(effect, effect.places, ring)
             for op in list(self._ops.running.values()):
                 if op.attempt and op.op in decisions:
                     self._mend(op, ring, decisions[op.op], effect)
@@ -328,6 +353,7 @@ class Fleet:
                 return
             self._switching = effect
             self._holding = False
+            self._changed.notify_all()
             self._put_all()
             self._go_on_switching()
 
@@ -351,20 +377,20 @@ class Fleet:
         self._switching = None
         old, beside = self._ring, self._beside
         self._beside = None
-        ring = beside[1] if beside is not None else None
-        self._enter(effect.view, effect.members, effect.first, effect.waiting, ring)
+        self._enter(effect, beside[0].places if beside else (), beside[1] if beside else None)
         self._put_all()
         if old is not None:
             self._spawn(old.close)
         self._link.call(lambda: self._machine.moved(effect.view))
 
     def _enter(
-        self, view: int, members: tuple[int, ...], first: Counts, waiting: bool, ring: Ring | None
+        self, effect: Install | Switch, places: tuple[Place, ...], ring: Ring | None
     ) -> None:
         if not self._view:
-            self._ops.begin_at(first)
-        self._view, self._members, self._ring = view, members, ring
-        self._holding, self._waiting = False, waiting
+            self._ops.begin_at(effect.first)
+        self._view, self._members, self._ring = effect.view, effect.members, ring
+        self._places = places
+        self._holding, self._waiting = False, effect.waiting
         self._moved = (0, time.monotonic())
         self._changed.notify_all()
 
@@ -440,7 +466,8 @@ class Fleet:
             self._ops.fail(self._error)
             self._changed.notify_all()
 
-    def _raise_if_over(self) -> None:
+    def raise_if_over(self) -> None:
+        """Raise what ended this peer's part in the fleet, if something has."""
         if self._error is not None:
             raise type(self._error)(*self._error.args)
 

@@ -127,10 +127,11 @@ class Operations:
         """For each tag the number of the next one."""
         return tuple(sorted(self.counts.items()))
 
-    def started(self) -> Counts:
-        """For each tag the number of the next one that was on no ring yet."""
+    def started(self, *, waiting: bool) -> Counts:
+        """For each tag the number of the first one that may as well begin in the next view: one
+        that has parts and is on no ring; while all are ``waiting``, any."""
         counts = dict(self.counts)
-        for op in self.waiting():
+        for op in [op for op in self.waiting() if op.works or waiting]:
             counts[op.op.tag] = min(counts[op.op.tag], op.op.number)
         return tuple(sorted(counts.items()))
 

@@ -17,3 +17,4 @@ class Place:
     address: str  # host:port
     host: str
     local: str
+    state: str = ""  # host:port where it gives its state to newcomers; "": nowhere

@@ -1,0 +1,1 @@
+"""Replica groups that train together, step by step, and come and go."""
