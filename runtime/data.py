@@ -8,7 +8,7 @@ resumed epoch skips at the level of the sampler: no skipped sample is loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,6 +127,11 @@ class DataPosition:
         self._reseat()
         self.load(state)
 
+    def give_back(self, ranks: Sequence[int]) -> bool:
+        """Nothing came of what ``ranks`` drew as the newest batch: deal it out again.  False where
+        it is not known what that was."""
+        return False
+
     def _reseat(self) -> None:
         """Nothing more is known of what an iterable yields."""
 
@@ -239,6 +244,14 @@ class LoaderPosition(DataPosition):
         found = super().ledger()
         found["digest"] = self._sampler.digests.pop(self.index - 1, "")
         return found
+
+    def give_back(self, ranks: Sequence[int]) -> bool:
+        """See :meth:`DataPosition.give_back`."""
+        stretch = self._sampler.give_back(self._stretch, self.index, ranks)
+        known = stretch is not self._stretch
+        if known:
+            self._stretch, self._iterator = stretch, None
+        return known
 
     def _reseat(self) -> None:
         self._sampler.reseat(self._world_size, self._rank)

@@ -9,7 +9,7 @@ DistributedSampler would deal it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -42,16 +42,22 @@ class Order:
     length: int
     shuffle: int | None  # seed of the permutation; None: as the dataset has them
 
-    def deal(self, start: int, world: int, rank: int, drop_last: bool) -> list[int]:
-        """The samples that ``rank`` gets of those from ``start`` on.
+    def deal(
+        self, start: int, world: int, rank: int, drop_last: bool, again: tuple[int, ...] = ()
+    ) -> list[int]:
+        """The samples that ``rank`` gets of those at the places ``again`` and then from ``start``.
 
         They are made to divide as DistributedSampler does it: the epoch's first ones are added,
         or with ``drop_last`` the last ones left out.
         """
-        count = share(self.length - start, world, drop_last)
+        count = share(len(again) + self.length - start, world, drop_last)
         if count == 0:
             return []
-        places = (torch.arange(count) * world + (start + rank)) % self.length
+        turns = torch.arange(count) * world + rank
+        places = (turns + (start - len(again))) % self.length
+        if again:
+            first = turns < len(again)
+            places[first] = torch.tensor(again)[turns[first]]
         if self.shuffle is not None:
             generator = torch.Generator()
             generator.manual_seed(self.shuffle)
@@ -68,6 +74,7 @@ class Stretch:
     batch: int  # samples per batch and rank
     since: int = 0  # batches of the epoch that each rank had consumed before
     start: int = 0  # samples of the epoch that all ranks together had consumed before
+    again: tuple[int, ...] = ()  # places of the order before that of which nothing came
     order: Order | None = None  # None: not known here, it is a sampler's own affair
 
     def record(self) -> dict[str, Any]:
@@ -78,6 +85,7 @@ class Stretch:
             "batch": self.batch,
             "since": self.since,
             "start": self.start,
+            "again": list(self.again),
             "order": order and {"length": order.length, "shuffle": order.shuffle},
         }
 
@@ -90,6 +98,7 @@ class Stretch:
             batch=record["batch"],
             since=record["since"],
             start=record["start"],
+            again=tuple(record.get("again", ())),
             order=None if order is None else Order(order["length"], order["shuffle"]),
         )
 
@@ -101,6 +110,23 @@ class Stretch:
         """Go on under ``fresh``'s layout, without knowing who drew what: at the same place, less
         what does not fill a whole ``unit``, because to repeat samples is better than to skip."""
         return replace(fresh, since=index, start=consumed // unit * unit)
+
+    def drawn(self, index: int) -> int:
+        """Samples that all ranks together have drawn of it at ``index``."""
+        return (index - self.since) * self.batch * self.world
+
+    def left(self, index: int) -> tuple[tuple[int, ...], int]:
+        """What is left at ``index``: places to be dealt out again, and where the rest begins."""
+        drawn = self.drawn(index)
+        return self.again[drawn:], self.start + max(0, drawn - len(self.again))
+
+    def drawn_by(self, rank: int, index: int) -> tuple[int, ...]:
+        """Places of the order that one rank drew as the batch before ``index``."""
+        first = self.drawn(index - 1) + rank
+        turns = range(first, first + self.batch * self.world, self.world)
+        count, length = len(self.again), self.order.length if self.order else 0
+        places = [self.again[turn] if turn < count else turn - count + self.start for turn in turns]
+        return tuple(place for place in places if place < length)
 
     def told_from(self, now: Stretch) -> str:
         """The two layouts in words."""
@@ -173,7 +199,8 @@ class ResumableSampler:
         own = self.fresh()
         same = before.same_layout(own)
         if before.order and own.order and before.order.length <= own.order.length:
-            resumed = replace(own, since=index, start=consumed, order=before.order)
+            again, start = before.left(index) if before.again else ((), consumed)
+            resumed = replace(own, since=index, start=start, again=again, order=before.order)
             return before if same else resumed, ""
         if same:
             resumed = replace(before, order=own.order)
@@ -198,9 +225,17 @@ class ResumableSampler:
         """How many samples of the epoch all ranks together have consumed at ``index``."""
         drawn = (index - stretch.since) * stretch.batch
         if stretch.order is not None and self._seat is not None:
-            left = stretch.order.length - stretch.start
+            left = len(stretch.again) + stretch.order.length - stretch.start
             drawn = min(drawn, share(left, stretch.world, self._seat.drop_last))
-        return stretch.start + drawn * stretch.world
+        return stretch.start - len(stretch.again) + drawn * stretch.world
+
+    def give_back(self, stretch: Stretch, index: int, ranks: Sequence[int]) -> Stretch:
+        """The stretch when nothing came of what ``ranks`` drew as the batch before ``index``."""
+        if stretch.order is None or self._seat is None:
+            return stretch
+        again, start = stretch.left(index)
+        lost = [place for rank in ranks for place in stretch.drawn_by(rank, index)]
+        return replace(stretch, since=index, start=start, again=(*sorted(lost), *again))
 
     @contextmanager
     def standing_at(self, epoch: int, stretch: Stretch, index: int) -> Iterator[None]:
@@ -228,10 +263,14 @@ class ResumableSampler:
     def _remaining(self, stretch: Stretch, index: int) -> Iterator[Any]:
         skip = index - stretch.since
         samples: Iterable[Any]
-        changed = stretch.start or self._reseated or stretch.order != self.fresh().order
+        changed = (
+            stretch.start or stretch.again or self._reseated or stretch.order != self.fresh().order
+        )
         if self._seat and stretch.order and changed:
             seat = self._seat
-            samples = stretch.order.deal(stretch.start, seat.world, seat.rank, seat.drop_last)
+            samples = stretch.order.deal(
+                stretch.start, seat.world, seat.rank, seat.drop_last, stretch.again
+            )
         elif stretch.start and self._splittable:
             samples = islice(iter(self._source), stretch.start // stretch.world, None)
         else:

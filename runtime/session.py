@@ -235,6 +235,11 @@ class Session:
         """Number of completed steps."""
         return self._step
 
+    @property
+    def replica_groups(self) -> tuple[int, ...]:
+        """The replica groups whose gradients were in the newest average; alone: none."""
+        return self._member.members if self._member is not None else ()
+
     def on_membership_change(self, callback: Callable[[], None]) -> None:
         """Call ``callback()`` once per membership in which this process trains: before its first
         step when the run was resumed after a change."""
@@ -270,6 +275,8 @@ class Session:
         self._steps_done += 1
         if self._stepped:
             self._settle_buckets()
+        if self._member is not None and (lost := self._member.take_lost()):
+            self._data.give_back(lost)
         collectives = collectives_enqueued()
         seconds = (now - began_ns) / 1e9
         loss = self._take_loss()

@@ -89,7 +89,7 @@ class FleetMember:
         self._hooks = [t.register_post_accumulate_grad_hook(self._grown) for t in tensors]
         self.bytes_healed = 0
         self.members: tuple[int, ...] = ()  # whose gradients were in the newest average
-        self.lost: tuple[int, ...] = ()  # who began the newest step with us and is not in it
+        self.lost: tuple[int, ...] = ()  # positions of who began the newest step and is not in it
 
     # ------------------------------------------------------------------ coming
 
@@ -147,6 +147,11 @@ class FleetMember:
         self._server.stand(op.op.number, step, tensors, small)
         self._now = Averaging(op, step, self._fleet.members)
         return self.position
+
+    def take_lost(self) -> tuple[int, ...]:
+        """Positions of those who began the newest step and are not in its average, once."""
+        lost, self.lost = self.lost, ()
+        return lost
 
     def moving(self) -> None:
         """Parameters are about to change."""
@@ -260,7 +265,7 @@ class FleetMember:
             bucket.unpack(members, [flag > 0 for flag in flags[first : first + count]])
             first += count
         self.members = now.op.handle.members
-        self.lost = tuple(member for member in now.members if member not in self.members)
+        self.lost = tuple(n for n, member in enumerate(now.members) if member not in self.members)
 
 
 def at_the_end(callback: Callable[[], None]) -> None:
