@@ -164,6 +164,7 @@ class FleetFront:
 
     async def _keep(self, name: str, arguments: list[str], fd: int = -1) -> int:
         """Run a process, again when it was killed; returns the code that it ended with."""
+        code = EXIT_FAILED
         for _ in range(_RESTARTS_MAX):
             code = await self._run_once(name, arguments, fd)
             if self._over or self._stopping or code >= 0:

@@ -97,15 +97,12 @@ class Session:
     ) -> None:
         _claim(self)
         self._environment: RankEnvironment = rank_environment()
-        context = self._environment.context
-        self._page: TelemetryPage | None = None
+        self._page = _telemetry_page(self._environment)
         self._heartbeat: Heartbeat | None = None
-        if context is not None and context.telemetry_fd >= 0:
-            self._page = TelemetryPage(context.telemetry_fd)
-            self._set(Word.SESSION_NS, time.monotonic_ns())
-            self._set(Word.FORMED_NS, time.monotonic_ns())
-            self._set(Word.TOTAL_STEPS, total_steps or 0)
-            self._phase(Phase.RESTORING)
+        self._set(Word.SESSION_NS, time.monotonic_ns())
+        self._set(Word.FORMED_NS, time.monotonic_ns())
+        self._set(Word.TOTAL_STEPS, total_steps or 0)
+        self._phase(Phase.RESTORING)
         models = _named(model, "model", torch.nn.Module)
         models |= {name: m for name, m in objects.items() if isinstance(m, torch.nn.Module)}
         optimizers = _named(optimizer, "optimizer", torch.optim.Optimizer)
@@ -520,6 +517,14 @@ class Session:
 
     def _note(self, text: str) -> None:
         sys.stderr.write(f"ftrain: {text}\n")
+
+
+def _telemetry_page(environment: RankEnvironment) -> TelemetryPage | None:
+    """Where this rank is watched from, under ``ftrain launch``."""
+    context = environment.context
+    if context is None or context.telemetry_fd < 0:
+        return None
+    return TelemetryPage(context.telemetry_fd)
 
 
 def _claim(session: Session) -> None:
