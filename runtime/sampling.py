@@ -42,23 +42,31 @@ class Order:
     length: int
     shuffle: int | None  # seed of the permutation; None: as the dataset has them
 
-    def deal(
-        self, start: int, world: int, rank: int, drop_last: bool, again: tuple[int, ...] = ()
-    ) -> list[int]:
-        """The samples that ``rank`` gets of those at the places ``again`` and then from ``start``.
+    def deal(self, start: int, world: int, rank: int, drop_last: bool) -> list[int]:
+        """The samples that ``rank`` gets of those from ``start`` on.
 
         They are made to divide as DistributedSampler does it: the epoch's first ones are added,
         or with ``drop_last`` the last ones left out.
         """
-        count = share(len(again) + self.length - start, world, drop_last)
-        if count == 0:
-            return []
-        turns = torch.arange(count) * world + rank
-        places = (turns + (start - len(again))) % self.length
+        count = share(self.length - start, world, drop_last)
+        return self._samples((torch.arange(count) * world + (start + rank)) % self.length)
+
+    def lease(self, stretch: Stretch, rank: int, drop_last: bool) -> list[int]:
+        """The samples that ``rank`` gets batch by batch of what is left: in every step each rank
+        takes the next batch, so whose one comes to nothing changes nobody else's."""
+        again, batch, world = stretch.again, stretch.batch, stretch.world
+        left = len(again) + self.length - stretch.start
+        steps = share(left, world * batch, drop_last)
+        turns = torch.arange(steps * batch)
+        turns = turns // batch * (world * batch) + rank * batch + turns % batch
+        places = (turns + (stretch.start - len(again))) % self.length
         if again:
             first = turns < len(again)
             places[first] = torch.tensor(again)[turns[first]]
-        if self.shuffle is not None:
+        return self._samples(places)
+
+    def _samples(self, places: torch.Tensor) -> list[int]:
+        if self.shuffle is not None and places.numel():
             generator = torch.Generator()
             generator.manual_seed(self.shuffle)
             places = torch.randperm(self.length, generator=generator)[places]
@@ -118,14 +126,19 @@ class Stretch:
     def left(self, index: int) -> tuple[tuple[int, ...], int]:
         """What is left at ``index``: places to be dealt out again, and where the rest begins."""
         drawn = self.drawn(index)
-        return self.again[drawn:], self.start + max(0, drawn - len(self.again))
+        start = self.start + max(0, drawn - len(self.again))
+        if self.order is not None:  # the last batches were made to divide
+            start = min(start, self.order.length)
+        return self.again[drawn:], start
 
-    def drawn_by(self, rank: int, index: int) -> tuple[int, ...]:
-        """Places of the order that one rank drew as the batch before ``index``."""
-        first = self.drawn(index - 1) + rank
-        turns = range(first, first + self.batch * self.world, self.world)
+    def leased(self, rank: int, index: int) -> tuple[int, ...]:
+        """Places of the order that one rank was leased as the batch before ``index``."""
+        first = self.drawn(index - 1) + rank * self.batch
         count, length = len(self.again), self.order.length if self.order else 0
-        places = [self.again[turn] if turn < count else turn - count + self.start for turn in turns]
+        places = [
+            self.again[turn] if turn < count else turn - count + self.start
+            for turn in range(first, first + self.batch)
+        ]
         return tuple(place for place in places if place < length)
 
     def told_from(self, now: Stretch) -> str:
@@ -182,8 +195,8 @@ class ResumableSampler:
         return len(self.inner)
 
     def reseat(self, world: int, rank: int) -> None:
-        """Deal out to ``world`` ranks from now on, of which this is ``rank``, whatever the user's
-        sampler says; what has no known order is not dealt out at all."""
+        """Lease batches to ``world`` ranks from now on, of which this is ``rank``, whatever the
+        user's sampler says; what has no known order is not dealt out at all."""
         if self._seat is not None:
             self._seat = replace(self._seat, world=world, rank=rank)
             self._layout = replace(self._layout, world=world)
@@ -234,8 +247,8 @@ class ResumableSampler:
         if stretch.order is None or self._seat is None:
             return stretch
         again, start = stretch.left(index)
-        lost = [place for rank in ranks for place in stretch.drawn_by(rank, index)]
-        return replace(stretch, since=index, start=start, again=(*sorted(lost), *again))
+        lost = [place for rank in ranks for place in stretch.leased(rank, index)]
+        return replace(stretch, since=index, start=start, again=(*lost, *again))
 
     @contextmanager
     def standing_at(self, epoch: int, stretch: Stretch, index: int) -> Iterator[None]:
@@ -263,14 +276,12 @@ class ResumableSampler:
     def _remaining(self, stretch: Stretch, index: int) -> Iterator[Any]:
         skip = index - stretch.since
         samples: Iterable[Any]
-        changed = (
-            stretch.start or stretch.again or self._reseated or stretch.order != self.fresh().order
-        )
-        if self._seat and stretch.order and changed:
-            seat = self._seat
-            samples = stretch.order.deal(
-                stretch.start, seat.world, seat.rank, seat.drop_last, stretch.again
-            )
+        seat = self._seat
+        if seat and stretch.order and self._reseated:
+            drops = seat.drop_last or bool(self._batcher is not None and self._batcher.drop_last)
+            samples = stretch.order.lease(stretch, seat.rank, drops)
+        elif seat and stretch.order and (stretch.start or stretch.order != self.fresh().order):
+            samples = stretch.order.deal(stretch.start, seat.world, seat.rank, seat.drop_last)
         elif stretch.start and self._splittable:
             samples = islice(iter(self._source), stretch.start // stretch.world, None)
         else:

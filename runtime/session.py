@@ -145,6 +145,8 @@ class Session:
             self._keeper.events_bytes_max,
         )
         self._restore()
+        self._members: tuple[int, ...] = ()  # of the newest average, as a newcomer is told
+        self._member: FleetMember | None = None
         self._member = self._join(replicas, accumulate)
         self._hook(scaler)
         if self._page is not None:
@@ -352,6 +354,7 @@ class Session:
             "step": self._step,
             "odd_loss": self._watch.odd(self._step),
             "world": [self._environment.rank, self._environment.world_size],
+            "members": list(self._member.members) if self._member is not None else [],
         }
         self._boundary_state = layout.tensors, encode_tree(small)
         return self._boundary_state
@@ -364,6 +367,7 @@ class Session:
         member = FleetMember(place, parameters_of(self._state.optimizers), accumulate)
         came_at = self._step
         if member.join(self._step, self._take_from_fleet):
+            member.members = self._members
             self._note(
                 f"joined the fleet at step {self._step} (came with step {came_at}; "
                 f"{member.bytes_healed / 1e6:.1f} MB from the others)"
@@ -376,6 +380,7 @@ class Session:
         self._state.load_small(small["state"])
         self._step = small["step"]
         self._data.load(small["data"])
+        self._members = tuple(small["members"])
         group = self._environment.context.config.fleet.group if self._environment.context else 0
         self._random = newcomer_random_state(small["random"], group)
         self._watch.restored(self._step, odd=small.get("odd_loss", False))

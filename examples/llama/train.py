@@ -1,12 +1,14 @@
 """Train a byte-level LLaMA on the source text of Python's standard library.
 
-An ordinary PyTorch script plus one ``ftrain.Session``; the same file runs three ways::
+An ordinary PyTorch script plus one ``ftrain.Session``; the same file runs four ways::
 
     python examples/llama/train.py --preset 0.5m --steps 200
     torchrun --nproc-per-node 2 examples/llama/train.py --preset 0.5m --steps 200
     ftrain launch --nproc-per-node 2 examples/llama/train.py --preset 0.5m --steps 200
+    ftrain launch --replica-groups 3 examples/llama/train.py --preset 0.5m --steps 200
 
-Under ``ftrain launch`` a rank that is killed resumes from memory at the step where it stood.
+Under ``ftrain launch`` a rank that is killed resumes from memory at the step where it stood; with
+replica groups the others go on meanwhile.
 """
 
 from __future__ import annotations
@@ -256,7 +258,12 @@ def main() -> None:
 
     scheduler = LambdaLR(optimizer, learning_rate)
     session = ftrain.Session(
-        model=model, optimizer=optimizer, scheduler=scheduler, data=loader, total_steps=args.steps
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        data=loader,
+        total_steps=args.steps,
+        replicas="sync",
     )
 
     def report(step: int) -> None:

@@ -16,15 +16,19 @@ BUCKET_BYTES = 25 * 1024 * 1024  # as DDP's
 
 
 class Bucket:
-    """Some parameters' gradients, one dtype, in one flat tensor."""
+    """Some parameters' gradients, one dtype, in one flat tensor; behind them ``words`` numbers of
+    whoever sends it."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], words: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         self.parameters = list(parameters)
         sizes = [local_part(parameter).numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype)
+        self.flat = torch.zeros(sum(sizes) + words, dtype=dtype or parameters[0].dtype)
+        *views, self.words = torch.split(self.flat, [*sizes, words])
         self._views = [
             view.view(local_part(parameter).shape)
-            for view, parameter in zip(torch.split(self.flat, sizes), parameters, strict=True)
+            for view, parameter in zip(views, parameters, strict=True)
         ]
 
     def pack(self) -> None:
@@ -34,10 +38,6 @@ class Bucket:
                 view.zero_()
             else:
                 view.copy_(local_part(parameter.grad))
-
-    def clear(self) -> None:
-        """Bring nothing into the average."""
-        self.flat.zero_()
 
     def unpack(self, weight: float, wanted: Sequence[bool]) -> None:
         """Make the sum over all members the gradients, divided by ``weight``; where nobody had one
@@ -52,18 +52,30 @@ class Bucket:
 
 
 def make_buckets(
-    parameters: Iterable[torch.Tensor], bucket_bytes: int = BUCKET_BYTES
+    parameters: Iterable[torch.Tensor], words: int, bucket_bytes: int = BUCKET_BYTES
 ) -> list[Bucket]:
-    """Buckets of parameters that need gradients, last ones first, as backward makes them."""
-    buckets: list[Bucket] = []
+    """Buckets of parameters that need gradients, last ones first, as backward makes them.
+
+    The last one has room for ``words`` numbers, and one for each parameter.
+    """
+    groups = _groups(parameters, bucket_bytes)
+    words += sum(map(len, groups))
+    if not groups or groups[-1][0].dtype is not torch.float32:
+        groups.append([])
+    last = Bucket(groups.pop(), words, torch.float32)
+    return [*map(Bucket, groups), last]
+
+
+def _groups(parameters: Iterable[torch.Tensor], bucket_bytes: int) -> list[list[torch.Tensor]]:
+    groups: list[list[torch.Tensor]] = []
     pending: dict[torch.dtype, list[torch.Tensor]] = {}
     nbytes: dict[torch.dtype, int] = {}
     for parameter in reversed([p for p in parameters if p.requires_grad]):
         dtype, size = parameter.dtype, local_part(parameter).numel() * parameter.element_size()
         if pending.get(dtype) and nbytes[dtype] + size > bucket_bytes:
-            buckets.append(Bucket(pending.pop(dtype)))
+            groups.append(pending.pop(dtype))
         if dtype not in pending:
             pending[dtype], nbytes[dtype] = [], 0
         pending[dtype].append(parameter)
         nbytes[dtype] += size
-    return buckets + [Bucket(rest) for rest in pending.values()]
+    return groups + list(pending.values())

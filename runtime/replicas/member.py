@@ -23,8 +23,8 @@ from ftrain.runtime.replicas.healing import fetch, find_donors
 from ftrain.runtime.replicas.standing import StateServer
 
 _LEAVE_S = 5.0
-_SUM_OF_COUNTS = Arithmetic(Reduction.SUM, torch.int64)
-_MEMBERS, _STEPS, _FIRST_FLAG = 0, 1, 2  # entries of the part that comes last
+_MEMBERS, _STEP, _FIRST_FLAG = 0, 1, 2  # words behind the last bucket
+_STEP_MODULO = 4096  # so that sums of it are exact in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,6 @@ class Averaging:
 
     op: FleetOp
     step: int
-    members: tuple[int, ...]  # when the step began
     passes: int = 0  # backward passes so far
     ready: dict[int, int] = field(default_factory=dict)  # bucket: gradients that are there
     sent: int = 0  # buckets
@@ -75,21 +74,20 @@ class FleetMember:
             bind=place.bind,
             state=self._server.address,
         )
-        self._buckets = make_buckets(parameters)
+        self._buckets = make_buckets(parameters, _FIRST_FLAG)
         self._bucket_of = {
             id(parameter): number
             for number, bucket in enumerate(self._buckets)
             for parameter in bucket.parameters
         }
-        flags = sum(len(bucket.parameters) for bucket in self._buckets)
-        self._control = torch.zeros(_FIRST_FLAG + flags, dtype=torch.int64)
         self._now: Averaging | None = None
         self._error: FtrainError | None = None
         tensors: list[Any] = [p for bucket in self._buckets for p in bucket.parameters]
         self._hooks = [t.register_post_accumulate_grad_hook(self._grown) for t in tensors]
         self.bytes_healed = 0
         self.members: tuple[int, ...] = ()  # whose gradients were in the newest average
-        self.lost: tuple[int, ...] = ()  # positions of who began the newest step and is not in it
+        self.roster: tuple[int, ...] = ()  # who has samples leased in the step
+        self._lost: tuple[int, ...] = ()  # positions of those of whom nothing came
 
     # ------------------------------------------------------------------ coming
 
@@ -121,36 +119,39 @@ class FleetMember:
                 if donors:
                     tensors = load(donors[0].small)
                     self.bytes_healed = fetch(tensors, donors)
+                else:
+                    self.members = tuple(place.node for place in places)
                 self._server.settle()
                 return bool(donors)
             except PeerLostError:
                 self._fleet.raise_if_over()
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """This group's place among the members at present, and how many there are."""
-        members = self._fleet.members
-        group = self._place.group
-        return (members.index(group) if group in members else 0), max(1, len(members))
 
     # ------------------------------------------------------------------ a step
 
     def begin(
         self, step: int, tensors: tuple[StateTensor, ...], small: bytes
     ) -> tuple[int, int] | None:
-        """A boundary: the next backward's gradients are those of a new average.  Returns the
-        :attr:`position` for the step, None while gradients are still being gathered."""
+        """A boundary: the next backward's gradients are those of a new average.  Returns this
+        group's place among those who have samples leased in the step, and how many they are; None
+        while gradients are still being gathered.
+
+        Those are the members of the average before, of which all know the same, and behind them
+        who has come since: even if some know already that one of them is lost, and others not,
+        nobody's samples are another one's.
+        """
         self.raise_if_lost()
         if self._now is not None and not self._now.over:
             return None
         op = self._fleet.open(tag=0)
         self._server.stand(op.op.number, step, tensors, small)
-        self._now = Averaging(op, step, self._fleet.members)
-        return self.position
+        self._now = Averaging(op, step)
+        before = self.members
+        self.roster = (*before, *(one for one in self._fleet.members if one not in before))
+        return self.roster.index(self._place.group), len(self.roster)
 
     def take_lost(self) -> tuple[int, ...]:
-        """Positions of those who began the newest step and are not in its average, once."""
-        lost, self.lost = self.lost, ()
+        """Positions in the newest step's roster of those who are not in its average, once."""
+        lost, self._lost = self._lost, ()
         return lost
 
     def moving(self) -> None:
@@ -201,7 +202,7 @@ class FleetMember:
 
     def _send_ready(self, now: Averaging) -> None:
         """Buckets go in order, so that they mean the same everywhere."""
-        while now.sent < len(self._buckets):
+        while now.sent < len(self._buckets) - 1:  # the last one says what all had
             bucket = self._buckets[now.sent]
             if now.ready.get(now.sent, 0) < len(bucket.parameters):
                 return
@@ -209,24 +210,18 @@ class FleetMember:
 
     def _send(self, now: Averaging, bucket: Bucket) -> None:
         number, now.sent = now.sent, now.sent + 1
+        last = bucket is self._buckets[-1]
 
         def make(rank: int, ranks: int) -> Work:
             bucket.pack()
-            return self._work(bucket.flat, Arithmetic(Reduction.SUM, bucket.flat.dtype), -number)
+            if last:
+                self._say(now, bucket.words)
+            data, size = memory(bucket.flat), bucket.flat.element_size()
+            how = Arithmetic(Reduction.SUM, bucket.flat.dtype)
+            count = bucket.flat.numel()
+            return Work(Kind.ALL_REDUCE, count, size, data, data, how, priority=-number)
 
-        self._fleet.add(now.op, make, last=False)
-
-    def _work(self, tensor: torch.Tensor, how: Arithmetic, priority: int) -> Work:
-        data = memory(tensor)
-        return Work(
-            Kind.ALL_REDUCE,
-            tensor.numel(),
-            tensor.element_size(),
-            data,
-            data,
-            how,
-            priority=priority,
-        )
+        self._fleet.add(now.op, make, last=last)
 
     def _pass_over(self) -> None:
         """The end of a backward pass."""
@@ -236,9 +231,8 @@ class FleetMember:
         now.ready.clear()
         if now.passes < self._passes or self._error is not None:
             return
-        while now.sent < len(self._buckets):  # some parameters got no gradient
+        while now.sent < len(self._buckets):  # some parameters may have got no gradient
             self._send(now, self._buckets[now.sent])
-        self._fleet.add(now.op, lambda rank, ranks: self._say(now), last=True)
         try:
             now.op.handle.wait()
             self._take(now)
@@ -246,15 +240,14 @@ class FleetMember:
             self._error = error
         now.over = True
 
-    def _say(self, now: Averaging) -> Work:
+    def _say(self, now: Averaging, words: torch.Tensor) -> None:
+        """That this one takes part, in which step, and which parameters have a gradient."""
         flags = [p.grad is not None for bucket in self._buckets for p in bucket.parameters]
-        self._control[_MEMBERS], self._control[_STEPS] = 1, now.step
-        self._control[_FIRST_FLAG:] = torch.tensor(flags, dtype=torch.int64)
-        return self._work(self._control, _SUM_OF_COUNTS, -len(self._buckets))
+        words.copy_(torch.tensor([1, now.step % _STEP_MODULO, *flags]))
 
     def _take(self, now: Averaging) -> None:
-        members, steps, *flags = self._control.tolist()
-        if steps != members * now.step:
+        members, steps, *flags = map(int, self._buckets[-1].words.tolist())
+        if steps != members * (now.step % _STEP_MODULO):
             raise SessionError(
                 f"the replica groups average gradients of different steps (here {now.step}): every "
                 "group has to make as many optimizer steps as the others"
@@ -265,7 +258,7 @@ class FleetMember:
             bucket.unpack(members, [flag > 0 for flag in flags[first : first + count]])
             first += count
         self.members = now.op.handle.members
-        self.lost = tuple(n for n, member in enumerate(now.members) if member not in self.members)
+        self._lost = tuple(n for n, one in enumerate(self.roster) if one not in self.members)
 
 
 def at_the_end(callback: Callable[[], None]) -> None:
