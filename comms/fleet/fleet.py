@@ -21,13 +21,20 @@ from ftrain.comms.errors import (
     FleetChangedError,
     FleetLeftError,
     FtrainError,
+    PeerGarbledError,
     PeerLostError,
     UsageError,
 )
 from ftrain.comms.fleet.backups import Backups
 from ftrain.comms.fleet.link import FleetLink
 from ftrain.comms.fleet.operations import FleetHandle, FleetOp, Operations, is_before
-from ftrain.comms.fleet.protocol.messages import Counts, Decision, Stall, Verdict
+from ftrain.comms.fleet.protocol.messages import (
+    OPS_MAX,
+    Counts,
+    Decision,
+    Stall,
+    Verdict,
+)
 from ftrain.comms.fleet.protocol.peer import (
     Build,
     FleetPeer,
@@ -152,6 +159,8 @@ class Fleet:
         with self._lock:
             if not (self._view or self._error):
                 raise UsageError("the fleet has not let this peer in yet: wait_for_view first")
+            if len(self._ops.running) >= OPS_MAX:
+                raise UsageError(f"{OPS_MAX} operations are under way: wait for some of them")
             op = self._ops.open(tag, retry=retry)
             if self._error is not None:
                 self._ops.close(op)
@@ -232,15 +241,14 @@ class Fleet:
 
     def _not_built(self, view: int, error: FtrainError) -> None:
         node = error.node if isinstance(error, PeerLostError) else self.peer
-        self._machine.lost(view, node, str(error), reached=False)
+        garbled = isinstance(error, PeerGarbledError)
+        self._machine.lost(view, node, str(error), reached=garbled, garbled=garbled)
 
     def _ring_failed(self, view: int, error: FtrainError) -> None:
         """By a ring's thread."""
-        if isinstance(error, UsageError):
-            self._spawn(self._end, error)
-            return
         node = error.node if isinstance(error, PeerLostError) else self.peer
-        self._link.call(lambda: self._machine.lost(view, node, str(error)))
+        garbled = isinstance(error, PeerGarbledError)
+        self._link.call(lambda: self._machine.lost(view, node, str(error), garbled=garbled))
 
     def _release(self, effect: Release) -> None:
         with self._lock:

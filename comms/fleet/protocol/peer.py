@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ftrain.comms.fleet.protocol.messages import (
+    LOST_MAX,
+    WHY_CHARS_MAX,
     Counts,
     Decision,
     FleetDirective,
@@ -187,16 +189,18 @@ class FleetPeer:
         """Answer to :class:`Switch`."""
         self.lost(view, self._status.peer, "it began more than was agreed on")
 
-    def lost(self, view: int, peer: int, why: str, *, reached: bool = True) -> None:
+    def lost(
+        self, view: int, peer: int, why: str, *, reached: bool = True, garbled: bool = False
+    ) -> None:
         """A neighbour in the ring of a view is gone, or could not be reached for it.
 
         Also the answer to effects that need the neighbour.
         """
         if view < self._status.view:
             return
-        lost = Lost(peer, why, view, reached)
+        lost = Lost(peer, why[:WHY_CHARS_MAX], view, reached, garbled)
         if all((one.peer, one.number) != (peer, view) for one in self._status.lost):
-            self._change(lost=(*self._status.lost, lost))
+            self._change(lost=(*self._status.lost, lost)[-LOST_MAX:])
 
     def stall(self, stall: Stall) -> None:
         """Whether operations make progress, as of now."""
