@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
+from dataclasses import asdict, dataclass
 
 from common import Record, print_table, write_results
 
@@ -145,12 +146,12 @@ class IdealFleet:
                 peer.tick()
                 self._pump(number, peer)
         for message in up:
-            self._by_coordinator(lambda message=message: self.coordinator.receive(message))
+            self._by_coordinator(partial(self.coordinator.receive, message))
         self._pump_coordinator()
         self._by_coordinator(self.coordinator.tick)
         self._pump_coordinator()
 
-    def _by_coordinator(self, what) -> None:  # type: ignore[no-untyped-def]
+    def _by_coordinator(self, what: Callable[[], None]) -> None:
         began_s = time.process_time()
         what()
         self.coordinator_s += time.process_time() - began_s
@@ -205,3 +206,31 @@ def change(groups: int, what: str) -> Cost:
     else:
         fleet.stop(groups // 2)
     return fleet.measure()
+
+
+HEAD = ("groups", "change", "up", "down", "rounds", "largest, bytes", "all, bytes", "CPU, ms")
+
+
+def main() -> None:
+    """Print the table, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--groups", type=int, nargs="+", default=[8, 64, 256, 1000])
+    arguments = parser.parse_args()
+    rows: list[tuple[object, ...]] = []
+    records: list[Record] = []
+    for groups in arguments.groups:
+        rows.append((groups, "none in 100 ticks", IdealFleet(groups).steady(100), 0, 0, 0, 0, 0))
+        for what in CHANGES:
+            cost = change(groups, what)
+            largest = max(cost.up_bytes_max, cost.down_bytes_max)
+            took = f"{cost.coordinator_s * 1e3:.1f}"
+            rows.append(
+                (groups, what, cost.up, cost.down, cost.rounds, largest, cost.nbytes, took)
+            )
+            records.append({"groups": groups, "change": what, **asdict(cost)})
+    print_table("the coordinator's messages for a change of the membership", HEAD, rows)
+    write_results("fleet_scale", {"changes": records})
+
+
+if __name__ == "__main__":
+    main()

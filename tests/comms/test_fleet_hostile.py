@@ -56,7 +56,7 @@ from ftrain.comms.protocol.ring import OpId
 
 HONEST = (0, 1, 2)
 STRANGER = Identity("run", "rank", 9, 1)
-RESIDENT_KIB_MORE = 24 * 1024
+RESIDENT_KIB_MORE = 64 * 1024  # what malloc keeps of the rings of 20 views, not more for 40
 Nasty = Callable[[PeerStatus], object]
 
 

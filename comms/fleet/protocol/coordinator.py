@@ -509,7 +509,6 @@ class FleetCoordinator:
 
     def _directive(self, status: PeerStatus) -> FleetDirective:
         member = Member(status.peer // self._width, status.incarnation)
-        lane = status.peer % self._width
         view, coming = self._hard.view, self._is_in(member, self._next)
         in_view = self._is_in(member, view)
         in_before = self._is_in(member, self._hard.before)
@@ -525,11 +524,11 @@ class FleetCoordinator:
             return replace(base, order=Order.HALT)
         if in_view or coming:
             if self._phase is Phase.PREPARING:
-                return self._in_ring(base, Order.PREPARE, self._next, lane)
+                return self._in_ring(base, Order.PREPARE, self._next, status)
             if self._phase is Phase.HOLDING:
-                return self._in_ring(base, Order.HOLD, self._next, lane)
+                return self._in_ring(base, Order.HOLD, self._next, status)
         if in_view or in_before:
-            return self._in_ring(base, Order.RUN, view, lane)
+            return self._in_ring(base, Order.RUN, view, status)
         newest = (m.incarnation for m in self._hard.seen if m.member == member.member)
         why = self._peers.why_ended(status.peer, status.incarnation)
         was_in = status.view or status.incarnation <= next(newest, -1)
@@ -539,7 +538,10 @@ class FleetCoordinator:
             return replace(base, order=Order.LEAVE, number=number, reason=reason)
         return base
 
-    def _in_ring(self, base: FleetDirective, order: Order, view: View, lane: int) -> FleetDirective:
+    def _in_ring(
+        self, base: FleetDirective, order: Order, view: View, status: PeerStatus
+    ) -> FleetDirective:
+        lane = status.peer % self._width
         if self._lanes[0] is not view:
             self._lanes = view, {}
         known = self._lanes[1]
@@ -551,6 +553,8 @@ class FleetCoordinator:
                 tuple(d for d in view.decisions if d.lane == lane),
             )
         lane_places, numbers, decisions = known[lane]
+        if not self._builds(status, order, view):
+            lane_places, decisions = (), ()  # by far the longest, and of no use
         return replace(
             base,
             order=order,
@@ -562,6 +566,12 @@ class FleetCoordinator:
             decisions=decisions,
             waiting=len(view.members) < self._members_min,
         )
+
+    def _builds(self, status: PeerStatus, order: Order, view: View) -> bool:
+        """Whether a peer has yet to make the ring of a view when it is told to do this."""
+        if order is Order.RUN:
+            return view.halted and status.view < view.number
+        return self._stage_of(status.peer) is Stage.NONE
 
     def _say(self, kind: str, text: str, **data: object) -> None:
         self._effects.append(Announce(Notice(kind, text, data)))
