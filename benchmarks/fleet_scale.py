@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from common import Record, print_table, write_results
 
 from ftrain.comms import wire
 from ftrain.comms.fleet.protocol.coordinator import FleetCoordinator, Phase
-from ftrain.comms.fleet.protocol.messages import Lost, OpState, PeerGone, Stall
+from ftrain.comms.fleet.protocol.messages import OpState, PeerGone, Stall
 from ftrain.comms.fleet.protocol.peer import (
     Build,
     FleetPeer,
@@ -109,8 +109,10 @@ class IdealFleet:
         began = self.now
         self.counted, self.coordinator_s = [], 0.0
         self.settle()
-        sizes = {way: [len(wire.encode(m)) for up, m in self.counted if up is way] for way in
-                 (True, False)}
+        sizes = {
+            way: [len(wire.encode(m)) for up, m in self.counted if up is way]
+            for way in (True, False)
+        }
         return Cost(
             len(sizes[True]),
             len(sizes[False]),
@@ -224,9 +226,7 @@ def main() -> None:
             cost = change(groups, what)
             largest = max(cost.up_bytes_max, cost.down_bytes_max)
             took = f"{cost.coordinator_s * 1e3:.1f}"
-            rows.append(
-                (groups, what, cost.up, cost.down, cost.rounds, largest, cost.nbytes, took)
-            )
+            rows.append((groups, what, cost.up, cost.down, cost.rounds, largest, cost.nbytes, took))
             records.append({"groups": groups, "change": what, **asdict(cost)})
     print_table("the coordinator's messages for a change of the membership", HEAD, rows)
     write_results("fleet_scale", {"changes": records})

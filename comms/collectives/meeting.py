@@ -132,13 +132,14 @@ class Meeting:
     def join(
         self,
         epoch: int,
-        places: Sequence[Place],
+        places: Sequence[Place | None],
         settings: RingSettings,
         *,
         timeout_s: float,
         failed: Callable[[FtrainError], None] | None = None,
     ) -> Ring:
-        """The ring of ``places``, in this order; this rank's own is among them.
+        """The ring of ``places``, in this order; this rank's own is among them, and of the others
+        only the neighbours' have to be known.
 
         After a failure all ranks try again under a higher ``epoch``, so that nobody takes a lane
         of the attempt before.  ``failed`` is the ring's.
@@ -152,6 +153,8 @@ class Meeting:
             for old in [key for key in self._arrived if key[0] < epoch]:
                 self._arrived.pop(old).close()
         right, left = places[(rank + 1) % ranks], places[(rank - 1) % ranks]
+        assert right is not None
+        assert left is not None
         with ExitStack() as undo:
             lanes_out: list[OutLane] = []
             lanes_in: list[InLane] = []

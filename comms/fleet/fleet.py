@@ -217,10 +217,11 @@ class Fleet:
 
     def _build(self, effect: Build | Install) -> Ring | None:
         """Make a ring; None when it could not be made or is not wanted any more."""
+        places = {place.node: place for place in effect.places}
         try:
             ring = self._meeting.join(
                 effect.view,
-                effect.places,
+                [places.get(peer) for peer in effect.ring],
                 self._settings.ring,
                 timeout_s=self._settings.build_s,
                 failed=partial(self._ring_failed, effect.view),
@@ -287,7 +288,7 @@ class Fleet:
                 return
             for op in list(self._ops.running.values()):
                 self._settle(op, decisions.get(op.op))
-        if not effect.places:
+        if not effect.ring:
             self._link.call(lambda: self._machine.moved(effect.view))
             return
         ring = self._build(effect)
@@ -317,7 +318,7 @@ class Fleet:
             self._finish(op)
 
     def _mend(self, op: FleetOp, ring: Ring, decision: Decision, effect: Install) -> None:
-        sources = op.sources(decision, effect.places)
+        sources = op.sources(decision, effect.ring)
         parts, op.parts = op.parts, {}
         for number, part in parts.items():
             ring.mend(

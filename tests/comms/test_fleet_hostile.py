@@ -234,9 +234,7 @@ NASTY: dict[str, Nasty] = {
     "number 2**31 - 1": lambda s: replace(s, sequence=s.sequence + 9, number=2**31 - 1),
     "negative": lambda s: replace(s, sequence=s.sequence + 9, number=-1),
     "a view that never was": lambda s: replace(s, sequence=s.sequence + 9, view=s.view + 1),
-    "lost in the future": lambda s: replace(
-        s, sequence=s.sequence + 9, lost=(Lost(0, "", 2**30),)
-    ),
+    "lost in the future": lambda s: replace(s, sequence=s.sequence + 9, lost=(Lost(0, "", 2**30),)),
     "many lost": lambda s: replace(
         s, sequence=s.sequence + 9, lost=(Lost(0, "", s.view),) * (LOST_MAX + 1)
     ),
@@ -269,35 +267,39 @@ def test_a_member_that_says_what_cannot_be_is_removed_alone(
             number = coordinator.machine.hard.number
             with broken_member(coordinator, peers, incarnation) as broken:
                 broken.say(nasty)
-                until(lambda: bool(broken.out), f"the end of who said: {name}")  # noqa: B023
+                until(lambda: bool(broken.out), f"the end of who said: {name}")
             assert coordinator.machine.hard.number <= number + 6, name
 
 
 def test_a_member_that_speaks_for_others_is_cut_off_and_harms_nobody(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with honest_fleet(capfd) as (coordinator, peers):
-        with broken_member(coordinator, peers, 1) as broken:
-            for nasty in CLOSES.values():
-                channel = broken.fleet._link._channel
-                broken.say(nasty)
-                until(lambda: broken.fleet._link._channel not in (None, channel), "a new one")  # noqa: B023
-                go_on(peers)
-                assert set(last_members(peers[0])) == {*HONEST, 3}
-            broken.fleet.close()
+    with (
+        honest_fleet(capfd) as (coordinator, peers),
+        broken_member(coordinator, peers, 1) as broken,
+    ):
+        for nasty in CLOSES.values():
+            channel = broken.fleet._link._channel
+            broken.say(nasty)
+            until(lambda: broken.fleet._link._channel not in (None, channel), "a new one")  # noqa: B023
+            go_on(peers)
+            assert set(last_members(peers[0])) == {*HONEST, 3}
+        broken.fleet.close()
 
 
 def test_counts_that_nobody_can_come_to_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     """A member that claims, when a change comes, to be 100,000 operations ahead."""
-    with honest_fleet(capfd) as (coordinator, peers):
-        with broken_member(coordinator, peers, 1) as broken:
-            machine = broken.fleet._machine
-            held = machine.held
-            machine.held = lambda number, counts: held(number, ((0, 2**31),))  # type: ignore[method-assign]
-            came = Peer(coordinator.address, 5, 1, 100_000, "memory")
-            until(lambda: bool(broken.out), "its end")
-            until(lambda: 5 in last_members(peers[0]), "who came meanwhile", 20)
-            came.end()
+    with (
+        honest_fleet(capfd) as (coordinator, peers),
+        broken_member(coordinator, peers, 1) as broken,
+    ):
+        machine = broken.fleet._machine
+        held = machine.held
+        machine.held = lambda number, counts: held(number, ((0, 2**31),))  # type: ignore[method-assign]
+        came = Peer(coordinator.address, 5, 1, 100_000, "memory")
+        until(lambda: bool(broken.out), "its end")
+        until(lambda: 5 in last_members(peers[0]), "who came meanwhile", 20)
+        came.end()
 
 
 # ---------------------------------------------------------------- lanes
@@ -369,7 +371,7 @@ def test_a_member_that_sends_garbage_on_its_lane_is_removed_alone(
             monkeypatch.setattr(HeadSender, "seal", lambda *a, g=garbler: g(*a))
             with broken_member(coordinator, peers, incarnation, links) as broken:
                 garbler.armed = True
-                until(lambda: bool(broken.out), f"the end of who changed: {name}", 20)  # noqa: B023
+                until(lambda: bool(broken.out), f"the end of who changed: {name}", 20)
                 print(f"{links} {name}: {broken.out}")
             monkeypatch.undo()
 
@@ -391,7 +393,7 @@ def test_memory_that_is_not_as_agreed_keeps_its_owner_out(
         finally:
             os.close(fd)
 
-    with honest_fleet(capfd) as (coordinator, peers):
+    with honest_fleet(capfd) as (coordinator, _):
         monkeypatch.setattr(shared_lane.socket, "send_fds", spoil)
         broken = Broken(coordinator, 1)
         until(lambda: bool(broken.out), "a refusal", 20)
@@ -409,13 +411,15 @@ def test_what_is_possible_is_not_refused() -> None:
         3, 1, 5, place, 4, 5, Stage.HALTED, ((0, 9), (7, 1)), (_state(8),), (Lost(2, "x", 4),)
     )
     assert not fault_of_status(status)
-    directive = FleetDirective(3, 1, Order.RUN, 5, 5, (place,), (3,), ((0, 9),), True)
+    directive = FleetDirective(3, 1, Order.RUN, 5, 5, (3,), (place,), (3,), ((0, 9),), True)
     assert not fault_of_directive(directive)
     for wrong in (
         replace(directive, number=2**62, view=2**62),
         replace(directive, view=6),
-        replace(directive, places=(place, place), members=(3, 3)),
-        replace(directive, places=(place,), members=(3, 4)),
+        replace(directive, ring=(3, 3), members=(3, 3)),
+        replace(directive, members=(3, 4)),
+        replace(directive, places=()),
+        replace(directive, ring=(3, 4), members=(3, 4)),
         replace(directive, places=(replace(place, address="nowhere"),)),
         replace(directive, first=((0, 2**32),)),
         replace(directive, first=((0, 1), (0, 2))),

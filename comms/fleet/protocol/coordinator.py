@@ -21,7 +21,6 @@ While nothing changes it hears and says nothing.  Theory of operation:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -40,7 +39,8 @@ from ftrain.comms.fleet.protocol.messages import (
     View,
 )
 from ftrain.comms.fleet.protocol.peers import Limits, Peers
-from ftrain.comms.fleet.protocol.plausible import NUMBER_MAX, ahead
+from ftrain.comms.fleet.protocol.plausible import NUMBER_MAX, ahead, beside
+from ftrain.comms.fleet.protocol.suspicion import Suspicion
 from ftrain.comms.fleet.protocol.verdicts import decide, first_of
 from ftrain.comms.protocol.effects import Announce
 from ftrain.comms.protocol.messages import Notice
@@ -107,12 +107,12 @@ class FleetCoordinator:
         self._stuck_ticks = 0
         self._due: set[int] = set()  # peers to be told what is wanted of them
         self._pinged = 0
-        self._since: dict[int, int] = {}  # peer: tick in which it was told
+        self._since: dict[int, int] = {}  # peer that has to do something: tick in which it was told
         self._age_ticks = 0
         self._checked_ticks = 0  # when it was looked up last who has to be told again
         self._unheeded = False  # something came that :meth:`ready` has to look at
         self._sets: dict[int, frozenset[Member]] = {}  # by view
-        self._garbled: Counter[int] = Counter()  # peers at either end of links that carried garbage
+        self._suspicion = Suspicion()
         self._lanes: tuple[View, dict[int, tuple[Any, ...]]] = (View(), {})
         self._effects: list[object] = []
 
@@ -282,8 +282,11 @@ class FleetCoordinator:
         if not self._all_at(survivors, Stage.HALTED):
             self._give_up_unstoppable(survivors)
             return
+        trusted = True
         if len(survivors) == len(base.members):
-            survivors = self._reachable(self._orderly(survivors))
+            links = self._garbled_links(survivors)
+            trusted = not links
+            survivors = self._reachable(self._orderly(survivors, links))
         reports = self._peers.of(survivors)
         view = View(
             self._hard.number,
@@ -291,7 +294,7 @@ class FleetCoordinator:
             tuple(report.place for report in reports),
             first=self._hard.view.first,
             halted=True,
-            decisions=decide(reports, self._width, joint=self._joint),
+            decisions=decide(reports, self._width, joint=self._joint, trusted=trusted),
         )
         self._grant(view, before=View())
 
@@ -387,27 +390,22 @@ class FleetCoordinator:
                 why = "it answers, but its ring does not stop"
                 self._peers.give_up(status.peer, status.incarnation, why)
 
-    def _orderly(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
-        """Without who is at most of the links that carried garbage; but once is no time.
-
-        Who hears garbage may be the one that is broken; so when a link has two ends that are at
-        equally many, it is the one that sent.
-        """
-        said = [
+    def _garbled_links(self, members: Sequence[Member]) -> list[tuple[int, int]]:
+        """Who heard garbage from whom, in the present view."""
+        return [
             (status.peer, lost.peer)
             for status in self._peers.of(members)
             for lost in status.lost
             if lost.garbled and lost.number == self._hard.view.number
         ]
-        before = self._garbled.copy()
-        self._garbled.update(peer for link in said for peer in set(link))
-        accused = {sender for _, sender in said}
-        suspects = [p for link in said for p in link if before[p] and self._garbled[p] > 1]
-        if not suspects:
-            return members
-        worst = max(suspects, key=lambda p: (self._garbled[p], p in accused, p))
+
+    def _orderly(
+        self, members: tuple[Member, ...], links: Sequence[tuple[int, int]]
+    ) -> tuple[Member, ...]:
+        """Without who is to blame for garbage on the ring's links."""
+        worst = self._suspicion.worst(links)
         for member in members:
-            if worst in self._of(member):
+            if worst is not None and worst in self._of(member):
                 why = "what it and its neighbours said to each other made no sense, again"
                 self._peers.give_up(worst, member.incarnation, why)
         return self._present(members)
@@ -491,19 +489,21 @@ class FleetCoordinator:
         if self._pinged < self._peers.ping:
             self._pinged = self._peers.ping
             self._due.update(status.peer for status in self._peers.statuses())
-        if self._checked_ticks == self._age_ticks and not self._due:
-            return []
-        checks, self._checked_ticks = self._checked_ticks < self._age_ticks, self._age_ticks
+        late: set[int] = set()
+        if self._checked_ticks < self._age_ticks:
+            self._checked_ticks = self._age_ticks
+            before = self._age_ticks - self._resend_ticks
+            late = {peer for peer, told in self._since.items() if told <= before}
         said: list[tuple[Address, object]] = []
-        for status in self._peers.linked():
-            due = status.peer in self._due
-            told = self._since.get(status.peer, self._age_ticks)
-            if not due and not (checks and self._age_ticks - told >= self._resend_ticks):
-                continue
-            directive = self._directive(status)
-            if due or not _followed(status, directive):
-                said.append((status.peer, directive))
-                self._since[status.peer] = self._age_ticks
+        for peer in sorted(self._due | late):
+            status = self._peers.linked(peer)
+            directive = self._directive(status) if status is not None else None
+            if status is None or directive is None or _followed(status, directive):
+                self._since.pop(peer, None)  # its next word is looked at anyhow
+            else:
+                self._since[peer] = self._age_ticks
+            if directive is not None and (peer in self._due or peer in self._since):
+                said.append((peer, directive))
         self._due.clear()
         return said
 
@@ -548,18 +548,20 @@ class FleetCoordinator:
         if lane not in known:
             places: dict[int, Place] = {place.node: place for place in view.places}
             known[lane] = (
-                tuple(places[m.member * self._width + lane] for m in view.members),
+                tuple(m.member * self._width + lane for m in view.members),
+                places,
                 view.numbers,
                 tuple(d for d in view.decisions if d.lane == lane),
             )
-        lane_places, numbers, decisions = known[lane]
+        ring, places, numbers, decisions = known[lane]
         if not self._builds(status, order, view):
-            lane_places, decisions = (), ()  # by far the longest, and of no use
+            ring, decisions = (), ()  # by far the longest, and of no use
         return replace(
             base,
             order=order,
             view=view.number,
-            places=lane_places,
+            ring=ring,
+            places=tuple(places[peer] for peer in beside(status.peer, ring)),
             members=numbers,
             first=view.first,
             halted=view.halted,

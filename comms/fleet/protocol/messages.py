@@ -118,7 +118,8 @@ class FleetDirective:
     order: Order
     number: int  # of the newest change: what has a lower one is stale
     view: int = 0  # PREPARE, HOLD: that comes out of it; RUN: that holds
-    places: tuple[Place, ...] = ()  # of that, the lane's peers in the ring's order
+    ring: tuple[int, ...] = ()  # of that, the lane's peers in order, for who has yet to make it
+    places: tuple[Place, ...] = ()  # of these, the peer's own and its neighbours'
     members: tuple[int, ...] = ()
     first: Counts = ()  # RUN: which operation is the first of the view, unless all halted
     halted: bool = False  # RUN: the view comes after a HALT rather than a HOLD

@@ -33,7 +33,8 @@ class Build:
     """Make the ring of the next view, beside the present one. Answer: ``built`` or ``lost``."""
 
     view: int
-    places: tuple[Place, ...]
+    ring: tuple[int, ...]  # peers, in order
+    places: tuple[Place, ...]  # of this one and its neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,10 @@ class Halt:
 @dataclass(frozen=True, slots=True)
 class Install:
     """Settle what was under way as decided, make the ring of the view and go on in it; with no
-    ``places`` there is none. Answer: ``moved`` or ``lost``."""
+    ``ring`` there is none. Answer: ``moved`` or ``lost``."""
 
     view: int
+    ring: tuple[int, ...]
     places: tuple[Place, ...]
     members: tuple[int, ...]
     first: Counts  # where who never was in a view begins
@@ -247,19 +249,20 @@ class FleetPeer:
             return
         elif wanted.order in (Order.PREPARE, Order.HOLD):
             if stage is Stage.NONE and self._has_place(wanted):
-                self._begin(Build(wanted.view, wanted.places))
+                self._begin(Build(wanted.view, wanted.ring, wanted.places))
             elif wanted.order is Order.HOLD and stage is not Stage.HELD:
                 self._begin(Hold(wanted.number))
         elif wanted.order is Order.RUN:
             self._run(wanted)
 
     def _run(self, wanted: FleetDirective) -> None:
-        places = wanted.places if self._has_place(wanted) else ()
+        ring = wanted.ring if self._has_place(wanted) else ()
         if wanted.view > self._status.view and wanted.halted:
             self._begin(
                 Install(
                     wanted.view,
-                    places,
+                    ring,
+                    wanted.places,
                     wanted.members,
                     wanted.first,
                     wanted.decisions,
@@ -273,7 +276,7 @@ class FleetPeer:
             self._change(stage=Stage.NONE)
 
     def _has_place(self, wanted: FleetDirective) -> bool:
-        return any(place.node == self._status.peer for place in wanted.places)
+        return self._status.peer in wanted.ring and self._status.place in wanted.places
 
     def _begin(self, effect: object) -> None:
         self._busy = effect

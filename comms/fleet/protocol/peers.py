@@ -134,13 +134,13 @@ class Peers:
         record = self._records.get(peer)
         return record.ended if record is not None and record.incarnation == incarnation else ""
 
-    def linked(self) -> list[PeerStatus]:
-        """The newest word of all to whom there is a connection."""
-        records = (record for _, record in sorted(self._records.items()))
-        return [r.status for r in records if r.status is not None and r.linked]
+    def linked(self, peer: int) -> PeerStatus | None:
+        """The newest word of a peer to whom there is a connection."""
+        record = self._records.get(peer)
+        return record.status if record is not None and record.linked else None
 
     def forget(self, keep: Callable[[Member], bool]) -> None:
-        """Drop who was not connected for long; but not those to ``keep``."""
+        """Drop who was not connected for long, but not those to ``keep``."""
         for peer, record in list(self._records.items()):
             gone = not record.linked and record.down_ticks > self._limits.halt_ticks
             if gone and not keep(Member(peer // self._width, record.incarnation)):

@@ -56,16 +56,24 @@ def fault_of_directive(directive: FleetDirective) -> str:
         return "a view has an impossible number"
     if not (0 <= directive.ping <= _COUNTER_MAX and 0 <= directive.heard <= _COUNTER_MAX):
         return "a sequence or a ping has an impossible number"
-    nodes = {place.node for place in directive.places}
-    if len(nodes) != len(directive.places):
-        return "a place is named twice"
-    if directive.places and len(directive.places) != len(directive.members):
-        return f"{len(directive.places)} places for {len(directive.members)} members"
+    nodes = set(directive.ring)
+    if len(nodes) != len(directive.ring) or len(nodes) not in (0, len(directive.members)):
+        return f"{len(directive.ring)} peers in a ring of {len(directive.members)} members"
+    if [one.node for one in directive.places] != beside(directive.peer, directive.ring):
+        return "the places are not those of the peer and its neighbours"
     if why := _fault_of_places(directive.places) or _fault_of_counts(directive.first):
         return why
     if directive.decisions and directive.order is not Order.RUN:
         return "decisions without a view"
     return next(filter(None, (_fault_of_decision(one, nodes) for one in directive.decisions)), "")
+
+
+def beside(peer: int, ring: Sequence[int]) -> list[int]:
+    """Those whose places a peer needs: its own and its neighbours' in the ring, rising."""
+    if peer not in ring:
+        return []
+    at = ring.index(peer)
+    return sorted({ring[at - 1], peer, ring[(at + 1) % len(ring)]})
 
 
 def ahead(holders: Sequence[PeerStatus]) -> list[PeerStatus]:

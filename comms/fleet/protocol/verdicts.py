@@ -38,16 +38,22 @@ class _Report:
         return self.status.peer
 
 
-def decide(reports: Sequence[PeerStatus], width: int, *, joint: bool) -> tuple[Decision, ...]:
+def decide(
+    reports: Sequence[PeerStatus], width: int, *, joint: bool, trusted: bool = True
+) -> tuple[Decision, ...]:
     """Decisions about everything that is under way at the halted survivors of a view.
 
-    ``reports`` of all of them; ``joint``: an operation is done in all lanes or in none.
+    ``reports`` of all of them; ``joint``: an operation is done in all lanes or in none.  Without
+    ``trusted`` garbage came over the ring, and nobody is missing: what nobody has returned from is
+    undone, because what is held of it may be wrong.
     """
     known_reports = [_Report(report) for report in reports]
     ops = sorted({op for report in known_reports for op in report.states})
     lanes = [[r for r in known_reports if r.peer % width == lane] for lane in range(width)]
     decisions: list[Decision] = []
     for op in ops:
+        if not trusted and not any(returned(op, report) for report in known_reports):
+            continue
         found = [_decide(op, lane, peers) for lane, peers in enumerate(lanes)]
         if joint and (None in found or _torn(op, known_reports)):
             continue
