@@ -23,6 +23,7 @@ from ftrain.comms.fleet.protocol.messages import (
     Stage,
     Verdict,
 )
+from ftrain.comms.fleet.protocol.peer import Build, FleetPeer
 from ftrain.comms.fleet.protocol.peers import Limits
 from ftrain.comms.fleet.protocol.plausible import ahead
 from ftrain.comms.fleet.protocol.suspicion import Suspicion
@@ -95,6 +96,21 @@ def test_the_change_came_about(scale: ModuleType) -> None:
     fleet.measure()
     assert fleet.coordinator.hard.view.numbers == (1, 2, 3, 5, 6, 7, 4)
     assert fleet.steady(200) == 0, "who stands still is not told again and again"
+
+
+def test_a_joiner_that_nobody_can_connect_to_stops_nobody(scale: ModuleType) -> None:
+    class Fleet(scale.IdealFleet):  # type: ignore[misc, name-defined]
+        def _perform(self, number: int, peer: FleetPeer, effect: object) -> None:
+            if isinstance(effect, Build) and 4 in effect.ring and number != 4:
+                peer.lost(effect.view, 4, "can't connect", reached=False)
+            else:
+                super()._perform(number, peer, effect)
+
+    fleet = Fleet(4)
+    fleet.begin(4)
+    fleet.measure()
+    assert 4 not in fleet.peers, "it was told to leave"
+    assert fleet.coordinator.hard.view.number == 1
 
 
 # ---------------------------------------------------------------- one broken member
