@@ -13,6 +13,7 @@
      │   └─ RemoteProtocolError        the peer's fault: garbage, too large, stale
      ├─ AuthenticationError (PermissionError)  2  the job secret does not match
      ├─ PeerLostError (ConnectionError)  1   a peer went away or never answered
+     │   ├─ PeerGarbledError          what a peer sent breaks the protocol
      │   ├─ FleetChangedError         an operation was undone because members came or went
      │   └─ FleetLeftError            this process belongs to the fleet no more
      ├─ StateError (ValueError)    2   training state can't be captured or does not fit
@@ -92,6 +93,10 @@ class PeerLostError(FtrainError, ConnectionError):
         super().__init__(*args)
         self.node = node
         self.reached = reached
+
+
+class PeerGarbledError(PeerLostError, RemoteProtocolError):
+    """A neighbour, ``node``, sent what breaks the protocol, so the link to it is of no use."""
 
 
 class FleetChangedError(PeerLostError):

@@ -97,11 +97,8 @@ class Session:
     ) -> None:
         _claim(self)
         self._environment: RankEnvironment = rank_environment()
-        self._page = _telemetry_page(self._environment)
+        self._page = _telemetry_page(self._environment, total_steps or 0)
         self._heartbeat: Heartbeat | None = None
-        self._set(Word.SESSION_NS, time.monotonic_ns())
-        self._set(Word.FORMED_NS, time.monotonic_ns())
-        self._set(Word.TOTAL_STEPS, total_steps or 0)
         self._phase(Phase.RESTORING)
         models = _named(model, "model", torch.nn.Module)
         models |= {name: m for name, m in objects.items() if isinstance(m, torch.nn.Module)}
@@ -524,12 +521,15 @@ class Session:
         sys.stderr.write(f"ftrain: {text}\n")
 
 
-def _telemetry_page(environment: RankEnvironment) -> TelemetryPage | None:
+def _telemetry_page(environment: RankEnvironment, total_steps: int) -> TelemetryPage | None:
     """Where this rank is watched from, under ``ftrain launch``."""
     context = environment.context
     if context is None or context.telemetry_fd < 0:
         return None
-    return TelemetryPage(context.telemetry_fd)
+    page = TelemetryPage(context.telemetry_fd)
+    page[Word.SESSION_NS] = page[Word.FORMED_NS] = time.monotonic_ns()
+    page[Word.TOTAL_STEPS] = total_steps
+    return page
 
 
 def _claim(session: Session) -> None:

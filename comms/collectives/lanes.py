@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet
 
-from ftrain.comms.errors import PeerLostError
+from ftrain.comms.errors import PeerGarbledError, PeerLostError
 from ftrain.comms.protocol.chunk_frames import Head
 from ftrain.comms.protocol.handshake import Identity
 
@@ -108,6 +108,11 @@ class InLane(Protocol):
 def lost(peer: Identity, why: str | None) -> PeerLostError:
     """The error that says so."""
     return PeerLostError(f"lost {peer}: {why}", node=peer.node)
+
+
+def garbled(peer: Identity, why: str) -> PeerGarbledError:
+    """The error that says what came from it breaks the protocol."""
+    return PeerGarbledError(f"{peer} broke the protocol: {why}", node=peer.node)
 
 
 def tcp_bytes(sock: socket.socket, *, received: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from ftrain.comms.addresses import format_address, listen_tcp, parse_address, tune
 from ftrain.comms.bulk import limit_window
 from ftrain.comms.channel_blocking import shake_hands
-from ftrain.comms.collectives.lanes import InLane, OutLane
+from ftrain.comms.collectives.lanes import InLane, OutLane, garbled
 from ftrain.comms.collectives.ring import Ring
 from ftrain.comms.collectives.shared_lane import SharedIn, SharedOut
 from ftrain.comms.collectives.stream_lane import StreamIn, StreamOut
@@ -51,6 +52,7 @@ from ftrain.comms.protocol.ring import OpId
 _GREETING_S = 2.0  # for a stranger
 _STRANGERS_MAX = 64  # of each listener; the oldest is dropped for a newer one
 _ARRIVED_MAX = 256  # lanes that nobody has asked for yet; the same for them
+_ARRIVED_FEW = 16  # more than a change needs: then those that have hung up are dropped
 _BACKLOG = 256
 _PAUSE_S = 0.02
 _SHARED = 1  # phase of a JOIN whose lane is memory
@@ -80,6 +82,12 @@ class _Arrival:
     agreement: Agreement
     sock: socket.socket
     fd: int  # of its memory, or -1
+
+    def ended(self) -> bool:
+        """Whether its other end has hung up."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self.sock.close()
@@ -130,13 +138,14 @@ class Meeting:
     def join(
         self,
         epoch: int,
-        places: Sequence[Place],
+        places: Sequence[Place | None],
         settings: RingSettings,
         *,
         timeout_s: float,
         failed: Callable[[FtrainError], None] | None = None,
     ) -> Ring:
-        """The ring of ``places``, in this order; this rank's own is among them.
+        """The ring of ``places``, in this order; this rank's own is among them, and of the others
+        only the neighbours' have to be known.
 
         After a failure all ranks try again under a higher ``epoch``, so that nobody takes a lane
         of the attempt before.  ``failed`` is the ring's.
@@ -150,6 +159,8 @@ class Meeting:
             for old in [key for key in self._arrived if key[0] < epoch]:
                 self._arrived.pop(old).close()
         right, left = places[(rank + 1) % ranks], places[(rank - 1) % ranks]
+        assert right is not None
+        assert left is not None
         with ExitStack() as undo:
             lanes_out: list[OutLane] = []
             lanes_in: list[InLane] = []
@@ -246,15 +257,18 @@ class Meeting:
         with ExitStack() as undo:
             undo.callback(arrival.close)
             if (fd >= 0) != self._shares(left, settings):
-                raise RemoteProtocolError(f"{peer} opened another kind of lane")
+                raise garbled(peer, "it opened another kind of lane")
             received = arrival.agreement.receive_key
             if fd < 0:
                 limit_window(sock, socket.SO_RCVBUF)
                 undo.pop_all()
                 return StreamIn(sock, received, peer, nbytes, frames=1)
             if os.fstat(fd).st_size != slots * nbytes:
-                raise RemoteProtocolError(f"{peer} shares other memory than was agreed on")
-            lane_in = SharedIn(sock, received, peer, fd, slots, nbytes, frames=1)
+                raise garbled(peer, "it shares other memory than was agreed on")
+            try:
+                lane_in = SharedIn(sock, received, peer, fd, slots, nbytes, frames=1)
+            except OSError as error:
+                raise garbled(peer, f"its memory can't be mapped: {error.strerror}") from None
             undo.pop_all()
             os.close(fd)
             return lane_in
@@ -280,6 +294,18 @@ class Meeting:
             except RuntimeError:  # no thread to be had
                 sock.close()
 
+    def _make_room(self, key: tuple[int, int, int, int]) -> None:
+        """For a lane; the lock is held.  Nobody takes more than half, so that who opens lanes that
+        are of no ring does not keep the others out."""
+        if before := self._arrived.pop(key, None):
+            before.close()
+        if len(self._arrived) >= _ARRIVED_FEW:
+            for ended in [old for old, one in self._arrived.items() if one.ended()]:
+                self._arrived.pop(ended).close()
+        own = [old for old in self._arrived if old[2:] == key[2:]]
+        if len(own) >= _ARRIVED_MAX // 2 or len(self._arrived) >= _ARRIVED_MAX:
+            self._arrived.pop((own or list(self._arrived))[0]).close()
+
     def _greet(self, sock: socket.socket, strangers: dict[socket.socket, None]) -> None:
         fds: list[int] = []
         try:
@@ -301,11 +327,7 @@ class Meeting:
                 if self._closed or head.op.number < self._epoch:
                     raise RemoteProtocolError("it is of no ring here")
                 key = (head.op.number, head.number, peer.node, peer.incarnation)
-                before = self._arrived.pop(key, None)
-                if before is None and len(self._arrived) >= _ARRIVED_MAX:
-                    before = self._arrived.pop(next(iter(self._arrived)))
-                if before is not None:
-                    before.close()
+                self._make_room(key)
                 fd = fds.pop() if shared else -1
                 self._arrived[key] = _Arrival(agreement, sock, fd)
                 self._changed.notify_all()
@@ -340,8 +362,8 @@ def _connect(right: Place, shares: bool, deadline_s: float) -> socket.socket:
         except BaseException:  # whatever it is, the socket is nobody's
             sock.close()
             raise
-    except OSError as error:
-        why = error.strerror or "no answer in time"
+    except (OSError, UnicodeError, UsageError) as error:  # or its address is none
+        why = getattr(error, "strerror", str(error)) or "no answer in time"
         raise _unreached(right, f"can't connect to {where}: {why}") from None
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import xxhash
 
 from ftrain.comms.collectives.codec import Codec, Plain, codec_for
-from ftrain.comms.collectives.lanes import InLane, OutLane, lost
+from ftrain.comms.collectives.lanes import InLane, OutLane, garbled, lost
 from ftrain.comms.collectives.quantise import Scratch
 from ftrain.comms.collectives.work import Handle, Work
 from ftrain.comms.errors import (
@@ -33,6 +33,7 @@ from ftrain.comms.errors import (
     UsageError,
 )
 from ftrain.comms.protocol.chunk_frames import Head, Word
+from ftrain.comms.protocol.handshake import Identity
 from ftrain.comms.protocol.ring import (
     ChunkId,
     Do,
@@ -128,6 +129,7 @@ class Ring:
         self._in = {lane.fileno(): lane for lane in lanes_in}
         self._lanes: tuple[InLane | OutLane, ...] = (*lanes_in, *lanes_out)
         self._out = list(lanes_out)
+        self._left = lanes_in[0].peer if lanes_in else Identity("alone", "rank", rank, 0)
         self._chunk_bytes = chunk_bytes
         self._startable = starts
         self._failed = failed
@@ -310,7 +312,7 @@ class Ring:
                         os.eventfd_read(self._wake)
                     self._go_on()
                 elif fd in self._in:
-                    if not self._take(self._in[fd], self._in[fd].next()):
+                    if not self._hear_lane(self._in[fd]):
                         poll.unregister(fd)
                         del self._in[fd]
                 elif event & ~select.POLLOUT:
@@ -320,6 +322,13 @@ class Ring:
                     del outs[fd]
                 else:
                     outs[fd].catch_up()
+
+    def _hear_lane(self, lane: InLane) -> bool:
+        """Take what comes next; PeerGarbledError, which says whose it is, for garbage."""
+        try:
+            return self._take(lane, lane.next())
+        except RemoteProtocolError as error:
+            raise garbled(lane.peer, str(error)) from None
 
     def _take(self, lane: InLane, head: Head) -> bool:
         """False when nothing follows on this lane."""
@@ -332,7 +341,7 @@ class Ring:
             lane.close()
             return False
         if head.word is Word.HALT:
-            raise UsageError(_UNEQUAL)
+            raise self._unequal()
         if head.word not in (Word.BEGUN, Word.DONE):
             raise RemoteProtocolError(f"{head.word.name} came in the middle of a ring's life")
         self._hear(head)
@@ -342,14 +351,16 @@ class Ring:
 
     def _hear(self, head: Head) -> None:
         with self._lock:
-            if len(self._begun) > _AHEAD_MAX:
+            if max(len(self._begun), len(self._done)) > _AHEAD_MAX:
                 raise RemoteProtocolError(f"words came about more than {_AHEAD_MAX} parts ahead")
             if head.word is Word.BEGUN:
                 begun = self._barriers(head.op, head.part)
                 begun.digest = head.value
-                begun.barrier.heard(head.number)
+                barrier = begun.barrier
             else:
-                self._done_of(head.op).heard(head.number)
+                barrier = self._done_of(head.op)
+            with _of_the_peer():
+                barrier.heard(head.number)
 
     def _take_chunk(self, lane: InLane, head: Head) -> None:
         with self._lock:
@@ -357,8 +368,10 @@ class Ring:
             part = operation.parts.get(head.part) if operation is not None else None
         if part is None:
             raise RemoteProtocolError(f"a chunk came of {head.op}, which is not under way")
-        phase, chunk = Phase(head.phase), ChunkId(head.segment, head.number)
-        do = part.plan.arrived(phase, chunk)
+        chunk = ChunkId(head.segment, head.number)
+        with _of_the_peer():
+            phase = Phase(head.phase)
+            do = part.plan.arrived(phase, chunk)
         self._do(lane, head, part, do, chunk)
         self._startable += part.plan.takes_out(phase, chunk)
         self._start()
@@ -448,7 +461,7 @@ class Ring:
             for number, part in operation.parts.items():
                 begun = self._begun[op, number]
                 if begun.digest not in (0, part.digest):
-                    raise UsageError(_UNEQUAL)
+                    raise self._unequal()
                 if ranks := begun.barrier.to_say():
                     words.append(Head(Word.BEGUN, op, number, ranks, value=part.digest))
             done = self._done_of(op)
@@ -468,10 +481,27 @@ class Ring:
         if over:
             operation.over()
 
+    def _unequal(self) -> FtrainError:
+        """What the left neighbour says of an operation is not what is meant here."""
+        if self._failed is None:
+            return UsageError(_UNEQUAL)
+        return garbled(self._left, _UNEQUAL)  # whoever made the ring may go on without one of them
+
     def _raise_if_undone(self, lane: InLane | OutLane, why: str) -> None:
         with self._lock:
-            if any(not operation.whole for operation in self._running.values()):
+            if any(self._needs_all(op, operation) for op, operation in self._running.items()):
                 raise lost(lane.peer, why)
+
+    def _needs_all(self, op: OpId, operation: Operation) -> bool:
+        """Whether an operation can't do without a neighbour that has left.
+
+        In a ring that somebody watches over, what that one has not begun waits to be withdrawn:
+        it left for the next ring, and the word to follow it is on its way.
+        """
+        if operation.whole:
+            return False
+        begun = [self._begun[op, number].barrier.passed for number in operation.parts]
+        return self._failed is None or any(begun)
 
     # ------------------------------------------------------------ inside
 
@@ -494,6 +524,15 @@ class Ring:
 
     def _lane(self, chunk: ChunkId) -> OutLane:
         return self._out[chunk.index % len(self._out)]
+
+
+@contextmanager
+def _of_the_peer() -> Iterator[None]:
+    """What is wrong in there came from the neighbour."""
+    try:
+        yield
+    except ValueError as error:
+        raise RemoteProtocolError(str(error)) from None
 
 
 def _head(op: OpId, part: int, phase: Phase, chunk: ChunkId, nbytes: int) -> Head:

@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from contextlib import suppress
 
-from ftrain.comms.collectives.lanes import lost, not_in_children, shut
+from ftrain.comms.collectives.lanes import garbled, lost, not_in_children, shut
 from ftrain.comms.errors import RemoteProtocolError
 from ftrain.comms.protocol.chunk_frames import HEADER_BYTES, Head, HeadReceiver, HeadSender, Word
 from ftrain.comms.protocol.handshake import Identity
@@ -157,6 +157,8 @@ class SharedOut:
         if not count:
             raise lost(self.peer, "it closed the connection")
         self._free += count
+        if self._free > len(self._freed):
+            raise garbled(self.peer, "it has emptied more slots than there are")
 
 
 class SharedIn:

@@ -21,13 +21,20 @@ from ftrain.comms.errors import (
     FleetChangedError,
     FleetLeftError,
     FtrainError,
+    PeerGarbledError,
     PeerLostError,
     UsageError,
 )
 from ftrain.comms.fleet.backups import Backups
 from ftrain.comms.fleet.link import FleetLink
 from ftrain.comms.fleet.operations import FleetHandle, FleetOp, Operations, is_before
-from ftrain.comms.fleet.protocol.messages import Counts, Decision, Stall, Verdict
+from ftrain.comms.fleet.protocol.messages import (
+    OPS_MAX,
+    Counts,
+    Decision,
+    Stall,
+    Verdict,
+)
 from ftrain.comms.fleet.protocol.peer import (
     Build,
     FleetPeer,
@@ -86,7 +93,8 @@ class Fleet:
         self._members: tuple[int, ...] = ()
         self._ring: Ring | None = None
         self._beside: tuple[Build, Ring] | None = None
-        self._places: tuple[Place, ...] = ()
+        self._places: dict[int, Place] = {}  # of peers that it was told of
+        self._order: tuple[int, ...] = ()  # the lane's peers in the ring's order
         self._building = 0  # view that a ring is being made for
         self._switching: Switch | None = None
         self._holding = True  # until there is a view
@@ -125,9 +133,11 @@ class Fleet:
 
     @property
     def ring(self) -> tuple[int, tuple[Place, ...]]:
-        """The number of the present membership, and its peers of this lane in order."""
+        """The number of the present membership, and the places of the lane's peers in order, as
+        far as they are known here: newcomers know all."""
         with self._lock:
-            return self._view, self._places
+            places = self._places
+            return self._view, tuple(places[peer] for peer in self._order if peer in places)
 
     def next_number(self, tag: int) -> int:
         """Number of the next operation with a tag."""
@@ -171,6 +181,8 @@ class Fleet:
             if not (self._view or self._error):
                 raise UsageError("the fleet has not let this peer in yet: wait_for_view first")
             self._changed.wait_for(lambda: self._error or self._may_open(tag))
+            if len(self._ops.running) >= OPS_MAX:
+                raise UsageError(f"{OPS_MAX} operations are under way: wait for some of them")
             op = self._ops.open(tag, retry=retry)
             if self._error is not None:
                 self._ops.close(op)
@@ -232,10 +244,11 @@ class Fleet:
 
     def _build(self, effect: Build | Install) -> Ring | None:
         """Make a ring; None when it could not be made or is not wanted any more."""
+        places = {place.node: place for place in effect.places}
         try:
             ring = self._meeting.join(
                 effect.view,
-                effect.places,
+                [places.get(peer) for peer in effect.ring],
                 self._settings.ring,
                 timeout_s=self._settings.build_s,
                 failed=partial(self._ring_failed, effect.view),
@@ -256,15 +269,14 @@ class Fleet:
 
     def _not_built(self, view: int, error: FtrainError) -> None:
         node = error.node if isinstance(error, PeerLostError) else self.peer
-        self._machine.lost(view, node, str(error), reached=False)
+        garbled = isinstance(error, PeerGarbledError)
+        self._machine.lost(view, node, str(error), reached=garbled, garbled=garbled)
 
     def _ring_failed(self, view: int, error: FtrainError) -> None:
         """By a ring's thread."""
-        if isinstance(error, UsageError):
-            self._spawn(self._end, error)
-            return
         node = error.node if isinstance(error, PeerLostError) else self.peer
-        self._link.call(lambda: self._machine.lost(view, node, str(error)))
+        garbled = isinstance(error, PeerGarbledError)
+        self._link.call(lambda: self._machine.lost(view, node, str(error), garbled=garbled))
 
     def _release(self, effect: Release) -> None:
         with self._lock:
@@ -304,7 +316,7 @@ class Fleet:
                 return
             for op in list(self._ops.running.values()):
                 self._settle(op, decisions.get(op.op))
-        if not effect.places:
+        if not effect.ring:
             self._link.call(lambda: self._machine.moved(effect.view))
             return
         ring = self._build(effect)
@@ -314,7 +326,7 @@ class Fleet:
             if self._building != effect.view:  # another change has begun meanwhile
                 self._spawn(ring.close)
                 return
-            self._enter(effect, effect.places, ring)
+            self._enter(effect, effect, ring)
             for op in list(self._ops.running.values()):
                 if op.attempt and op.op in decisions:
                     self._mend(op, ring, decisions[op.op], effect)
@@ -334,7 +346,7 @@ class Fleet:
             self._finish(op)
 
     def _mend(self, op: FleetOp, ring: Ring, decision: Decision, effect: Install) -> None:
-        sources = op.sources(decision, effect.places)
+        sources = op.sources(decision, effect.ring)
         parts, op.parts = op.parts, {}
         for number, part in parts.items():
             ring.mend(
@@ -377,19 +389,21 @@ class Fleet:
         self._switching = None
         old, beside = self._ring, self._beside
         self._beside = None
-        self._enter(effect, beside[0].places if beside else (), beside[1] if beside else None)
+        self._enter(effect, beside[0] if beside else None, beside[1] if beside else None)
         self._put_all()
         if old is not None:
             self._spawn(old.close)
         self._link.call(lambda: self._machine.moved(effect.view))
 
     def _enter(
-        self, effect: Install | Switch, places: tuple[Place, ...], ring: Ring | None
+        self, effect: Install | Switch, made: Build | Install | None, ring: Ring | None
     ) -> None:
         if not self._view:
             self._ops.begin_at(effect.first)
         self._view, self._members, self._ring = effect.view, effect.members, ring
-        self._places = places
+        self._order = made.ring if made is not None else ()
+        for place in made.places if made is not None else ():
+            self._places[place.node] = place
         self._holding, self._waiting = False, effect.waiting
         self._moved = (0, time.monotonic())
         self._changed.notify_all()

@@ -9,8 +9,15 @@ from contextlib import suppress
 
 from ftrain.comms.channel import Channel, Identity, connect
 from ftrain.comms.driver import Driver
-from ftrain.comms.errors import AuthenticationError, FtrainError, PeerLostError
+from ftrain.comms.errors import (
+    AuthenticationError,
+    FtrainError,
+    PeerLostError,
+    RemoteProtocolError,
+)
+from ftrain.comms.fleet.protocol.messages import FleetDirective
 from ftrain.comms.fleet.protocol.peer import FleetPeer
+from ftrain.comms.fleet.protocol.plausible import fault_of_directive
 
 _RECONNECT_S_MIN, _RECONNECT_S_MAX = 0.02, 0.3
 _CONNECT_S = 2.0
@@ -107,7 +114,10 @@ class FleetLink:
                     self.machine.connected()
                     self._driver.pump()
                     while True:
-                        self._driver.receive(await channel.receive())
+                        message = await channel.receive()
+                        if not isinstance(message, FleetDirective) or fault_of_directive(message):
+                            raise RemoteProtocolError("the coordinator said what it can't")
+                        self._driver.receive(message)
             except AuthenticationError as error:
                 self._refused(error)
                 return

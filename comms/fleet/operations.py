@@ -11,7 +11,6 @@ from ftrain.comms.errors import FtrainError
 from ftrain.comms.fleet.backups import Backups
 from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState
 from ftrain.comms.fleet.protocol.verdicts import bitmap_of, bits_of
-from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import ChunkId, Kind, OpId
 
 
@@ -80,11 +79,9 @@ class FleetOp:
         self.handle.view, self.handle.members = self.attempt, self.members
         self.handle.end()
 
-    def sources(
-        self, decision: Decision, places: tuple[Place, ...]
-    ) -> dict[int, dict[ChunkId, int]]:
+    def sources(self, decision: Decision, ring: tuple[int, ...]) -> dict[int, dict[ChunkId, int]]:
         """For each part, which rank of the new ring passes on each chunk that somebody lacks."""
-        ranks = {place.node: rank for rank, place in enumerate(places)}
+        ranks = {peer: rank for rank, peer in enumerate(ring)}
         ids = [(n, chunk) for n in sorted(self.parts) for chunk in self.parts[n].layout.ids()]
         held = {ranks[peer]: bits_of(bits, len(ids)) for peer, bits in decision.held}
         found: dict[int, dict[ChunkId, int]] = {number: {} for number in self.parts}

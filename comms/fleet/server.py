@@ -13,6 +13,7 @@ from ftrain.comms.channel import Channel, Identity, Server, serve
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError, RunDirectoryError
 from ftrain.comms.fleet.protocol.coordinator import FleetCoordinator
 from ftrain.comms.fleet.protocol.messages import FleetHard, PeerGone, PeerStatus
+from ftrain.comms.fleet.protocol.plausible import fault_of_status
 from ftrain.comms.protocol.effects import Announce
 from ftrain.comms.protocol.messages import Notice
 from ftrain.comms.wire import BAD_INPUT
@@ -105,6 +106,9 @@ class FleetServer:
                     (message.peer, message.incarnation) != (peer.node, peer.incarnation)
                 ):
                     raise RemoteProtocolError(f"{peer} sent what it may not say")
+                if why := fault_of_status(message):
+                    self._machine.refuse(peer.node, peer.incarnation, why)
+                    raise RemoteProtocolError(f"{peer} sent what can't be: {why}")
                 self._machine.receive(message)
                 self._dirty.set()
         finally:

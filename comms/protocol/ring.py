@@ -161,6 +161,8 @@ class RingOperation:
 
     def arrived(self, phase: Phase, chunk: ChunkId) -> Do:
         """A chunk came from the left."""
+        if phase is Phase.GATHER and (Phase.REDUCE, chunk) in self._awaited:
+            raise ValueError(f"the result of {chunk} is not awaited before its sum came here")
         try:
             self._awaited.remove((phase, chunk))
         except KeyError:

@@ -24,6 +24,7 @@ from ftrain.runtime.replicas.standing import (
 )
 
 _TIMEOUT_S = 10.0
+_PATIENCE_S = 30.0  # with members that do not come to the boundary
 _SMALL_BYTES_MAX = 256 * 1024 * 1024
 
 
@@ -69,7 +70,8 @@ def find_donors(
     ``goes_on``: whether the membership is still that of ``places``; else PeerLostError.
     """
     others = [place for place in places if place.node != own.node]
-    while goes_on():
+    end_s = time.monotonic() + _PATIENCE_S
+    while goes_on() and time.monotonic() < end_s:
         with ThreadPoolExecutor(max(1, len(others)), "ftrain-heal") as pool:
             found = list(pool.map(lambda place: _try(place, op, identity, secret), others))
         donors = [donor for donor in found if donor is not None]
@@ -86,7 +88,7 @@ def find_donors(
         if ready:
             return ready
         time.sleep(0.01)  # the others are on their way to that boundary
-    raise PeerLostError("the fleet's membership changed while its state was being fetched")
+    raise PeerLostError("the fleet's membership changed while its state was being asked for")
 
 
 def fetch(tensors: Sequence[StateTensor], donors: Sequence[Donor]) -> int:

@@ -12,7 +12,7 @@ import torch
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.collectives.arithmetic import Arithmetic, Reduction
 from ftrain.comms.collectives.work import Work
-from ftrain.comms.errors import FtrainError, PeerLostError, SessionError
+from ftrain.comms.errors import FleetLeftError, FtrainError, PeerLostError, SessionError
 from ftrain.comms.fleet.collectives import memory
 from ftrain.comms.fleet.fleet import Fleet
 from ftrain.comms.fleet.operations import FleetOp
@@ -23,6 +23,7 @@ from ftrain.runtime.replicas.healing import fetch, find_donors
 from ftrain.runtime.replicas.standing import StateServer
 
 _LEAVE_S = 5.0
+_HEALINGS_MAX = 20
 _MEMBERS, _STEP, _FIRST_FLAG = 0, 1, 2  # words behind the last bucket
 _STEP_MODULO = 4096  # so that sums of it are exact in float32
 
@@ -103,7 +104,7 @@ class FleetMember:
             self._fleet.wait_for_view(self._place.join_timeout_s)
         except TimeoutError as error:
             raise PeerLostError(f"{self._place.coordinator}: {error}") from None
-        while True:
+        for _ in range(_HEALINGS_MAX):
             view, places = self._fleet.ring
             op = self._fleet.next_number(0)
             try:
@@ -125,6 +126,7 @@ class FleetMember:
                 return bool(donors)
             except PeerLostError:
                 self._fleet.raise_if_over()
+        raise FleetLeftError("the fleet's state could not be had from any of its members")
 
     # ------------------------------------------------------------------ a step
 

@@ -61,6 +61,7 @@ class SimRing:
     """One peer's end of the ring of a view."""
 
     view: int
+    ring: tuple[int, ...]
     places: tuple[Place, ...]
     members: tuple[int, ...]
     rank: int
@@ -72,11 +73,11 @@ class SimRing:
 
     @property
     def left(self) -> int:
-        return self.places[(self.rank - 1) % len(self.places)].node
+        return self.ring[(self.rank - 1) % len(self.ring)]
 
     @property
     def right(self) -> int:
-        return self.places[(self.rank + 1) % len(self.places)].node
+        return self.ring[(self.rank + 1) % len(self.ring)]
 
 
 class SimPeer:
@@ -104,7 +105,7 @@ class SimPeer:
 
     def perform(self, effect: object) -> None:
         if isinstance(effect, Build):
-            self.beside = self._new_ring(effect.view, effect.places, ())
+            self.beside = self._new_ring(effect, ())
         elif isinstance(effect, Hold):
             self.holding = True
             self.machine.held(effect.number, self._started())
@@ -123,13 +124,12 @@ class SimPeer:
             self.alive = False
             self.world.process_ended(self)
 
-    def _new_ring(
-        self, view: int, places: tuple[Place, ...], members: tuple[int, ...]
-    ) -> SimRing | None:
-        nodes = [place.node for place in places]
-        if self.peer not in nodes:
+    def _new_ring(self, effect: Build | Install, members: tuple[int, ...]) -> SimRing | None:
+        if self.peer not in effect.ring:
             return None
-        return SimRing(view, places, members, nodes.index(self.peer), since=self.world.now)
+        rank = effect.ring.index(self.peer)
+        since = self.world.now
+        return SimRing(effect.view, effect.ring, effect.places, members, rank, since=since)
 
     def _halt(self, effect: Halt) -> None:
         self.ring, self.beside, self.installing, self.switching = None, None, None, None
@@ -160,7 +160,7 @@ class SimPeer:
             elif decision.verdict is Verdict.DONE:
                 self._return(op)
         self.installing = effect
-        self.beside = self._new_ring(effect.view, effect.places, effect.members)
+        self.beside = self._new_ring(effect, effect.members)
         if self.beside is None:
             self.machine.moved(effect.view)
 
@@ -241,7 +241,7 @@ class SimPeer:
     def _begin(self, op: SimOp) -> None:
         ring = self.ring
         assert ring is not None
-        ranks = len(ring.places)
+        ranks = len(ring.ring)
         op.attempt, op.members, op.rank, op.finished = ring.view, ring.members, ring.rank, False
         op.layout = Layout(ranks * CHUNKS, ranks, 1)
         op.plan = RingOperation(Kind.ALL_REDUCE, ring.rank, op.layout)
@@ -255,7 +255,7 @@ class SimPeer:
         assert op.plan is not None
         ids = op.layout.ids()
         held = {peer: bits_of(bits, len(ids)) for peer, bits in decision.held}
-        ranks = {place.node: rank for rank, place in enumerate(ring.places)}
+        ranks = {peer: rank for rank, peer in enumerate(ring.ring)}
         sources = {
             chunk: min(ranks[peer] for peer, bits in held.items() if bits[n])
             for n, chunk in enumerate(ids)
@@ -263,7 +263,7 @@ class SimPeer:
         }
         lacks = {chunk for chunk in sources if not op.plan.holds(chunk)}
         op.finished = False
-        op.plan = MendOperation(ring.rank, len(ring.places), sources, lacks)
+        op.plan = MendOperation(ring.rank, len(ring.ring), sources, lacks)
         self._put(op)
 
     def _put(self, op: SimOp) -> None:
@@ -332,7 +332,7 @@ class SimPeer:
     def _send(self, *message: object) -> None:
         ring = self.ring
         assert ring is not None
-        if len(ring.places) > 1:
+        if len(ring.ring) > 1:
             self.world.lane(ring.view, self.peer, ring.right).append(message)
 
     def _return(self, op: SimOp) -> None:
@@ -353,4 +353,4 @@ class SimPeer:
 
 
 def _barrier(ring: SimRing, table: dict[OpId, RingBarrier], op: OpId) -> RingBarrier:
-    return table.setdefault(op, RingBarrier(len(ring.places)))
+    return table.setdefault(op, RingBarrier(len(ring.ring)))

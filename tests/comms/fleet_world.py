@@ -526,7 +526,7 @@ class World:
             self.apart[one, other] = self.now + rng.choice((20, 150))
         if living and rng.random() < options.cut:
             peer = rng.choice(living)
-            if peer.ring is not None and not peer.ring.broken and len(peer.ring.places) > 1:
+            if peer.ring is not None and not peer.ring.broken and len(peer.ring.ring) > 1:
                 self.faults["cut"] += 1
                 peer.ring.broken = True
                 peer.machine.lost(peer.ring.view, peer.ring.left, "connection reset")

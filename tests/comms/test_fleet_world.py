@@ -252,6 +252,6 @@ def test_a_broken_variant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def _decide_apart(
-    apart: bool, reports: Sequence[PeerStatus], width: int, *, joint: bool
+    apart: bool, reports: Sequence[PeerStatus], width: int, *, joint: bool, trusted: bool
 ) -> tuple[Decision, ...]:
-    return verdicts.decide(reports, width, joint=apart)
+    return verdicts.decide(reports, width, joint=apart, trusted=trusted)

@@ -24,8 +24,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from ftrain.comms.fleet.protocol.messages import (
+    AHEAD_MAX,
     FleetDirective,
     FleetHard,
     Member,
@@ -37,6 +39,8 @@ from ftrain.comms.fleet.protocol.messages import (
     View,
 )
 from ftrain.comms.fleet.protocol.peers import Limits, Peers
+from ftrain.comms.fleet.protocol.plausible import NUMBER_MAX, ahead, needed
+from ftrain.comms.fleet.protocol.suspicion import Suspicion
 from ftrain.comms.fleet.protocol.verdicts import decide, first_of
 from ftrain.comms.protocol.effects import Announce
 from ftrain.comms.protocol.messages import Notice
@@ -103,7 +107,13 @@ class FleetCoordinator:
         self._stuck_ticks = 0
         self._due: set[int] = set()  # peers to be told what is wanted of them
         self._pinged = 0
-        self._since: dict[int, int] = {}  # peer: ticks since it was told
+        self._since: dict[int, int] = {}  # peer that has to do something: tick in which it was told
+        self._age_ticks = 0
+        self._checked_ticks = 0  # when it was looked up last who has to be told again
+        self._unheeded = False  # something came that :meth:`ready` has to look at
+        self._sets: dict[int, frozenset[Member]] = {}  # by view
+        self._suspicion = Suspicion()
+        self._lanes: tuple[View, dict[int, tuple[Any, ...]]] = (View(), {})
         self._effects: list[object] = []
 
     @property
@@ -121,9 +131,9 @@ class FleetCoordinator:
     def tick(self) -> None:
         """One unit of logical time has passed."""
         self._ticks += 1
+        self._age_ticks += 1
         self._peers.tick()
-        for peer in self._since:
-            self._since[peer] += 1
+        self._peers.forget(self._concerns)
         members = self._hard.view.members
         self._stuck_ticks += any(s.stall is Stall.STUCK for s in self._peers.of(members))
         self._advance()
@@ -133,11 +143,15 @@ class FleetCoordinator:
         if isinstance(message, PeerStatus):
             if self._peers.accept(message):
                 self._due.add(message.peer)
-                highest = max(self._hard.number, message.number, message.view)
-                self._hard = replace(self._hard, number=highest)
+                self._check_number(message)
         elif isinstance(message, PeerGone):
             self._peers.gone(message)
-        self._advance()
+        self._unheeded = True
+
+    def refuse(self, peer: int, incarnation: int, why: str) -> None:
+        """A peer said what it can't: it is in no view any more, and never will be again."""
+        self._peers.give_up(peer, incarnation, f"it is broken: {why}")
+        self._unheeded = True
 
     def connected(self, peer: int, incarnation: int) -> None:
         """There is a connection to a peer."""
@@ -147,10 +161,12 @@ class FleetCoordinator:
     def disconnected(self, peer: int, incarnation: int) -> None:
         """There is none any more."""
         self._peers.disconnected(peer, incarnation)
-        self._advance()
+        self._unheeded = True
 
     def ready(self) -> Ready[FleetHard]:
         """What has to be done now."""
+        if self._unheeded:  # once for all that came: each costs a look at every member
+            self._advance()
         messages = tuple(self._messages())
         hard = self._hard if self._hard != self._stored else None
         self._stored = self._hard
@@ -159,7 +175,31 @@ class FleetCoordinator:
 
     # ------------------------------------------------------------------ phases
 
+    def _check_number(self, status: PeerStatus) -> None:
+        """Whatever number is said to anybody is stored before, so a higher one is of a fleet whose
+        store was lost: the first view gets a higher one.  Later it can only be a mistake."""
+        claimed = (status.number, status.view, *(lost.number for lost in status.lost))
+        if max(claimed) <= self._hard.number:
+            return
+        if self._hard.view.number or self._phase is not Phase.GATHERING:
+            self.refuse(status.peer, status.incarnation, "it speaks of a change that never was")
+        else:
+            self._hard = replace(self._hard, number=min(max(claimed), NUMBER_MAX // 2))
+
+    def _concerns(self, member: Member) -> bool:
+        """Whether it matters that a member is gone."""
+        return any(
+            self._is_in(member, view) for view in (self._hard.view, self._hard.before, self._next)
+        )
+
+    def _is_in(self, member: Member, view: View) -> bool:
+        found = self._sets.get(view.number)
+        if found is None:
+            found = self._sets[view.number] = frozenset(view.members)
+        return member in found
+
     def _advance(self) -> None:
+        self._unheeded = False
         handlers = {
             Phase.RECOVERING: self._recovering,
             Phase.GATHERING: self._gathering,
@@ -177,6 +217,7 @@ class FleetCoordinator:
 
     def _enter(self, phase: Phase, why: str = "") -> None:
         self._phase, self._ticks, self._stuck_ticks = phase, 0, 0
+        self._sets.clear()
         if phase is not Phase.HALTING:  # who was silent before is silent still
             self._peers.rest()
         self._peers.accuse(set())
@@ -225,6 +266,10 @@ class FleetCoordinator:
     def _holding(self) -> None:
         holders = tuple({*self._hard.view.members, *self._next.members})
         if not self._put_off() and self._all_at(holders, Stage.HELD):
+            if liars := ahead(self._peers.of(self._hard.view.members)):
+                why = f"it has begun more than {AHEAD_MAX} operations before the others"
+                self.refuse(liars[0].peer, liars[0].incarnation, why)
+                return
             first = first_of(self._peers.of(holders))
             self._grant(replace(self._next, first=first), before=self._hard.view)
 
@@ -237,8 +282,11 @@ class FleetCoordinator:
         if not self._all_at(survivors, Stage.HALTED):
             self._give_up_unstoppable(survivors)
             return
+        trusted = True
         if len(survivors) == len(base.members):
-            survivors = self._reachable(survivors)
+            links = self._garbled_links(survivors)
+            trusted = not links
+            survivors = self._reachable(self._orderly(survivors, links))
         reports = self._peers.of(survivors)
         view = View(
             self._hard.number,
@@ -246,14 +294,16 @@ class FleetCoordinator:
             tuple(report.place for report in reports),
             first=self._hard.view.first,
             halted=True,
-            decisions=decide(reports, self._width, joint=self._joint),
+            decisions=decide(reports, self._width, joint=self._joint, trusted=trusted),
         )
         self._grant(view, before=View())
 
     def _installing(self) -> None:
         view, before = self._hard.view, self._hard.before
-        movers = (*view.members, *(member for member in before.members if member not in view))
-        late = [m for m in before.members if m in view and self._leaves(m) and self._behind((m,))]
+        goers = (member for member in before.members if not self._is_in(member, view))
+        movers = (*view.members, *goers)
+        stayers = (member for member in before.members if self._is_in(member, view))
+        late = [m for m in stayers if self._leaves(m) and self._behind((m,))]
         if why := self._failure(view) or self._failure(before):
             self._halt(why)
         elif late:  # it begins nothing more, and so never comes to where the view begins
@@ -282,7 +332,8 @@ class FleetCoordinator:
         if why := self._failure(self._hard.view):
             self._halt(why)
             return True
-        joiners = [member for member in self._next.members if member not in self._hard.view]
+        view = self._hard.view
+        joiners = [member for member in self._next.members if not self._is_in(member, view)]
         broken = [joiner for joiner in joiners if not self._present((joiner,))]
         late = self._ticks > self._limits.change_ticks or self._complaints(self._next)
         leaves = any(self._leaves(member) for member in self._next.members)
@@ -307,8 +358,8 @@ class FleetCoordinator:
     def _grant(self, view: View, before: View) -> None:
         old = self._hard.view
         seen = {m.member: m for m in (*self._hard.seen, *view.members)}
-        gone = sorted(member.member for member in old.members if member not in view)
-        come = sorted(member.member for member in view.members if member not in old)
+        gone = sorted(member.member for member in {*old.members} - {*view.members})
+        come = sorted(member.member for member in {*view.members} - {*old.members})
         self._hard = FleetHard(view.number, view, before, tuple(seen.values()))
         self._next = View()
         self._enter(Phase.INSTALLING)
@@ -328,7 +379,7 @@ class FleetCoordinator:
     def _base(self) -> View:
         """The view that the survivors go on from; before all have switched, the old one."""
         view, before = self._hard.view, self._hard.before
-        staying = self._present([member for member in before.members if member in view])
+        staying = self._present([one for one in before.members if self._is_in(one, view)])
         return before if before.number and self._behind(staying) else view
 
     def _give_up_unstoppable(self, members: Sequence[Member]) -> None:
@@ -338,6 +389,26 @@ class FleetCoordinator:
             if self._stage_of(status.peer) is not Stage.HALTED:
                 why = "it answers, but its ring does not stop"
                 self._peers.give_up(status.peer, status.incarnation, why)
+
+    def _garbled_links(self, members: Sequence[Member]) -> list[tuple[int, int]]:
+        """Who heard garbage from whom, in the present view."""
+        return [
+            (status.peer, lost.peer)
+            for status in self._peers.of(members)
+            for lost in status.lost
+            if lost.garbled and lost.number == self._hard.view.number
+        ]
+
+    def _orderly(
+        self, members: tuple[Member, ...], links: Sequence[tuple[int, int]]
+    ) -> tuple[Member, ...]:
+        """Without who is to blame for garbage on the ring's links."""
+        worst = self._suspicion.worst(links)
+        for member in members:
+            if worst is not None and worst in self._of(member):
+                why = "what it and its neighbours said to each other made no sense, again"
+                self._peers.give_up(worst, member.incarnation, why)
+        return self._present(members)
 
     def _reachable(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
         """Without the later one of any two that are there and can't connect to each other."""
@@ -363,7 +434,7 @@ class FleetCoordinator:
     def _complaints(self, view: View) -> str:
         for status in self._peers.of(view.members):
             for lost in status.lost:
-                if lost.number >= view.number:
+                if lost.number == view.number:  # not one that was only prepared
                     return f"peer {status.peer} lost peer {lost.peer}: {lost.why}"
         return ""
 
@@ -418,19 +489,29 @@ class FleetCoordinator:
         if self._pinged < self._peers.ping:
             self._pinged = self._peers.ping
             self._due.update(status.peer for status in self._peers.statuses())
+        late: set[int] = set()
+        if self._checked_ticks < self._age_ticks:
+            self._checked_ticks = self._age_ticks
+            before = self._age_ticks - self._resend_ticks
+            late = {peer for peer, told in self._since.items() if told <= before}
         said: list[tuple[Address, object]] = []
-        for status in self._peers.statuses():
-            directive = self._directive(status)
-            late = self._since.get(status.peer, 0) >= self._resend_ticks
-            if status.peer in self._due or (late and not _followed(status, directive)):
-                said.append((status.peer, directive))
-                self._since[status.peer] = 0
+        for peer in sorted(self._due | late):
+            status = self._peers.linked(peer)
+            directive = self._directive(status) if status is not None else None
+            if status is None or directive is None or _followed(status, directive):
+                self._since.pop(peer, None)  # its next word is looked at anyhow
+            else:
+                self._since[peer] = self._age_ticks
+            if directive is not None and (peer in self._due or peer in self._since):
+                said.append((peer, directive))
         self._due.clear()
         return said
 
     def _directive(self, status: PeerStatus) -> FleetDirective:
         member = Member(status.peer // self._width, status.incarnation)
-        view, before, lane = self._hard.view, self._hard.before, status.peer % self._width
+        view, coming = self._hard.view, self._is_in(member, self._next)
+        in_view = self._is_in(member, view)
+        in_before = self._is_in(member, self._hard.before)
         base = FleetDirective(
             status.peer,
             status.incarnation,
@@ -439,36 +520,60 @@ class FleetCoordinator:
             ping=self._peers.ping,
             heard=status.sequence,
         )
-        if self._phase is Phase.HALTING and (member in view or member in before):
+        if self._phase is Phase.HALTING and (in_view or in_before):
             return replace(base, order=Order.HALT)
-        if member in view or member in self._next:
+        if in_view or coming:
             if self._phase is Phase.PREPARING:
-                return self._in_ring(base, Order.PREPARE, self._next, lane)
+                return self._in_ring(base, Order.PREPARE, self._next, status)
             if self._phase is Phase.HOLDING:
-                return self._in_ring(base, Order.HOLD, self._next, lane)
-        if member in view or member in before:
-            return self._in_ring(base, Order.RUN, view, lane)
-        newest = {m.member: m.incarnation for m in self._hard.seen}
+                return self._in_ring(base, Order.HOLD, self._next, status)
+        if in_view or in_before:
+            return self._in_ring(base, Order.RUN, view, status)
+        newest = (m.incarnation for m in self._hard.seen if m.member == member.member)
         why = self._peers.why_ended(status.peer, status.incarnation)
-        was_in = status.view or status.incarnation <= newest.get(member.member, -1)
+        was_in = status.view or status.incarnation <= next(newest, -1)
         if why or was_in or self._leaves(member):
             reason = why or "the fleet goes on without it: it has to join again"
-            return replace(base, order=Order.LEAVE, reason=reason)
+            number = max(self._hard.number, status.number)  # it must not take this for stale
+            return replace(base, order=Order.LEAVE, number=number, reason=reason)
         return base
 
-    def _in_ring(self, base: FleetDirective, order: Order, view: View, lane: int) -> FleetDirective:
-        places: dict[int, Place] = {place.node: place for place in view.places}
+    def _in_ring(
+        self, base: FleetDirective, order: Order, view: View, status: PeerStatus
+    ) -> FleetDirective:
+        lane = status.peer % self._width
+        if self._lanes[0] is not view:
+            self._lanes = view, {}
+        known = self._lanes[1]
+        if lane not in known:
+            places: dict[int, Place] = {place.node: place for place in view.places}
+            known[lane] = (
+                tuple(m.member * self._width + lane for m in view.members),
+                places,
+                view.numbers,
+                tuple(d for d in view.decisions if d.lane == lane),
+            )
+        ring, places, numbers, decisions = known[lane]
+        if not self._builds(status, order, view):
+            ring, decisions = (), ()  # by far the longest, and of no use
         return replace(
             base,
             order=order,
             view=view.number,
-            places=tuple(places[m.member * self._width + lane] for m in view.members),
-            members=view.numbers,
+            ring=ring,
+            places=tuple(places[peer] for peer in needed(status.peer, ring, new=not status.view)),
+            members=numbers,
             first=view.first,
             halted=view.halted,
-            decisions=tuple(d for d in view.decisions if d.lane == lane),
+            decisions=decisions,
             waiting=len(view.members) < self._members_min,
         )
+
+    def _builds(self, status: PeerStatus, order: Order, view: View) -> bool:
+        """Whether a peer has yet to make the ring of a view when it is told to do this."""
+        if order is Order.RUN:
+            return view.halted and status.view < view.number
+        return self._stage_of(status.peer) is Stage.NONE
 
     def _say(self, kind: str, text: str, **data: object) -> None:
         self._effects.append(Announce(Notice(kind, text, data)))
@@ -476,6 +581,8 @@ class FleetCoordinator:
 
 def _followed(status: PeerStatus, directive: FleetDirective) -> bool:
     """Whether a peer has done what it is told."""
+    if directive.order is Order.LEAVE:  # it was told, and is stopped, gone or broken
+        return True
     if directive.ping > status.pong:
         return False
     wanted = {Order.PREPARE: Stage.BUILT, Order.HOLD: Stage.HELD, Order.HALT: Stage.HALTED}

@@ -14,6 +14,12 @@ from enum import Enum
 from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import OpId
 
+OPS_MAX = 8192  # operations that a peer may have under way
+TAGS_MAX = 65536
+AHEAD_MAX = 65536  # operations that a peer may have begun before another one
+LOST_MAX = 64  # neighbours that a peer speaks of, the newest
+WHY_CHARS_MAX = 500  # of a reason
+
 Counts = tuple[tuple[int, int], ...]
 """For each tag the number of the next operation; a tag that is missing: 0."""
 
@@ -36,6 +42,7 @@ class Lost:
     why: str
     number: int  # of the view whose ring it was, or was to be
     reached: bool = True  # there was a connection
+    garbled: bool = False  # what came over it breaks the protocol
 
 
 class Stage(Enum):
@@ -111,7 +118,8 @@ class FleetDirective:
     order: Order
     number: int  # of the newest change: what has a lower one is stale
     view: int = 0  # PREPARE, HOLD: that comes out of it; RUN: that holds
-    places: tuple[Place, ...] = ()  # of that, the lane's peers in the ring's order
+    ring: tuple[int, ...] = ()  # of that, the lane's peers in order, for who has yet to make it
+    places: tuple[Place, ...] = ()  # of these, the peer's own and its neighbours'
     members: tuple[int, ...] = ()
     first: Counts = ()  # RUN: which operation is the first of the view, unless all halted
     halted: bool = False  # RUN: the view comes after a HALT rather than a HOLD

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ftrain.comms.fleet.protocol.messages import (
+    LOST_MAX,
+    WHY_CHARS_MAX,
     Counts,
     Decision,
     FleetDirective,
@@ -31,7 +33,8 @@ class Build:
     """Make the ring of the next view, beside the present one. Answer: ``built`` or ``lost``."""
 
     view: int
-    places: tuple[Place, ...]
+    ring: tuple[int, ...]  # peers, in order
+    places: tuple[Place, ...]  # of this one and its neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,10 @@ class Halt:
 @dataclass(frozen=True, slots=True)
 class Install:
     """Settle what was under way as decided, make the ring of the view and go on in it; with no
-    ``places`` there is none. Answer: ``moved`` or ``lost``."""
+    ``ring`` there is none. Answer: ``moved`` or ``lost``."""
 
     view: int
+    ring: tuple[int, ...]
     places: tuple[Place, ...]
     members: tuple[int, ...]
     first: Counts  # where who never was in a view begins
@@ -187,16 +191,18 @@ class FleetPeer:
         """Answer to :class:`Switch`."""
         self.lost(view, self._status.peer, "it began more than was agreed on")
 
-    def lost(self, view: int, peer: int, why: str, *, reached: bool = True) -> None:
+    def lost(
+        self, view: int, peer: int, why: str, *, reached: bool = True, garbled: bool = False
+    ) -> None:
         """A neighbour in the ring of a view is gone, or could not be reached for it.
 
         Also the answer to effects that need the neighbour.
         """
         if view < self._status.view:
             return
-        lost = Lost(peer, why, view, reached)
+        lost = Lost(peer, why[:WHY_CHARS_MAX], view, reached, garbled)
         if all((one.peer, one.number) != (peer, view) for one in self._status.lost):
-            self._change(lost=(*self._status.lost, lost))
+            self._change(lost=(*self._status.lost, lost)[-LOST_MAX:])
 
     def stall(self, stall: Stall) -> None:
         """Whether operations make progress, as of now."""
@@ -243,19 +249,20 @@ class FleetPeer:
             return
         elif wanted.order in (Order.PREPARE, Order.HOLD):
             if stage is Stage.NONE and self._has_place(wanted):
-                self._begin(Build(wanted.view, wanted.places))
+                self._begin(Build(wanted.view, wanted.ring, wanted.places))
             elif wanted.order is Order.HOLD and stage is not Stage.HELD:
                 self._begin(Hold(wanted.number))
         elif wanted.order is Order.RUN:
             self._run(wanted)
 
     def _run(self, wanted: FleetDirective) -> None:
-        places = wanted.places if self._has_place(wanted) else ()
+        ring = wanted.ring if self._has_place(wanted) else ()
         if wanted.view > self._status.view and wanted.halted:
             self._begin(
                 Install(
                     wanted.view,
-                    places,
+                    ring,
+                    wanted.places,
                     wanted.members,
                     wanted.first,
                     wanted.decisions,
@@ -269,7 +276,7 @@ class FleetPeer:
             self._change(stage=Stage.NONE)
 
     def _has_place(self, wanted: FleetDirective) -> bool:
-        return any(place.node == self._status.peer for place in wanted.places)
+        return self._status.peer in wanted.ring and self._status.place in wanted.places
 
     def _begin(self, effect: object) -> None:
         self._busy = effect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ftrain.comms.fleet.protocol.messages import Member, PeerGone, PeerStatus
@@ -78,6 +78,8 @@ class Peers:
         record = self._record(status.peer, status.incarnation)
         if record is None or (record.status and record.status.sequence >= status.sequence):
             return False
+        if record.status and record.status.place != status.place:
+            self.give_up(status.peer, status.incarnation, "it says to be somewhere else")
         record.status = status
         record.silent_ticks = 0
         return True
@@ -131,6 +133,18 @@ class Peers:
         """Why an incarnation is gone for good; empty: it is not."""
         record = self._records.get(peer)
         return record.ended if record is not None and record.incarnation == incarnation else ""
+
+    def linked(self, peer: int) -> PeerStatus | None:
+        """The newest word of a peer to whom there is a connection."""
+        record = self._records.get(peer)
+        return record.status if record is not None and record.linked else None
+
+    def forget(self, keep: Callable[[Member], bool]) -> None:
+        """Drop who was not connected for long, but not those to ``keep``."""
+        for peer, record in list(self._records.items()):
+            gone = not record.linked and record.down_ticks > self._limits.halt_ticks
+            if gone and not keep(Member(peer // self._width, record.incarnation)):
+                del self._records[peer]
 
     def newest(self, peer: int) -> PeerStatus | None:
         """Its newest word."""

@@ -15,22 +15,47 @@ Exactly one of these is true, whoever asks, and a peer that died may have been t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState, PeerStatus, Verdict
 from ftrain.comms.protocol.ring import OpId
 
 
-def decide(reports: Sequence[PeerStatus], width: int, *, joint: bool) -> tuple[Decision, ...]:
+@dataclass(slots=True)
+class _Report:
+    """What a halted peer says, so that an operation is found at once."""
+
+    status: PeerStatus
+    counts: dict[int, int] = field(init=False)
+    states: dict[OpId, OpState] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = dict(self.status.counts)
+        self.states = {state.op: state for state in self.status.ops}
+
+    @property
+    def peer(self) -> int:
+        return self.status.peer
+
+
+def decide(
+    reports: Sequence[PeerStatus], width: int, *, joint: bool, trusted: bool = True
+) -> tuple[Decision, ...]:
     """Decisions about everything that is under way at the halted survivors of a view.
 
-    ``reports`` of all of them; ``joint``: an operation is done in all lanes or in none.
+    ``reports`` of all of them; ``joint``: an operation is done in all lanes or in none.  Without
+    ``trusted`` garbage came over the ring, and nobody is missing: what nobody has returned from is
+    undone, because what is held of it may be wrong.
     """
-    ops = sorted({state.op for report in reports for state in report.ops})
-    lanes = [[r for r in reports if r.peer % width == lane] for lane in range(width)]
+    known_reports = [_Report(report) for report in reports]
+    ops = sorted({op for report in known_reports for op in report.states})
+    lanes = [[r for r in known_reports if r.peer % width == lane] for lane in range(width)]
     decisions: list[Decision] = []
     for op in ops:
+        if not trusted and not any(returned(op, report) for report in known_reports):
+            continue
         found = [_decide(op, lane, peers) for lane, peers in enumerate(lanes)]
-        if joint and (None in found or _torn(op, reports)):
+        if joint and (None in found or _torn(op, known_reports)):
             continue
         known = [decision for decision in found if decision is not None]
         if joint and any(decision.verdict is Verdict.MEND for decision in known):
@@ -39,7 +64,7 @@ def decide(reports: Sequence[PeerStatus], width: int, *, joint: bool) -> tuple[D
     return tuple(decisions)
 
 
-def _decide(op: OpId, lane: int, reports: Sequence[PeerStatus]) -> Decision | None:
+def _decide(op: OpId, lane: int, reports: Sequence[_Report]) -> Decision | None:
     states = [_state(op, report) for report in reports]
     if any(returned(op, report) for report in reports):
         return Decision(op, lane, Verdict.DONE)
@@ -50,32 +75,34 @@ def _decide(op: OpId, lane: int, reports: Sequence[PeerStatus]) -> Decision | No
         return None
     if all(state.whole for state in known):
         return Decision(op, lane, Verdict.DONE)
-    if not all(state.held for state in known) or not _complete(state.held for state in known):
+    if len({len(state.held) for state in known}) != 1:
+        return None  # they do not mean the same by it
+    if not known[0].held or not _complete(state.held for state in known):
         return None
     return _mend(op, lane, reports)
 
 
-def _torn(op: OpId, reports: Sequence[PeerStatus]) -> bool:
+def _torn(op: OpId, reports: Sequence[_Report]) -> bool:
     """Whether the lanes have tried it in different views, and none has returned from it."""
     attempts = {state.attempt for r in reports if (state := _state(op, r)) is not None}
     return len(attempts) > 1 and not any(returned(op, report) for report in reports)
 
 
-def _mend(op: OpId, lane: int, reports: Sequence[PeerStatus]) -> Decision:
+def _mend(op: OpId, lane: int, reports: Sequence[_Report]) -> Decision:
     """Also of a lane in which all have the whole: nobody returns before the other lanes may."""
     states = ((report.peer, _state(op, report)) for report in reports)
     held = tuple((peer, state.held) for peer, state in states if state is not None)
     return Decision(op, lane, Verdict.MEND, held)
 
 
-def returned(op: OpId, report: PeerStatus) -> bool:
+def returned(op: OpId, report: _Report) -> bool:
     """Whether a halted peer has ended the operation: it was begun and is not under way."""
-    begun = dict(report.counts).get(op.tag, 0) > op.number
+    begun = report.counts.get(op.tag, 0) > op.number
     return begun and _state(op, report) is None
 
 
-def _state(op: OpId, report: PeerStatus) -> OpState | None:
-    return next((state for state in report.ops if state.op == op), None)
+def _state(op: OpId, report: _Report) -> OpState | None:
+    return report.states.get(op)
 
 
 def _complete(bitmaps: Iterable[bytes]) -> bool:
