@@ -358,8 +358,8 @@ class Ring:
         if part is None:
             raise RemoteProtocolError(f"a chunk came of {head.op}, which is not under way")
         phase, chunk = Phase(head.phase), ChunkId(head.segment, head.number)
-        do = part.plan.arrived(phase, chunk)
-        self._do(lane, head, part, do, chunk)
+        self._do(lane, head, part, part.plan.do_with(phase, chunk), chunk)
+        part.plan.arrived(phase, chunk)  # not before: who is cut off in the middle has only a half
         self._startable += part.plan.takes_out(phase, chunk)
         self._start()
         if part.plan.done:
