@@ -134,6 +134,11 @@ class Fleet:
                 raise TimeoutError(f"the fleet has not let this peer in within {timeout_s} s")
             return self._view
 
+    def next_number(self, tag: int = 0) -> int:
+        """Number of the operation that is begun next with a tag; equal on all members."""
+        with self._lock:
+            return self._ops.counts.get(tag, 0)
+
     def begin(self, make: Make, *, tag: int = 0, retry: bool = True) -> FleetHandle:
         """Begin an operation of one part.
 
@@ -153,9 +158,10 @@ class Fleet:
             if not (self._view or self._error):
                 raise UsageError("the fleet has not let this peer in yet: wait_for_view first")
             op = self._ops.open(tag, retry=retry)
-            if self._error is not None:
+            error = self._error or (_undone(op) if op.op in self._ops.undone else None)
+            if error is not None:
                 self._ops.close(op)
-                op.handle.end(self._error)
+                op.handle.end(error)
             return op
 
     def add(self, op: FleetOp, make: Make, *, last: bool) -> None:
@@ -277,8 +283,12 @@ class Fleet:
         with self._lock:
             if self._building != effect.view:
                 return
+            ended = self._ops.settle({op: one.verdict for op, one in decisions.items()})
             for op in list(self._ops.running.values()):
                 self._settle(op, decisions.get(op.op))
+            for op in ended:
+                self._ops.close(op)
+                op.handle.end(_undone(op))
         if not effect.places:
             self._link.call(lambda: self._machine.moved(effect.view))
             return
@@ -297,14 +307,8 @@ class Fleet:
             self._link.call(lambda: self._machine.moved(effect.view))
 
     def _settle(self, op: FleetOp, decision: Decision | None) -> None:
-        if decision is None:
-            began = bool(op.attempt)
+        if decision is None or decision.verdict is Verdict.UNDONE:
             op.undo(self.backups)
-            if began and not op.retry:
-                self._ops.close(op)
-                op.handle.end(
-                    FleetChangedError(f"operation {op.op.number} was undone: members were lost")
-                )
         elif decision.verdict is Verdict.DONE:
             self._finish(op)
 
@@ -391,6 +395,7 @@ class Fleet:
                 last = op.complete and number == len(op.works) - 1
                 ring.put(op.op, number, work, last=last, over=partial(self._over, op))
             except FtrainError as error:
+                self._ops.undone.add(op.op)
                 self._ops.close(op)
                 op.handle.end(error)
                 return
@@ -398,7 +403,8 @@ class Fleet:
     def _over(self, op: FleetOp) -> None:
         """By a ring's thread: everybody has the result."""
         with self._lock:
-            self._finish(op)
+            self._ops.returned(op)
+            op.finish(self.backups)
             self._go_on_switching()
 
     def _finish(self, op: FleetOp) -> None:
@@ -443,6 +449,10 @@ class Fleet:
     def _raise_if_over(self) -> None:
         if self._error is not None:
             raise type(self._error)(*self._error.args)
+
+
+def _undone(op: FleetOp) -> FleetChangedError:
+    return FleetChangedError(f"operation {op.op.number} was undone: members were lost")
 
 
 async def _at(address: str) -> str:

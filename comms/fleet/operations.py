@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ftrain.comms.collectives.ring import Operation, Part
 from ftrain.comms.collectives.work import Handle, Work
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.fleet.backups import Backups
-from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState
+from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState, Verdict
 from ftrain.comms.fleet.protocol.verdicts import bitmap_of, bits_of
 from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import ChunkId, Kind, OpId
@@ -101,6 +101,9 @@ class Operations:
         self.counts: dict[int, int] = {}  # for each tag, the number of the next one
         self.running: dict[OpId, FleetOp] = {}
         self.newest: dict[int, int] = {}  # for each tag, the highest number that is over
+        # What a change undid and is not tried again here.  Of what ended so, others may not have
+        # heard yet; what has yet to begin here ends so as soon as it does.
+        self.undone: set[OpId] = set()
 
     def begin_at(self, first: Counts) -> None:
         """Where this peer comes in."""
@@ -112,7 +115,25 @@ class Operations:
         self.counts[tag] = number + 1
         op = FleetOp(FleetHandle(OpId(tag, number)), retry)
         self.running[op.op] = op
+        if retry:
+            self.undone.discard(op.op)
         return op
+
+    def settle(self, verdicts: Mapping[OpId, Verdict]) -> list[FleetOp]:
+        """Take note of what a change undid; what of that ends here."""
+        ended: list[FleetOp] = []
+        for op in (op for op, verdict in verdicts.items() if verdict is Verdict.UNDONE):
+            running = self.running.get(op)
+            if running is not None and not running.retry:
+                ended.append(running)
+            if running in ended or op.number >= self.counts.get(op.tag, 0):
+                self.undone.add(op)
+        return ended
+
+    def returned(self, op: FleetOp) -> None:
+        """A ring is through with it: so everybody is in that, and knows what was undone before."""
+        self.close(op)
+        self.undone = {op for op in self.undone if op.number >= self.counts.get(op.tag, 0)}
 
     def close(self, op: FleetOp) -> None:
         """It is over."""
@@ -130,8 +151,11 @@ class Operations:
     def started(self) -> Counts:
         """For each tag the number of the next one that was on no ring yet."""
         counts = dict(self.counts)
-        for op in self.waiting():
-            counts[op.op.tag] = min(counts[op.op.tag], op.op.number)
+        for op in sorted(self.undone):  # who comes in must not wait for the others there
+            if op.number == counts.get(op.tag, 0):
+                counts[op.tag] = op.number + 1
+        for waiting in self.waiting():
+            counts[waiting.op.tag] = min(counts[waiting.op.tag], waiting.op.number)
         return tuple(sorted(counts.items()))
 
     def drained(self, first: Counts) -> bool:
@@ -150,7 +174,9 @@ class Operations:
 
     def states(self) -> tuple[OpState, ...]:
         """Everything that is under way, after a halt."""
-        return tuple(op.state() for _, op in sorted(self.running.items()))
+        ended = (op for op in sorted(self.undone) if op.number < self.counts.get(op.tag, 0))
+        running = (op.state() for _, op in sorted(self.running.items()))
+        return (*running, *(OpState(op, 0, False) for op in ended))
 
     def fail(self, error: FtrainError) -> None:
         """All of it ends badly."""

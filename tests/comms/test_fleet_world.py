@@ -40,15 +40,18 @@ RARE_MAX = 700
 def test_every_schedule_ends_well() -> None:
     faults: Counter[str] = Counter()
     phases: set[Phase] = set()
+    undone = 0
     for seed in range(SEEDS):
         world = World(seed)
         world.run()
         faults += world.faults
         phases |= world.phases
+        undone += world.ends_undone
     print(faults)
     assert sum(faults.values()) > 5 * SEEDS
     assert min(faults.values()) > SEEDS / 5, faults
     assert phases == set(Phase)
+    assert undone > SEEDS
 
 
 @pytest.mark.soak
@@ -193,6 +196,21 @@ class LeavesOutWhatWaits(SimPeer):
         self.ops |= waiting
 
 
+class TriesAlone(SimPeer):
+    """Tries what others were told is undone, because it had not begun it then."""
+
+    def open(self, tag: int) -> None:
+        self.undone.pop(OpId(tag, self.counts[tag]), None)
+        super().open(tag)
+
+
+class SeemsToHaveReturned(SimPeer):
+    """Says no more of what ended undone."""
+
+    def ended_undone(self) -> list[OpId]:
+        return []
+
+
 Decide = Callable[[OpId, int, Sequence[PeerStatus]], Decision | None]
 right: Decide = verdicts._decide
 
@@ -227,6 +245,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switches unfinished": {"make_engine": SwitchesUnfinished},
     "switches anyhow": {"make_engine": SwitchesAnyhow},
     "leaves out what waits": {"make_engine": LeavesOutWhatWaits},
+    "tries alone": {"make_engine": TriesAlone},
+    "seems to have returned": {"make_engine": SeemsToHaveReturned},
     "one whole is enough": {"decide": any_whole},
     "undone though somebody returned": {"decide": never_done},
     "done with holes": {"decide": with_holes},

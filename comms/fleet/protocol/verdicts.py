@@ -7,7 +7,8 @@ result.  So, of the reports of *all* survivors:
 * between them they hold every chunk of the same attempt's result: they mend it, by passing chunks
   on in the next ring.  It counts as done only when all have it, which the next ring says; should
   that one break as well, the same is asked again;
-* else nobody can have returned and nobody ever will: it never was, its inputs are restored.
+* else nobody can have returned and nobody ever will: it never was, its inputs are restored.  Who
+  has yet to begin it is told as well: where it is not tried again the others won't take part.
 
 Exactly one of these is true, whoever asks, and a peer that died may have been told no other.
 """
@@ -31,11 +32,16 @@ def decide(reports: Sequence[PeerStatus], width: int, *, joint: bool) -> tuple[D
     for op in ops:
         found = [_decide(op, lane, peers) for lane, peers in enumerate(lanes)]
         if joint and (None in found or _torn(op, reports)):
-            continue
+            found = [None] * width
+        undone = [
+            Decision(op, lane, Verdict.UNDONE)
+            for lane, one in enumerate(found)
+            if one is None and (joint or any(_state(op, report) for report in lanes[lane]))
+        ]
         known = [decision for decision in found if decision is not None]
         if joint and any(decision.verdict is Verdict.MEND for decision in known):
             known = [_mend(op, lane, peers) for lane, peers in enumerate(lanes)]
-        decisions += known
+        decisions += known + undone
     return tuple(decisions)
 
 
