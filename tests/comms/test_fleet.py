@@ -12,6 +12,8 @@ import pytest
 from fleet_samples import Coordinator, Peer, fleet_of, until
 
 from ftrain.comms.errors import StoreUnreachableError
+from ftrain.comms.fleet.protocol.peers import Limits
+from ftrain.comms.fleet.server import TICK_S
 
 LINKS = ("memory", "tcp")
 
@@ -129,6 +131,19 @@ def test_a_store_that_fails_puts_off_changes_only() -> None:
         until(lambda: peers[0].sums()[-1]["op"] > before + 20, "sums")
         peers[1].signal(signal.SIGKILL)
         until(lambda: any("can't change for now" in n.text for n in coordinator.notices), "a word")
+        coordinator.broken = None
+        until(lambda: last_members(peers[0]) == last_members(peers[2]) == [0, 2], "the change")
+        agree(peers)
+
+
+def test_nobody_is_given_up_while_the_store_does_not_answer() -> None:
+    """Nobody hears the order to halt meanwhile, and so can't follow it."""
+    limits = Limits(silence_ticks=4, halt_ticks=4)
+    with fleet_of([0, 1, 2], 300_000, "memory", limits=limits) as (coordinator, peers):
+        coordinator.broken = StoreUnreachableError("nobody answers at 127.0.0.1:2379")
+        peers[1].signal(signal.SIGKILL)
+        until(lambda: any("can't change for now" in n.text for n in coordinator.notices), "a word")
+        time.sleep(4 * TICK_S * 4)
         coordinator.broken = None
         until(lambda: last_members(peers[0]) == last_members(peers[2]) == [0, 2], "the change")
         agree(peers)

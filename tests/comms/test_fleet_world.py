@@ -28,6 +28,7 @@ from ftrain.comms.fleet.protocol.messages import (
     View,
 )
 from ftrain.comms.fleet.protocol.peer import FleetPeer, Halt, Switch
+from ftrain.comms.fleet.protocol.peers import Limits, Peers
 from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import OpId
 from ftrain.comms.protocol.ring_barrier import RingBarrier
@@ -94,6 +95,25 @@ def test_what_is_stale_changes_nothing() -> None:
             peer.receive(stale)
             assert not peer.ready().effects
     assert not peer.over
+
+
+def test_who_does_not_answer_is_silent_only_if_others_answer() -> None:
+    peers = Peers(1, Limits(silence_ticks=4))
+    members = [Member(peer, 1) for peer in range(3)]
+    statuses = [PeerStatus(peer, 1, 1, Place(peer, 1, "", "", "")) for peer in range(3)]
+    for status in statuses:
+        peers.connected(status.peer, 1)
+        peers.accept(status)
+    for _ in range(20):
+        peers.ask()
+        peers.tick()
+    assert not any(map(peers.why_gone, members))
+    for number in range(6):
+        peers.ask()
+        peers.accept(replace(statuses[0], sequence=2 + number, pong=peers.ping))
+        peers.accept(replace(statuses[2], sequence=2 + number, pong=peers.ping))
+        peers.tick()
+    assert [bool(peers.why_gone(member)) for member in members] == [False, True, False]
 
 
 # ---------------------------------------------------------------- broken variants
