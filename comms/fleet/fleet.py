@@ -392,6 +392,8 @@ class Fleet:
             number, op.put = op.put, op.put + 1
             try:
                 work = op.works[number](ring.rank, ring.ranks)
+                if work.backup is not None:
+                    op.backups.append(work.backup)
                 last = op.complete and number == len(op.works) - 1
                 ring.put(op.op, number, work, last=last, over=partial(self._over, op))
             except FtrainError as error:

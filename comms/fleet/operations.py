@@ -46,6 +46,7 @@ class FleetOp:
     members: tuple[int, ...] = ()
     put: int = 0  # parts that are on the ring
     parts: dict[int, Part] = field(default_factory=dict)  # once its ring was halted
+    backups: list[memoryview] = field(default_factory=list)  # of the parts that are on the ring
 
     @property
     def op(self) -> OpId:
@@ -70,15 +71,19 @@ class FleetOp:
         """It never was: put the inputs back."""
         for part in self.parts.values():
             part.restore()
-            backups.give(part.work.backup)
+        self._give_back(backups)
         self.parts, self.attempt, self.put = {}, 0, 0
 
     def finish(self, backups: Backups) -> None:
         """Everybody has the result."""
-        for part in self.parts.values():
-            backups.give(part.work.backup)
+        self._give_back(backups)
         self.handle.view, self.handle.members = self.attempt, self.members
         self.handle.end()
+
+    def _give_back(self, backups: Backups) -> None:
+        for backup in self.backups:
+            backups.give(backup)
+        self.backups.clear()
 
     def sources(
         self, decision: Decision, places: tuple[Place, ...]
