@@ -22,7 +22,7 @@ class Backups:
             for index, spare in enumerate(self._spare):
                 if nbytes <= spare.nbytes <= 2 * nbytes:
                     return self._spare.pop(index)[:nbytes]
-        return memoryview(np.empty(nbytes, np.uint8))  # not filled, as a bytearray would be
+        return np.empty(nbytes, np.uint8).data  # not filled, as a bytearray would be
 
     def give(self, buffer: memoryview) -> None:
         """It is needed no more."""
