@@ -28,6 +28,7 @@ SECRET = bytes(32)
 RUN = "bench"
 _WAIT_S = 60.0
 _CLONE_NEWNET = 0x40000000
+_PR_SET_PDEATHSIG = 1
 _WARM = ["torch", "torch.distributed", "numpy", "ftrain.comms.fleet.collectives", __name__]
 
 
@@ -48,7 +49,6 @@ class Worker:
         self.process.start()
         theirs.close()
         self.over = False  # it has said its last word
-        self.ended_by = 0  # signal that this benchmark sent to end it
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -64,6 +64,8 @@ class Worker:
 
 
 def _begin(target: Callable[..., None], space: str, pipe: Connection, *args: object) -> None:
+    # What is stopped, or only computes, would outlive a benchmark that was killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if space:
         enter(space)
     with suppress(KeyboardInterrupt, BrokenPipeError):
