@@ -107,8 +107,9 @@ class Churn:
         else:
             return
         self.faults[what] += 1
-        if self.options.storms and awake:
-            draw.choice(awake).pipe.send("storm")
+        stormy = [member for member in awake if not member.may_go]
+        if self.options.storms and stormy:
+            draw.choice(stormy).pipe.send("storm")
 
     def lead(self) -> None:
         """The coordinator comes back."""
