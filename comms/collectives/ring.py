@@ -371,8 +371,9 @@ class Ring:
         chunk = ChunkId(head.segment, head.number)
         with _of_the_peer():
             phase = Phase(head.phase)
-            do = part.plan.arrived(phase, chunk)
+            do = part.plan.do_with(phase, chunk)
         self._do(lane, head, part, do, chunk)
+        part.plan.arrived(phase, chunk)  # not before: who is cut off in the middle has only a half
         self._startable += part.plan.takes_out(phase, chunk)
         self._start()
         if part.plan.done:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+
 _SPARE_MAX = 8
 
 
@@ -20,12 +22,10 @@ class Backups:
             for index, spare in enumerate(self._spare):
                 if nbytes <= spare.nbytes <= 2 * nbytes:
                     return self._spare.pop(index)[:nbytes]
-        return memoryview(bytearray(nbytes))
+        return np.empty(nbytes, np.uint8).data  # not filled, as a bytearray would be
 
-    def give(self, buffer: memoryview | None) -> None:
+    def give(self, buffer: memoryview) -> None:
         """It is needed no more."""
-        if buffer is None:
-            return
         whole = memoryview(buffer.obj)
         with self._lock:
             self._spare = sorted([*self._spare, whole], key=lambda one: one.nbytes)[-_SPARE_MAX:]

@@ -184,9 +184,10 @@ class Fleet:
             if len(self._ops.running) >= OPS_MAX:
                 raise UsageError(f"{OPS_MAX} operations are under way: wait for some of them")
             op = self._ops.open(tag, retry=retry)
-            if self._error is not None:
+            error = self._error or (_undone(op) if op.op in self._ops.undone else None)
+            if error is not None:
                 self._ops.close(op)
-                op.handle.end(self._error)
+                op.handle.end(error)
             return op
 
     def _may_open(self, tag: int) -> bool:
@@ -314,8 +315,12 @@ class Fleet:
         with self._lock:
             if self._building != effect.view:
                 return
+            ended = self._ops.settle({op: one.verdict for op, one in decisions.items()})
             for op in list(self._ops.running.values()):
                 self._settle(op, decisions.get(op.op))
+            for op in ended:
+                self._ops.close(op)
+                op.handle.end(_undone(op))
         if not effect.ring:
             self._link.call(lambda: self._machine.moved(effect.view))
             return
@@ -334,14 +339,8 @@ class Fleet:
             self._link.call(lambda: self._machine.moved(effect.view))
 
     def _settle(self, op: FleetOp, decision: Decision | None) -> None:
-        if decision is None:
-            began = bool(op.attempt)
+        if decision is None or decision.verdict is Verdict.UNDONE:
             op.undo(self.backups)
-            if began and not op.retry:
-                self._ops.close(op)
-                op.handle.end(
-                    FleetChangedError(f"operation {op.op.number} was undone: members were lost")
-                )
         elif decision.verdict is Verdict.DONE:
             self._finish(op)
 
@@ -428,9 +427,12 @@ class Fleet:
             number, op.put = op.put, op.put + 1
             try:
                 work = op.works[number](ring.rank, ring.ranks)
+                if work.backup is not None:
+                    op.backups.append(work.backup)
                 last = op.complete and number == len(op.works) - 1
                 ring.put(op.op, number, work, last=last, over=partial(self._over, op))
             except FtrainError as error:
+                self._ops.undone.add(op.op)
                 self._ops.close(op)
                 op.handle.end(error)
                 return
@@ -438,7 +440,8 @@ class Fleet:
     def _over(self, op: FleetOp) -> None:
         """By a ring's thread: everybody has the result."""
         with self._lock:
-            self._finish(op)
+            self._ops.returned(op)
+            op.finish(self.backups)
             self._go_on_switching()
 
     def _finish(self, op: FleetOp) -> None:
@@ -484,6 +487,10 @@ class Fleet:
         """Raise what ended this peer's part in the fleet, if something has."""
         if self._error is not None:
             raise type(self._error)(*self._error.args)
+
+
+def _undone(op: FleetOp) -> FleetChangedError:
+    return FleetChangedError(f"operation {op.op.number} was undone: members were lost")
 
 
 async def _at(address: str) -> str:

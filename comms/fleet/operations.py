@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ftrain.comms.collectives.ring import Operation, Part
 from ftrain.comms.collectives.work import Handle, Work
 from ftrain.comms.errors import FtrainError
 from ftrain.comms.fleet.backups import Backups
-from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState
+from ftrain.comms.fleet.protocol.messages import Counts, Decision, OpState, Verdict
 from ftrain.comms.fleet.protocol.verdicts import bitmap_of, bits_of
 from ftrain.comms.protocol.ring import ChunkId, Kind, OpId
 
@@ -45,6 +45,7 @@ class FleetOp:
     members: tuple[int, ...] = ()
     put: int = 0  # parts that are on the ring
     parts: dict[int, Part] = field(default_factory=dict)  # once its ring was halted
+    backups: list[memoryview] = field(default_factory=list)  # of the parts that are on the ring
 
     @property
     def op(self) -> OpId:
@@ -69,15 +70,19 @@ class FleetOp:
         """It never was: put the inputs back."""
         for part in self.parts.values():
             part.restore()
-            backups.give(part.work.backup)
+        self._give_back(backups)
         self.parts, self.attempt, self.put = {}, 0, 0
 
     def finish(self, backups: Backups) -> None:
         """Everybody has the result."""
-        for part in self.parts.values():
-            backups.give(part.work.backup)
+        self._give_back(backups)
         self.handle.view, self.handle.members = self.attempt, self.members
         self.handle.end()
+
+    def _give_back(self, backups: Backups) -> None:
+        for backup in self.backups:
+            backups.give(backup)
+        self.backups.clear()
 
     def sources(self, decision: Decision, ring: tuple[int, ...]) -> dict[int, dict[ChunkId, int]]:
         """For each part, which rank of the new ring passes on each chunk that somebody lacks."""
@@ -98,6 +103,9 @@ class Operations:
         self.counts: dict[int, int] = {}  # for each tag, the number of the next one
         self.running: dict[OpId, FleetOp] = {}
         self.newest: dict[int, int] = {}  # for each tag, the highest number that is over
+        # What a change undid and is not tried again here.  Of what ended so, others may not have
+        # heard yet; what has yet to begin here ends so as soon as it does.
+        self.undone: set[OpId] = set()
 
     def begin_at(self, first: Counts) -> None:
         """Where this peer comes in."""
@@ -109,7 +117,25 @@ class Operations:
         self.counts[tag] = number + 1
         op = FleetOp(FleetHandle(OpId(tag, number)), retry)
         self.running[op.op] = op
+        if retry:
+            self.undone.discard(op.op)
         return op
+
+    def settle(self, verdicts: Mapping[OpId, Verdict]) -> list[FleetOp]:
+        """Take note of what a change undid; what of that ends here."""
+        ended: list[FleetOp] = []
+        for op in (op for op, verdict in verdicts.items() if verdict is Verdict.UNDONE):
+            running = self.running.get(op)
+            if running is not None and not running.retry:
+                ended.append(running)
+            if running in ended or op.number >= self.counts.get(op.tag, 0):
+                self.undone.add(op)
+        return ended
+
+    def returned(self, op: FleetOp) -> None:
+        """A ring is through with it: so everybody is in that, and knows what was undone before."""
+        self.close(op)
+        self.undone = {op for op in self.undone if op.number >= self.counts.get(op.tag, 0)}
 
     def close(self, op: FleetOp) -> None:
         """It is over."""
@@ -128,8 +154,11 @@ class Operations:
         """For each tag the number of the first one that may as well begin in the next view: one
         that has parts and is on no ring; while all are ``waiting``, any."""
         counts = dict(self.counts)
-        for op in [op for op in self.waiting() if op.works or waiting]:
-            counts[op.op.tag] = min(counts[op.op.tag], op.op.number)
+        for op in sorted(self.undone):  # who comes in must not wait for the others there
+            if op.number == counts.get(op.tag, 0):
+                counts[op.tag] = op.number + 1
+        for one in [one for one in self.waiting() if one.works or waiting]:
+            counts[one.op.tag] = min(counts[one.op.tag], one.op.number)
         return tuple(sorted(counts.items()))
 
     def drained(self, first: Counts) -> bool:
@@ -148,7 +177,9 @@ class Operations:
 
     def states(self) -> tuple[OpState, ...]:
         """Everything that is under way, after a halt."""
-        return tuple(op.state() for _, op in sorted(self.running.items()))
+        ended = (op for op in sorted(self.undone) if op.number < self.counts.get(op.tag, 0))
+        running = (op.state() for _, op in sorted(self.running.items()))
+        return (*running, *(OpState(op, 0, False) for op in ended))
 
     def fail(self, error: FtrainError) -> None:
         """All of it ends badly."""

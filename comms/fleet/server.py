@@ -65,6 +65,7 @@ class FleetServer:
         self._channels: dict[int, Channel] = {}
         self._dirty = asyncio.Event()
         self._server: Server | None = None
+        self._storing = False
 
     async def run(
         self, listener: socket.socket | str, ready: Callable[[str], None] | None = None
@@ -77,7 +78,8 @@ class FleetServer:
                 ready(self._server.address)
             while not pump.done():
                 await asyncio.sleep(TICK_S)
-                self._machine.tick()
+                if not self._storing:  # nobody could hear, and so answer, what is not stored yet
+                    self._machine.tick()
                 self._dirty.set()
             await pump
         finally:
@@ -144,10 +146,11 @@ class FleetServer:
                         self._announce(effect.notice)
 
     async def _store(self, state: bytes) -> None:
-        told = ""
+        told, self._storing = "", True
         while True:
             try:
                 await asyncio.get_running_loop().run_in_executor(None, self._save, state)
+                self._storing = False
                 return
             except FtrainError as error:
                 if str(error) != told:

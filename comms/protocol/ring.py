@@ -160,13 +160,17 @@ class RingOperation:
         return self._first_phase(), self._to_start.popleft()
 
     def arrived(self, phase: Phase, chunk: ChunkId) -> Do:
-        """A chunk came from the left."""
+        """A chunk has come from the left, and is here as a whole."""
+        do = self.do_with(phase, chunk)
+        self._awaited.remove((phase, chunk))
+        return do
+
+    def do_with(self, phase: Phase, chunk: ChunkId) -> Do:
+        """What to do with a chunk that is coming from the left."""
         if phase is Phase.GATHER and (Phase.REDUCE, chunk) in self._awaited:
             raise ValueError(f"the result of {chunk} is not awaited before its sum came here")
-        try:
-            self._awaited.remove((phase, chunk))
-        except KeyError:
-            raise ValueError(f"chunk {chunk} of phase {phase} is not awaited") from None
+        if (phase, chunk) not in self._awaited:
+            raise ValueError(f"chunk {chunk} of phase {phase} is not awaited")
         if phase is Phase.SPENT:
             return Do.NOTHING
         if phase is Phase.GATHER:
@@ -273,14 +277,18 @@ class MendOperation:
         return Phase.GATHER, self._to_start.popleft()
 
     def arrived(self, phase: Phase, chunk: ChunkId) -> Do:
-        """A chunk came from the left; ValueError for one that can't come now."""
-        try:
-            self._awaited.remove((phase, chunk))
-        except KeyError:
-            raise ValueError(f"chunk {chunk} of phase {phase} is not awaited") from None
+        """A chunk has come from the left, and is here as a whole."""
+        do = self.do_with(phase, chunk)
+        self._awaited.remove((phase, chunk))
+        self.lacks.discard(chunk)
+        return do
+
+    def do_with(self, phase: Phase, chunk: ChunkId) -> Do:
+        """What to do with a chunk that is coming; ValueError for one that can't come now."""
+        if (phase, chunk) not in self._awaited:
+            raise ValueError(f"chunk {chunk} of phase {phase} is not awaited")
         if phase is Phase.SPENT:
             return Do.NOTHING
-        self.lacks.discard(chunk)
         last = (self.rank + 1) % self.ranks == self.sources[chunk]
         return Do.KEEP_AND_TELL if last else Do.KEEP_AND_SEND
 

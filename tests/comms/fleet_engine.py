@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 CHUNKS = 2  # of each segment
 TAGS = (0, 1)
+TOLD = 1  # operations of this tag are not tried again
 Value = frozenset[int]
 
 
@@ -94,6 +95,7 @@ class SimPeer:
         self.counts = dict.fromkeys(TAGS, 0)
         self.began: Counts | None = None  # where this peer came in
         self.returned: dict[OpId, tuple[int, Value]] = {}
+        self.undone: dict[OpId, int] = {}  # what is not tried again here, and since which view
         self.holding = True  # until there is a view
         self.waiting = False
         self.installing: Install | None = None
@@ -134,8 +136,12 @@ class SimPeer:
     def _halt(self, effect: Halt) -> None:
         self.ring, self.beside, self.installing, self.switching = None, None, None, None
         self.holding = True
-        states = tuple(self._state(op) for _, op in sorted(self.ops.items()))
-        self.machine.halted(effect.number, tuple(self.counts.items()), states)
+        states = [self._state(op) for _, op in sorted(self.ops.items())]
+        states += [OpState(op, 0, False) for op in self.ended_undone()]
+        self.machine.halted(effect.number, tuple(self.counts.items()), tuple(states))
+
+    def ended_undone(self) -> list[OpId]:
+        return [op for op in self.undone if op.number < self.counts[op.tag]]
 
     def _state(self, op: SimOp) -> OpState:
         if op.plan is None:
@@ -146,6 +152,9 @@ class SimPeer:
     def _started(self) -> Counts:
         """Next operation of each tag that is on no ring."""
         counts = dict(self.counts)
+        for undone in sorted(self.undone):
+            if undone.number == counts[undone.tag]:
+                counts[undone.tag] += 1
         for op in self.ops.values():
             if not op.attempt:
                 counts[op.op.tag] = min(counts[op.op.tag], op.op.number)
@@ -155,10 +164,15 @@ class SimPeer:
         decisions = {d.op: d for d in effect.decisions}
         for op in list(self.ops.values()):
             decision = decisions.get(op.op)
-            if decision is None:
+            if decision is None or decision.verdict is Verdict.UNDONE:
                 op.attempt, op.plan, op.values, op.finished = 0, None, {}, False
             elif decision.verdict is Verdict.DONE:
                 self._return(op)
+        for undone in (d.op for d in decisions.values() if d.verdict is Verdict.UNDONE):
+            if undone in self.ops and undone.tag == TOLD:
+                self._end_undone(undone, effect.view)
+            elif undone.number >= self.counts[undone.tag]:
+                self.undone[undone] = effect.view
         self.installing = effect
         self.beside = self._new_ring(effect, effect.members)
         if self.beside is None:
@@ -237,6 +251,16 @@ class SimPeer:
         op = OpId(tag, self.counts[tag])
         self.counts[tag] += 1
         self.ops[op] = SimOp(op)
+        if tag != TOLD:
+            self.undone.pop(op, None)
+        elif op in self.undone:
+            self._end_undone(op, self.undone[op])
+
+    def _end_undone(self, op: OpId, view: int) -> None:
+        """The user is told that it never was."""
+        del self.ops[op]
+        self.undone[op] = view
+        self.world.undone(self, op, view)
 
     def _begin(self, op: SimOp) -> None:
         ring = self.ring
@@ -324,6 +348,8 @@ class SimPeer:
             self._send("done", op.op, ranks)
         if begun.passed and self.is_over(op, done) and not op.finished:
             op.finished = True
+            for undone in self.ended_undone():  # all are in this view, and know of it
+                del self.undone[undone]
             self.world.finished(self, op)
 
     def is_over(self, op: SimOp, done: RingBarrier) -> bool:

@@ -120,6 +120,7 @@ class World:
         self.faults: Counter[str] = Counter()
         self.phases: set[Phase] = set()
         self.calm = False
+        self.ends_undone = 0
         self._crash: str | None = None  # the coordinator's next write is its last
         self._begin_coordinator()
         for member in range(self.options.members):
@@ -488,21 +489,25 @@ class World:
 
     def returned(self, peer: SimPeer, op: SimOp) -> None:
         """Check that all agree on what an operation gave."""
-        lane = peer.peer % self.options.width
         attempt, value = peer.returned[op.op]
         members = frozenset(self.member_of(p) for p in value)
-        joint = self.options.width > 1
-        key = (self.histories.get(attempt, 0), -1 if joint else lane, op.op)
-        known = self.outcomes.setdefault(key, (attempt, members))
-        self.check(
-            known == (attempt, members),
-            f"{op.op} gave {(attempt, sorted(members))} at {peer.peer} and {known} elsewhere",
-        )
+        self._compare(peer, op.op, attempt, (attempt, members))
         granted = self.views.get(attempt)
         self.check(
             granted is not None and members == frozenset(granted.numbers),
             f"{op.op} is a sum of {sorted(members)} in view {granted}",
         )
+
+    def undone(self, peer: SimPeer, op: OpId, view: int) -> None:
+        """Check that nobody else has a result."""
+        self.ends_undone += 1
+        self._compare(peer, op, view, (0, frozenset()))
+
+    def _compare(self, peer: SimPeer, op: OpId, view: int, outcome: tuple[int, Value]) -> None:
+        joint = self.options.width > 1
+        lane = -1 if joint else peer.peer % self.options.width
+        known = self.outcomes.setdefault((self.histories.get(view, 0), lane, op), outcome)
+        self.check(known == outcome, f"{op} gave {outcome} at {peer.peer} and {known} elsewhere")
 
     # ---------------------------------------------------------------- faults
 

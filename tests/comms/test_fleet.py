@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from fleet_samples import Coordinator, Peer, fleet_of, until
+import torch
+from fleet_samples import SECRET, Coordinator, Peer, fleet_of, until
 
-from ftrain.comms.errors import StoreUnreachableError
+from ftrain.comms.errors import FtrainError, StoreUnreachableError
+from ftrain.comms.fleet.collectives import all_reduce
+from ftrain.comms.fleet.fleet import Fleet
+from ftrain.comms.fleet.protocol.peers import Limits
+from ftrain.comms.fleet.server import TICK_S
 
 LINKS = ("memory", "tcp")
 
@@ -134,12 +139,35 @@ def test_a_store_that_fails_puts_off_changes_only() -> None:
         agree(peers)
 
 
+def test_nobody_is_given_up_while_the_store_does_not_answer() -> None:
+    """Nobody hears the order to halt meanwhile, and so can't follow it."""
+    limits = Limits(silence_ticks=4, halt_ticks=4)
+    with fleet_of([0, 1, 2], 300_000, "memory", limits=limits) as (coordinator, peers):
+        coordinator.broken = StoreUnreachableError("nobody answers at 127.0.0.1:2379")
+        peers[1].signal(signal.SIGKILL)
+        until(lambda: any("can't change for now" in n.text for n in coordinator.notices), "a word")
+        time.sleep(4 * TICK_S * 4)
+        coordinator.broken = None
+        until(lambda: last_members(peers[0]) == last_members(peers[2]) == [0, 2], "the change")
+        agree(peers)
+
+
+def test_memory_for_inputs_is_used_again() -> None:
+    coordinator = Coordinator()
+    fleet = Fleet(coordinator.address, "run", SECRET, 0, 1)
+    try:
+        fleet.wait_for_view(10)
+        for _ in range(3):
+            all_reduce(fleet, torch.ones(1000)).wait(10)
+        assert [spare.nbytes for spare in fleet.backups._spare] == [4000]
+    finally:
+        fleet.close()
+        coordinator.stop()
+
+
 def test_one_with_another_secret_is_not_let_in() -> None:
     coordinator = Coordinator()
     try:
-        from ftrain.comms.errors import FtrainError
-        from ftrain.comms.fleet.fleet import Fleet
-
         fleet = Fleet(coordinator.address, "run", b"x" * 32, 0, 1)
         with pytest.raises(FtrainError, match="secret"):
             fleet.wait_for_view(5)

@@ -28,6 +28,7 @@ from ftrain.comms.fleet.protocol.messages import (
     View,
 )
 from ftrain.comms.fleet.protocol.peer import FleetPeer, Halt, Switch
+from ftrain.comms.fleet.protocol.peers import Limits, Peers
 from ftrain.comms.protocol.place import Place
 from ftrain.comms.protocol.ring import OpId
 from ftrain.comms.protocol.ring_barrier import RingBarrier
@@ -40,15 +41,18 @@ RARE_MAX = 700
 def test_every_schedule_ends_well() -> None:
     faults: Counter[str] = Counter()
     phases: set[Phase] = set()
+    undone = 0
     for seed in range(SEEDS):
         world = World(seed)
         world.run()
         faults += world.faults
         phases |= world.phases
+        undone += world.ends_undone
     print(faults)
     assert sum(faults.values()) > 5 * SEEDS
     assert min(faults.values()) > SEEDS / 5, faults
     assert phases == set(Phase)
+    assert undone > SEEDS
 
 
 @pytest.mark.soak
@@ -91,6 +95,25 @@ def test_what_is_stale_changes_nothing() -> None:
             peer.receive(stale)
             assert not peer.ready().effects
     assert not peer.over
+
+
+def test_who_does_not_answer_is_silent_only_if_others_answer() -> None:
+    peers = Peers(1, Limits(silence_ticks=4))
+    members = [Member(peer, 1) for peer in range(3)]
+    statuses = [PeerStatus(peer, 1, 1, Place(peer, 1, "", "", "")) for peer in range(3)]
+    for status in statuses:
+        peers.connected(status.peer, 1)
+        peers.accept(status)
+    for _ in range(20):
+        peers.ask()
+        peers.tick()
+    assert not any(map(peers.why_gone, members))
+    for number in range(6):
+        peers.ask()
+        peers.accept(replace(statuses[0], sequence=2 + number, pong=peers.ping))
+        peers.accept(replace(statuses[2], sequence=2 + number, pong=peers.ping))
+        peers.tick()
+    assert [bool(peers.why_gone(member)) for member in members] == [False, True, False]
 
 
 # ---------------------------------------------------------------- broken variants
@@ -193,6 +216,21 @@ class LeavesOutWhatWaits(SimPeer):
         self.ops |= waiting
 
 
+class TriesAlone(SimPeer):
+    """Tries what others were told is undone, because it had not begun it then."""
+
+    def open(self, tag: int) -> None:
+        self.undone.pop(OpId(tag, self.counts[tag]), None)
+        super().open(tag)
+
+
+class SeemsToHaveReturned(SimPeer):
+    """Says no more of what ended undone."""
+
+    def ended_undone(self) -> list[OpId]:
+        return []
+
+
 Decide = Callable[[OpId, int, Sequence[PeerStatus]], Decision | None]
 right: Decide = verdicts._decide
 
@@ -227,6 +265,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switches unfinished": {"make_engine": SwitchesUnfinished},
     "switches anyhow": {"make_engine": SwitchesAnyhow},
     "leaves out what waits": {"make_engine": LeavesOutWhatWaits},
+    "tries alone": {"make_engine": TriesAlone},
+    "seems to have returned": {"make_engine": SeemsToHaveReturned},
     "one whole is enough": {"decide": any_whole},
     "undone though somebody returned": {"decide": never_done},
     "done with holes": {"decide": with_holes},

@@ -26,7 +26,7 @@ Counts = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class OpState:
-    """An operation that has begun here and not ended."""
+    """An operation that has begun here and not ended, or that ended here because it was undone."""
 
     op: OpId
     attempt: int  # view in which it began
@@ -82,15 +82,16 @@ class PeerStatus:
 
 
 class Verdict(Enum):
-    """What becomes of an operation that a change interrupted. Not mentioned: it never was."""
+    """What becomes of an operation that a change interrupted. Not mentioned: nobody began it."""
 
     DONE = "done"  # everybody has the result
     MEND = "mend"  # between them they have it, and pass it on in the next ring
+    UNDONE = "undone"  # it never was, also for who has yet to begin it
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """About one operation of one lane; all others that were under way are undone."""
+    """About one operation of one lane."""
 
     op: OpId
     lane: int

@@ -49,9 +49,12 @@ class Peers:
         """One unit of logical time has passed."""
         self._age_ticks += 1
         self._asked_ticks += 1
+        # Where nobody answers, it may be this coordinator that is not heard: who answers later than
+        # others is silent.
+        answered = max((status.pong for status in self.statuses()), default=0)
         for record in self._records.values():
             record.down_ticks = 0 if record.linked else record.down_ticks + 1
-            owes = self._asking and (record.status is None or record.status.pong < self.ping)
+            owes = self._asking and (record.status is None or record.status.pong < answered)
             record.silent_ticks = record.silent_ticks + 1 if owes else 0
 
     def ask(self, *, patiently: bool = False) -> None:

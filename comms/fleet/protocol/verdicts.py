@@ -7,7 +7,8 @@ result.  So, of the reports of *all* survivors:
 * between them they hold every chunk of the same attempt's result: they mend it, by passing chunks
   on in the next ring.  It counts as done only when all have it, which the next ring says; should
   that one break as well, the same is asked again;
-* else nobody can have returned and nobody ever will: it never was, its inputs are restored.
+* else nobody can have returned and nobody ever will: it never was, its inputs are restored.  Who
+  has yet to begin it is told as well: where it is not tried again the others won't take part.
 
 Exactly one of these is true, whoever asks, and a peer that died may have been told no other.
 """
@@ -52,15 +53,19 @@ def decide(
     lanes = [[r for r in known_reports if r.peer % width == lane] for lane in range(width)]
     decisions: list[Decision] = []
     for op in ops:
-        if not trusted and not any(returned(op, report) for report in known_reports):
-            continue
         found = [_decide(op, lane, peers) for lane, peers in enumerate(lanes)]
-        if joint and (None in found or _torn(op, known_reports)):
-            continue
+        garbled = not trusted and not any(returned(op, report) for report in known_reports)
+        if garbled or (joint and (None in found or _torn(op, known_reports))):
+            found = [None] * width
+        undone = [
+            Decision(op, lane, Verdict.UNDONE)
+            for lane, one in enumerate(found)
+            if one is None and (joint or any(op in report.states for report in lanes[lane]))
+        ]
         known = [decision for decision in found if decision is not None]
         if joint and any(decision.verdict is Verdict.MEND for decision in known):
             known = [_mend(op, lane, peers) for lane, peers in enumerate(lanes)]
-        decisions += known
+        decisions += known + undone
     return tuple(decisions)
 
 
