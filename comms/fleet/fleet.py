@@ -24,6 +24,7 @@ from ftrain.comms.errors import (
     PeerLostError,
     UsageError,
 )
+from ftrain.comms.fleet.access import Access
 from ftrain.comms.fleet.backups import Backups
 from ftrain.comms.fleet.link import FleetLink
 from ftrain.comms.fleet.operations import FleetHandle, FleetOp, Operations, is_before
@@ -73,6 +74,7 @@ class Fleet:
         self._settings = settings or FleetSettings()
         identity = Identity(run_id, "rank", peer, incarnation)
         self._meeting = Meeting(identity, secret, bind, host)
+        self.access = Access(identity, secret, bind, host)
         self._one_halt = threading.Lock()
         self._lock = threading.RLock()  # of everything below
         self._changed = threading.Condition(self._lock)
