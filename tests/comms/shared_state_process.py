@@ -67,8 +67,10 @@ class Process:
             nonlocal left
             left -= 1
             if left < 0:
-                send(channel, memoryview(data)[: len(data) // 2])
+                view = memoryview(data)
+                send(channel, view[: view.nbytes // 2])
                 os.kill(os.getpid(), signal.Signals[how])
+                data = view[view.nbytes // 2 :]
             send(channel, data)
 
         BlockingChannel.send_data = halting  # type: ignore[method-assign]

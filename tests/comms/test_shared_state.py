@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -200,6 +202,57 @@ def test_wrong_bytes_of_the_only_donor_begin_it_again(
     assert torch.equal(states[0]["w"], states[1]["w"])
     assert torch.equal(states[2]["w"], states[1]["w"])
     assert results[2].bytes_received == 9 * BLOCK_BYTES  # what had come before is not got again
+
+
+def test_nobody_goes_on_before_all_have_everything(
+    three: list[Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching, go = threading.Event(), threading.Event()
+    fetch_blocks = Fetcher.blocks
+
+    def waiting(self: Fetcher, plan: Any, member: int, *args: Any) -> None:
+        if member == 2:
+            fetching.set()
+            assert go.wait(20)
+        fetch_blocks(self, plan, member, *args)
+
+    monkeypatch.setattr(Fetcher, "blocks", waiting)
+    states = [state_of(1), state_of(1), state_of(2)]
+    with ThreadPoolExecutor(3) as pool:
+        begun = [pool.submit(shared_state.synchronise, three[n], states[n], 1) for n in range(3)]
+        assert fetching.wait(20)
+        assert wait(begun, timeout=0.3).done == set()
+        assert equal(states[2], state_of(2))
+        go.set()
+        assert wait(begun, timeout=20).not_done == set()
+    assert equal(states[2], state_of(1))
+
+
+def test_whatever_members_bring_they_end_with_what_was_elected(three: list[Fleet]) -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        kinds = [rng.randint(1, 2) for _ in three]
+        revisions = [rng.randint(1, 2) for _ in three]
+        roles = {n: Role.RECEIVE_ONLY for n in range(3) if rng.random() < 0.3}
+        states = [state_of(kind) for kind in kinds]
+        for state in states:
+            if rng.random() < 0.3:
+                flip(state[rng.choice(["single", "half", "whole"])], rng.randrange(1000))
+        before = [{key: one.clone() for key, one in state.items()} for state in states]
+        results = synchronised(three, states, revisions, roles)
+        voters = [n for n in range(3) if n not in roles]
+        if not voters:
+            assert {type(one) for one in results} == {StateError}
+            continue
+        newest = max(revisions[n] for n in voters)
+        eligible = [n for n in voters if revisions[n] == newest]
+        votes = [sum(equal(before[n], before[m]) for m in eligible) for n in eligible]
+        elected = before[eligible[votes.index(max(votes))]]
+        assert all(equal(state, elected) for state in states), seed
+        for one, had in zip(good(results), before, strict=True):
+            differing = [key for key in elected if not torch.equal(had[key], elected[key])]
+            assert one.bytes_received == sum(elected[key].nbytes for key in differing)
+            assert one.revision == newest
 
 
 # ------------------------------------------------------------------ beside the fleet
