@@ -35,6 +35,8 @@ from ftrain.comms.fleet.state_server import StateServer
 from ftrain.comms.fleet.state_snapshot import Landing, Snapshot
 from ftrain.comms.protocol.ring import Kind
 
+__all__ = ["Role", "Serving", "Synchronised", "fetch", "serve", "synchronise"]
+
 TAG = 65535  # of all operations here
 ATTEMPTS_MAX = 3  # that fail with the same members
 PATIENCE_S = 10.0

@@ -58,6 +58,7 @@ class Fetcher:
         self._lock = threading.Lock()  # of what follows
         self.received: dict[int, int] = {}
         self.faults: list[str] = []
+        self._lost: set[int] = set()  # members whose connection ended, in this attempt
 
     def tell(self, fault: str) -> None:
         """Something went wrong that may be mended."""
@@ -84,6 +85,7 @@ class Fetcher:
         self, plan: Plan, member: int, donors: Mapping[int, Donor], landing: Landing
     ) -> None:
         """Get everything that ``member`` lacks; raises PeerLostError if that is not to be had."""
+        self._lost.clear()
         wanted = {
             donor: [block for block in blocks if not landing.has(block, plan.digest(block))]
             for donor, blocks in plan.fetches.get(member, {}).items()
@@ -106,7 +108,8 @@ class Fetcher:
     ) -> dict[int, list[BlockId]]:
         wanted: dict[int, list[BlockId]] = {}
         for block in blocks:
-            donors = [member for member in plan.holders(block) if member not in tried[block]]
+            out = tried[block] | self._lost
+            donors = [member for member in plan.holders(block) if member not in out]
             if not donors:
                 key = plan.content[block[0]].key
                 raise PeerLostError(
@@ -138,6 +141,8 @@ class Fetcher:
                     except CorruptionError as error:
                         self.tell(str(error))
         except (FtrainError, OSError) as error:
+            with self._lock:
+                self._lost.add(donor.member)
             self.tell(f"member {donor.member} sent {len(missing)} blocks less than asked: {error}")
         return list(missing)
 

@@ -90,18 +90,24 @@ class StateServer:
                     return
                 time.sleep(_PAUSE_S)  # no descriptors left: the kernel keeps it meanwhile
                 continue
-            thread = threading.Thread(target=self._welcome, args=(sock,), daemon=True)
             with self._lock:
-                closed = self._closed
-                if not closed:
-                    if len(self._strangers) >= _STRANGERS_MAX:
-                        oldest = next(iter(self._strangers))
-                        del self._strangers[oldest]
-                        _hang_up(oldest)
-                    self._guests[sock], self._strangers[sock] = thread, None
-                    thread.start()  # under the lock, so that whoever closes can join it
-            if closed:
+                taken = not self._closed and self._take(sock)
+            if not taken:
                 sock.close()
+
+    def _take(self, sock: socket.socket) -> bool:
+        """Give a connection a thread; the lock is held, so that whoever closes can join it."""
+        thread = threading.Thread(target=self._welcome, args=(sock,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread to be had
+            return False
+        if len(self._strangers) >= _STRANGERS_MAX:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            _hang_up(oldest)
+        self._guests[sock], self._strangers[sock] = thread, None
+        return True
 
     def _welcome(self, sock: socket.socket) -> None:
         try:

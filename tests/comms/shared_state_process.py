@@ -66,7 +66,7 @@ class Process:
         def halting(channel: BlockingChannel, data: bytes | bytearray | memoryview) -> None:
             nonlocal left
             left -= 1
-            if left < 0:
+            if left == -1:
                 view = memoryview(data)
                 send(channel, view[: view.nbytes // 2])
                 os.kill(os.getpid(), signal.Signals[how])
