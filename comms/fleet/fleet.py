@@ -25,6 +25,7 @@ from ftrain.comms.errors import (
     PeerLostError,
     UsageError,
 )
+from ftrain.comms.fleet.access import Access
 from ftrain.comms.fleet.backups import Backups
 from ftrain.comms.fleet.link import FleetLink
 from ftrain.comms.fleet.operations import FleetHandle, FleetOp, Operations, is_before
@@ -85,6 +86,7 @@ class Fleet:
         identity = Identity(run_id, "rank", peer, incarnation)
         self._meeting = Meeting(identity, secret, bind, host, state)
         self.place = self._meeting.place
+        self.access = Access(identity, secret, bind, host)
         self._one_halt = threading.Lock()
         self._lock = threading.RLock()  # of everything below
         self._changed = threading.Condition(self._lock)

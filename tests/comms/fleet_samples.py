@@ -74,9 +74,11 @@ class Coordinator:
 class Peer:
     """A peer in a process of its own: sums until it is told to end, telling of each sum."""
 
+    script = SCRIPT
+
     def __init__(self, coordinator: str, number: int, incarnation: int, *args: object) -> None:
         self.number = number
-        command = [sys.executable, str(SCRIPT), coordinator, str(number), str(incarnation)]
+        command = [sys.executable, str(self.script), coordinator, str(number), str(incarnation)]
         self.process = subprocess.Popen(
             [*command, *map(str, args)],
             stdin=subprocess.PIPE,
