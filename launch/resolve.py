@@ -332,6 +332,10 @@ def _check_ranges(config: FtrainConfig) -> None:
             f"--join {fleet.coordinator} needs fleet.group=K, a number that no other replica group"
             " of the fleet has"
         )
+    if fleet.bind in ("0.0.0.0", "::") and not fleet.host:
+        raise ConfigError(
+            f"fleet.bind={fleet.bind} needs fleet.host=ADDRESS, under which others reach this host"
+        )
     if fleet.groups and fleet.groups_min > fleet.groups:
         raise ConfigError(
             f"fleet.groups_min={fleet.groups_min} is more than the fleet.groups={fleet.groups} that"

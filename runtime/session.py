@@ -168,10 +168,10 @@ class Session:
             else:
                 self._capture()
                 self._keeper.expect(self._state.expected())
-            self._begin_average()
             while self._total_steps is None or self._step < self._total_steps:
                 self._phase(Phase.BOUNDARY)
                 self._end_if_asked()
+                self._begin_average()
                 try:
                     batch = self._data.next()
                 except StopIteration:
@@ -181,8 +181,6 @@ class Session:
                 began = self._begin_step()
                 yield self._step, batch
                 self._boundary(began)
-                if not self._finished:
-                    self._begin_average()
             if self._steps_done == self._step < _UNSTEPPED_WARNING:
                 self._doubt()
             self._keep_last()

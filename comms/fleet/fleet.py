@@ -141,7 +141,7 @@ class Fleet:
             places = self._places
             return self._view, tuple(places[peer] for peer in self._order if peer in places)
 
-    def next_number(self, tag: int) -> int:
+    def next_number(self, tag: int = 0) -> int:
         """Number of the next operation with a tag."""
         with self._lock:
             return self._ops.counts.get(tag, 0)
@@ -203,6 +203,12 @@ class Fleet:
             op.works.append(make)
             op.complete = last
             self._put_all()
+
+    def take_back(self, op: FleetOp) -> None:
+        """An operation that was opened is not wanted after all; nothing happens if it has parts, or
+        is not the newest of its tag."""
+        with self._lock:
+            self._ops.take_back(op)
 
     def leave(self, timeout_s: float = 10.0) -> None:
         """Leave in order: the others go on without this member from the next operation that none

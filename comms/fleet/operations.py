@@ -121,6 +121,13 @@ class Operations:
             self.undone.discard(op.op)
         return op
 
+    def take_back(self, op: FleetOp) -> None:
+        """It is opened no more, if nobody can know of it."""
+        tag, number = op.op.tag, op.op.number
+        if not op.works and self.counts.get(tag) == number + 1:
+            self.running.pop(op.op, None)
+            self.counts[tag] = number
+
     def settle(self, verdicts: Mapping[OpId, Verdict]) -> list[FleetOp]:
         """Take note of what a change undid; what of that ends here."""
         ended: list[FleetOp] = []

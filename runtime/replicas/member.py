@@ -37,6 +37,7 @@ class FleetPlace:
     secret: bytes
     group: int  # number of its replica group
     bind: str = "127.0.0.1"
+    host: str = ""  # under which others reach this rank; "": as bind
     join_timeout_s: float = 600.0
 
 
@@ -65,7 +66,7 @@ class FleetMember:
         self._identity = Identity(place.run_id, "rank", place.group, incarnation)
         self._place = place
         self._passes = passes
-        self._server = StateServer(self._identity, place.secret, place.bind)
+        self._server = StateServer(self._identity, place.secret, place.bind, place.host)
         self._fleet = Fleet(
             place.coordinator,
             place.run_id,
@@ -73,6 +74,7 @@ class FleetMember:
             place.group,
             incarnation,
             bind=place.bind,
+            host=place.host,
             state=self._server.address,
         )
         self._buckets = make_buckets(parameters, _FIRST_FLAG)
@@ -176,6 +178,8 @@ class FleetMember:
         """Leave in order."""
         for hook in self._hooks:
             hook.remove()
+        if self._now is not None and not self._now.over:
+            self._fleet.take_back(self._now.op)
         if self._error is None:
             self._fleet.leave(_LEAVE_S)
         else:

@@ -37,5 +37,6 @@ def fleet_place(
         secret=bytes.fromhex(context.secret),
         group=fleet.group,
         bind=fleet.bind,
+        host=fleet.host,
         join_timeout_s=fleet.join_timeout_s,
     )

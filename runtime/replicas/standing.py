@@ -10,7 +10,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ import torch
 
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms import wire
-from ftrain.comms.addresses import bound_address, listen_tcp, tune
+from ftrain.comms.addresses import format_address, listen_tcp, tune
 from ftrain.comms.channel_blocking import BlockingChannel, shake_hands
 from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
 from ftrain.comms.protocol.handshake import NONCE_BYTES, Identity, ServerHandshake
@@ -78,13 +77,16 @@ class StateServer:
 
     Args:
         identity: this rank's.
-        step: at which it came, before it has the fleet's state.
+        bind: host to listen on.
+        host: under which others reach it; "": as ``bind`` says.
     """
 
-    def __init__(self, identity: Identity, secret: bytes, bind: str = "127.0.0.1") -> None:
+    def __init__(
+        self, identity: Identity, secret: bytes, bind: str = "127.0.0.1", host: str = ""
+    ) -> None:
         self._identity, self._secret = identity, secret
-        self._listener = listen_tcp(f"{bind}:0")
-        self.address = bound_address(self._listener)
+        self._listener = listen_tcp(format_address(bind, 0))
+        self.address = format_address(host or bind, self._listener.getsockname()[1])
         self._changed = threading.Condition()
         self._standing: Standing | None = None
         self._came_at = 0
@@ -210,6 +212,3 @@ def tensor_memory(tensor: torch.Tensor) -> memoryview:
     if not flat.numel():
         return memoryview(b"")
     return flat.view(torch.uint8).numpy().data.cast("B")
-
-
-Named = Callable[[], tuple[StateTensor, ...]]

@@ -19,7 +19,7 @@ def shown(script: str, *arguments: str, timeout_s: float = 110) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_rest_goes_on_whatever_happens_to_a_member() -> None:
     text = shown("ring_faults.py", "--trials", "2", "--mib", "1")
     rows = [line for line in text.splitlines() if line.startswith(("kill,", "stop,", "partition,"))]
@@ -28,9 +28,8 @@ def test_the_rest_goes_on_whatever_happens_to_a_member() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--tcp", *LOADED)], ids=["quiet", "loaded"])
-def test_nothing_is_wrong_or_left_over_for_a_moment(options: tuple[str, ...]) -> None:
-    text = shown("churn.py", "--minutes", "0.35", *options)
+def test_nothing_is_wrong_or_left_over_for_a_moment() -> None:
+    text = shown("churn.py", "--minutes", "0.25")
     assert text.splitlines()[-1].split() == ["wrong", "0"]
 
 

@@ -72,6 +72,7 @@ def test_saves_go_on_when_the_leading_node_is_killed(
     assert [leader for leader in heard.leaders if leader] == [Leader("a:1", term.number)]
 
 
+@pytest.mark.soak
 def test_without_most_nodes_nothing_is_stored_and_all_is_found_later(
     cluster: EtcdCluster, backend: Backend
 ) -> None:
@@ -99,6 +100,7 @@ def test_without_most_nodes_nothing_is_stored_and_all_is_found_later(
     heard.wait_for(None)
 
 
+@pytest.mark.soak
 def test_a_watch_through_a_node_that_hangs_learns_who_leads(
     cluster: EtcdCluster, backend: Backend
 ) -> None:

@@ -130,6 +130,7 @@ def test_every_sample_of_an_epoch_is_averaged_once(tmp_path: Path) -> None:
     assert sum(count > 1 for count in taken.values()) <= 3 * 4
 
 
+@pytest.mark.soak
 def test_the_others_go_on_at_once_when_one_is_killed(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, 3, "--small", "--steps", "300", "--pause", "0.02")
     row = fleet.wait_for_step(1, 20)
@@ -160,6 +161,38 @@ def test_a_coordinator_that_dies_stops_nobody(tmp_path: Path) -> None:
     assert len({r["pid"] for r in fleet.rows(0)}) == 2
 
 
+def test_a_group_of_another_launch_joins_and_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTRAIN_SECRET", "a secret of both launches")
+    script = ["--small", "--steps", "400", "--pause", "0.02"]
+    fleet = Fleet(tmp_path, 2, *script)
+    fleet.wait_for_step(0, 5)
+    job = json.loads((tmp_path / "run" / "fleet" / "job.json").read_text())
+    command = [sys.executable, "-m", "ftrain.launch.cli", "launch", "--run-dir"]
+    command += [str(tmp_path / "third"), "fleet.group=7", f"fleet.run_id={job['run_id']}"]
+    group = json.loads((tmp_path / "run" / "group-0" / "job.json").read_text())
+    address = group["config"]["fleet"]["coordinator"]
+    third = subprocess.Popen(
+        [*command, "--join", address, str(SCRIPT), "--out", str(fleet.out), *script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    fleet.wait_for_step(7, 10)
+    third.send_signal(signal.SIGTERM)  # it saves, and goes in order
+    said, _ = third.communicate(timeout=60)
+    assert third.returncode in (0, 75), said
+    shown = fleet.finish()
+    assert fleet.process.returncode == 0, shown
+    fleet.require_agreement(400)
+    rows = {row["step"]: row for row in fleet.rows(0)}
+    for row in fleet.rows(7):
+        assert row["weights"] == rows[row["step"]]["weights"]
+        assert sorted(row["members"]) == [0, 1, 7]
+    assert sorted(rows[399]["members"]) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -167,6 +200,7 @@ def test_a_coordinator_that_dies_stops_nobody(tmp_path: Path) -> None:
         (["--replica-groups", "2", "--join", "127.0.0.1:1"], "leave one out"),
         (["--join", "127.0.0.1:1"], "needs fleet.group=K"),
         (["--replica-groups", "2", "fleet.groups_min=3"], "training would never begin"),
+        (["--replica-groups", "2", "fleet.bind=0.0.0.0"], "needs fleet.host=ADDRESS"),
         (["--replica-groups", "2", "--nproc-per-node", "2"], "has one rank in this version"),
         (["--replica-groups", "256"], "ask for fewer"),
     ],
