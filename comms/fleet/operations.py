@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ftrain.comms.collectives.ring import Operation, Part
 from ftrain.comms.collectives.work import Handle, Work
@@ -198,8 +198,3 @@ class Operations:
 def is_before(op: OpId, first: Counts) -> bool:
     """Whether an operation comes before the first ones of a view."""
     return op.number < dict(first).get(op.tag, 0)
-
-
-def with_backup(work: Work, backups: Backups) -> Work:
-    """The same with room for what an all-reduce in place overwrites."""
-    return replace(work, backup=backups.take(work.target.nbytes))

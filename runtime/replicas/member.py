@@ -13,6 +13,7 @@ from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms.collectives.arithmetic import Arithmetic, Reduction
 from ftrain.comms.collectives.work import Work
 from ftrain.comms.errors import FleetLeftError, FtrainError, PeerLostError, SessionError
+from ftrain.comms.fleet.access import Access
 from ftrain.comms.fleet.collectives import memory
 from ftrain.comms.fleet.fleet import Fleet
 from ftrain.comms.fleet.operations import FleetOp
@@ -66,7 +67,8 @@ class FleetMember:
         self._identity = Identity(place.run_id, "rank", place.group, incarnation)
         self._place = place
         self._passes = passes
-        self._server = StateServer(self._identity, place.secret, place.bind, place.host)
+        access = Access(self._identity, place.secret, place.bind, place.host)
+        self._server = StateServer(access)
         self._fleet = Fleet(
             place.coordinator,
             place.run_id,

@@ -6,23 +6,18 @@ needs the newcomer: so what is read from live tensors in between is the state at
 
 from __future__ import annotations
 
-import secrets
-import socket
 import threading
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
 from ftrain.checkpoint.tensors import StateTensor
 from ftrain.comms import wire
-from ftrain.comms.addresses import format_address, listen_tcp, tune
-from ftrain.comms.channel_blocking import BlockingChannel, shake_hands
-from ftrain.comms.errors import FtrainError, PeerLostError, RemoteProtocolError
-from ftrain.comms.protocol.handshake import NONCE_BYTES, Identity, ServerHandshake
+from ftrain.comms.channel_blocking import BlockingChannel
+from ftrain.comms.errors import PeerLostError, RemoteProtocolError
+from ftrain.comms.fleet.access import Access
+from ftrain.comms.fleet.guests import Guests
 
-_GREETING_S = 2.0
 _IDLE_S = 30.0
 _WAIT_S = 1.0  # for a boundary, before the newcomer is told to ask again
 
@@ -73,29 +68,16 @@ class Standing:
 
 
 class StateServer:
-    """Gives this rank's state to others of its lane, from threads of its own.
+    """Gives this rank's state to others of its lane, from threads of its own."""
 
-    Args:
-        identity: this rank's.
-        bind: host to listen on.
-        host: under which others reach it; "": as ``bind`` says.
-    """
-
-    def __init__(
-        self, identity: Identity, secret: bytes, bind: str = "127.0.0.1", host: str = ""
-    ) -> None:
-        self._identity, self._secret = identity, secret
-        self._listener = listen_tcp(format_address(bind, 0))
-        self.address = format_address(host or bind, self._listener.getsockname()[1])
+    def __init__(self, access: Access) -> None:
         self._changed = threading.Condition()
         self._standing: Standing | None = None
         self._came_at = 0
         self._settled = False
         self._closed = False
-        self._open: set[BlockingChannel] = set()
-        self._threads: list[threading.Thread] = []
-        self._thread = threading.Thread(target=self._accept, name="ftrain-state", daemon=True)
-        self._thread.start()
+        self._guests = Guests(access, self._answer, _IDLE_S)
+        self.address = self._guests.address
 
     def came(self, step: int) -> None:
         """This rank is new, with the state of this step."""
@@ -124,50 +106,10 @@ class StateServer:
         """Give nothing any more."""
         with self._changed:
             self._closed = True
-            channels = list(self._open)
             self._changed.notify_all()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for channel in channels:
-            channel.interrupt()
-        self._thread.join()
-        for thread in self._threads:
-            thread.join()
-        self._listener.close()
+        self._guests.close()
 
     # ------------------------------------------------------------ inside
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                if not self._closed:
-                    time.sleep(0.05)  # no descriptors left: the kernel keeps it meanwhile
-                continue
-            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
-            self._threads = [old for old in self._threads if old.is_alive()] + [thread]
-            thread.start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            tune(sock)
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            handshake = ServerHandshake(self._identity, self._secret, nonce)
-            agreement = shake_hands(sock, handshake, time.monotonic() + _GREETING_S)
-        except (FtrainError, OSError):
-            sock.close()
-            return
-        with BlockingChannel(sock, agreement, _IDLE_S) as channel:
-            with self._changed:
-                self._open.add(channel)
-            try:
-                self._answer(channel)
-            except FtrainError:
-                pass  # the newcomer has gone, or is none
-            finally:
-                with self._changed:
-                    self._open.discard(channel)
 
     def _answer(self, channel: BlockingChannel) -> None:
         given: Standing | None = None
